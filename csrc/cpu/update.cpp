@@ -1,0 +1,265 @@
+/* update: one optimizer step over a table of tensors.
+ *
+ *   phase 1   found_inf = any gradient not finite;  norm = || grad / scale ||
+ *   phase 2   unless found_inf:  g = grad / scale * min(1, max_norm / norm);  rule(master, g);
+ *             weight = round(master)
+ *
+ * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
+ * the gradient (2), the master (4, split: weight 2 + remainder 2) and the moments (8) and writes
+ * moments, master and weight (14, split 12): 30, split 28. With fp32 weights 4 + 28 = 32. Phase 2
+ * walks backwards, so the gradients scanned last are still in cache.
+ *
+ * Every sum has a fixed order that no number of threads changes: 64 lanes in a chunk, the lanes in
+ * order, then the chunks in order, in fp64. */
+#include "../rules.h"
+#include "cpu.h"
+
+namespace fastmp {
+namespace FASTMP_TARGET {
+
+constexpr int64_t kChunk = 16384; /* elements of one tensor that one thread takes at a time */
+constexpr int64_t kBlock = 512;   /* elements staged in L1 as fp32: 2 KiB a stream */
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+/* Which chunks belong to which row: first_chunk[row] <= chunk < first_chunk[row + 1]. */
+struct Chunks {
+  const fastmp_row* rows;
+  int64_t row_count;
+  const int64_t* first_chunk;
+
+  int64_t row_of(int64_t chunk) const {
+    int64_t low = 0, high = row_count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (first_chunk[middle] <= chunk) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  int64_t begin(int64_t row, int64_t chunk) const { return (chunk - first_chunk[row]) * kChunk; }
+  int64_t end(int64_t row, int64_t chunk) const {
+    return min_of(begin(row, chunk) + kChunk, rows[row].numel);
+  }
+};
+
+/* n gradients from offset on as fp32: in place where they are fp32 already, else through buffer. */
+static const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+  switch (row.grad_dtype) {
+    case FASTMP_F16:
+      widen(static_cast<const f16*>(row.grad) + offset, buffer, n);
+      return buffer;
+    case FASTMP_BF16:
+      widen(static_cast<const bf16*>(row.grad) + offset, buffer, n);
+      return buffer;
+    default:
+      return static_cast<const float*>(row.grad) + offset;
+  }
+}
+
+/* ---- phase 1 ---- */
+
+struct ChunkScan {
+  double sum_of_squares;
+  int64_t not_finite;
+};
+
+static ChunkScan scan_chunk(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
+  Lanes sums[4] = {};
+  IntLanes largest[4] = {};
+  alignas(64) float buffer[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = min_of(kBlock, end - at);
+    const float* grads = read_grad(row, at, n, buffer);
+    if (n < kBlock) { /* zeros change neither the sum nor the largest magnitude */
+      if (grads != buffer) memcpy(buffer, grads, static_cast<size_t>(n) * sizeof(float));
+      memset(buffer + n, 0, static_cast<size_t>(kBlock - n) * sizeof(float));
+      grads = buffer;
+    }
+    for (int64_t i = 0; i < kBlock; i += 4 * kLanes) {
+      for (int lane = 0; lane < 4; ++lane) {
+        Lanes g;
+        memcpy(&g, grads + i + lane * kLanes, sizeof g);
+        const IntLanes magnitude = (IntLanes)g & 0x7fffffff;
+        largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
+        g *= unscale;
+        sums[lane] += g * g;
+      }
+    }
+  }
+  ChunkScan scan = {0.0, 0};
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      scan.sum_of_squares += static_cast<double>(sums[lane][i]);
+      scan.not_finite |= largest[lane][i] >= 0x7f800000;
+    }
+  }
+  return scan;
+}
+
+static void scan_chunks(const Chunks& chunks, ChunkScan* scans, float unscale) {
+  parallel_for(chunks.first_chunk[chunks.row_count], 1, [&](int64_t begin, int64_t end) {
+    int64_t row = chunks.row_of(begin);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (chunk >= chunks.first_chunk[row + 1]) ++row;
+      scans[chunk] =
+          scan_chunk(chunks.rows[row], chunks.begin(row, chunk), chunks.end(row, chunk), unscale);
+    }
+  });
+}
+
+/* ---- phase 2 ---- */
+
+static float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+  if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
+  if (row.master_kind == FASTMP_FULL) return static_cast<float*>(row.master) + offset;
+  const bf16* weight = static_cast<const bf16*>(row.param) + offset;
+  const int16_t* remainder = static_cast<const int16_t*>(row.master) + offset;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = join_master(weight[i], remainder[i]);
+  return buffer;
+}
+
+static void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
+                         const float* __restrict master) {
+  if (row.master_kind == FASTMP_SELF) return;
+  if (row.master_kind == FASTMP_SPLIT) {
+    bf16* __restrict weight = static_cast<bf16*>(row.param) + offset;
+    int16_t* __restrict remainder = static_cast<int16_t*>(row.master) + offset;
+    for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
+  } else if (row.param_dtype == FASTMP_F16) {
+    narrow(master, static_cast<f16*>(row.param) + offset, n);
+  } else {
+    narrow(master, static_cast<bf16*>(row.param) + offset, n);
+  }
+}
+
+template <class Rule>
+static void apply_block(float* __restrict p, const float* __restrict g, float* __restrict s0,
+                        float* __restrict s1, float* __restrict s2, int64_t n,
+                        const typename Rule::Coefficients& coefficients) {
+  const typename Rule::Coefficients k = coefficients; /* a copy: nothing below can alias it */
+  for (int64_t i = 0; i < n; ++i) Rule::apply(p[i], g[i], s0[i], s1[i], s2[i], k);
+}
+
+template <class Rule>
+static void update_chunk(const fastmp_row& row, const fastmp_hyper& hyper, float grad_factor,
+                         int64_t begin, int64_t end) {
+  const auto k = Rule::prepare(hyper, static_cast<double>(*row.step), grad_factor);
+  alignas(64) float grads[kBlock], masters[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = min_of(kBlock, end - at);
+    float* master = read_master(row, at, n, masters);
+    apply_block<Rule>(master, read_grad(row, at, n, grads), row.state0 + at, row.state1 + at,
+                      row.state2 + at, n, k);
+    write_weight(row, at, n, master);
+  }
+}
+
+static void update_chunks(const Chunks& chunks, const fastmp_hyper* groups, float grad_factor) {
+  parallel_for(chunks.first_chunk[chunks.row_count], 1, [&](int64_t begin, int64_t end) {
+    int64_t row = chunks.row_of(end - 1);
+    for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
+      while (chunk < chunks.first_chunk[row]) --row;
+      const fastmp_row& r = chunks.rows[row];
+      const fastmp_hyper& hyper = groups[r.group];
+      const int64_t from = chunks.begin(row, chunk), to = chunks.end(row, chunk);
+      switch (static_cast<int>(hyper.rule)) {
+#define FASTMP_CASE(id, Rule)                            \
+  case id:                                               \
+    update_chunk<Rule>(r, hyper, grad_factor, from, to); \
+    break;
+        FASTMP_RULES(FASTMP_CASE)
+#undef FASTMP_CASE
+      }
+    }
+  });
+}
+
+/* ---- the step ---- */
+
+static int states_of(const fastmp_hyper& hyper) {
+  switch (static_cast<int>(hyper.rule)) {
+#define FASTMP_CASE(id, Rule) \
+  case id:                    \
+    return Rule::states;
+    FASTMP_RULES(FASTMP_CASE)
+#undef FASTMP_CASE
+    default:
+      return -1;
+  }
+}
+
+static bool is_valid(const fastmp_update_args& args) {
+  if (args.record == nullptr || args.row_count < 0 || args.group_count < 0) return false;
+  if (args.row_count > 0 && (args.rows == nullptr || args.groups == nullptr)) return false;
+  for (int64_t i = 0; i < args.row_count; ++i) {
+    const fastmp_row& row = args.rows[i];
+    if (row.group >= args.group_count || row.numel < 0 || row.step == nullptr) return false;
+    const int states = states_of(args.groups[row.group]);
+    if (states < 0 || row.param_dtype > FASTMP_BF16 || row.grad_dtype > FASTMP_BF16) return false;
+    if (row.master_kind > FASTMP_SPLIT) return false;
+    if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
+    if (row.master_kind == FASTMP_SPLIT && row.param_dtype != FASTMP_BF16) return false;
+    if (row.numel == 0) continue;
+    if (row.param == nullptr || row.grad == nullptr) return false;
+    if (row.master_kind != FASTMP_SELF && row.master == nullptr) return false;
+    const float* state[3] = {row.state0, row.state1, row.state2};
+    for (int s = 0; s < states; ++s) {
+      if (state[s] == nullptr) return false;
+    }
+  }
+  return true;
+}
+
+int update(const fastmp_update_args* args) {
+  if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  Scratch<int64_t> first_chunk(args->row_count + 1);
+  if (first_chunk.data == nullptr) return FASTMP_NO_MEMORY;
+  first_chunk.data[0] = 0;
+  for (int64_t i = 0; i < args->row_count; ++i) {
+    first_chunk.data[i + 1] = first_chunk.data[i] + (args->rows[i].numel + kChunk - 1) / kChunk;
+  }
+  const Chunks chunks = {args->rows, args->row_count, first_chunk.data};
+  const int64_t chunk_count = first_chunk.data[args->row_count];
+  Scratch<ChunkScan> scans(chunk_count);
+  if (scans.data == nullptr) return FASTMP_NO_MEMORY;
+
+  const double scale = args->grad_scale == nullptr ? 1.0 : static_cast<double>(*args->grad_scale);
+  const float unscale = static_cast<float>(1.0 / scale);
+  scan_chunks(chunks, scans.data, unscale);
+
+  double sum_of_squares = 0.0;
+  int64_t first_bad = -1;
+  for (int64_t chunk = 0; chunk < chunk_count; ++chunk) {
+    sum_of_squares += scans.data[chunk].sum_of_squares;
+    if (scans.data[chunk].not_finite != 0 && first_bad < 0) first_bad = chunk;
+  }
+  const float norm = static_cast<float>(sqrt(sum_of_squares));
+  const bool told = args->found_inf != nullptr && *args->found_inf != 0.0f;
+  const bool usable_scale = (bits_of(unscale) & 0x7fffffffu) < 0x7f800000u;
+
+  fastmp_record& record = *args->record;
+  record.grad_norm = norm;
+  if (first_bad >= 0 || told || !usable_scale) {
+    record.found_inf = 1.0f;
+    record.skipped += 1;
+    if (first_bad >= 0) record.offender = args->rows[chunks.row_of(first_bad)].index;
+    return FASTMP_OK;
+  }
+  float clip = 1.0f;
+  if (args->max_grad_norm >= 0.0) {
+    clip = min_of(1.0f, static_cast<float>(args->max_grad_norm) / (norm + 1e-6f));
+  }
+  for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
+  update_chunks(chunks, args->groups, unscale * clip);
+  record.found_inf = 0.0f;
+  record.applied += 1;
+  return FASTMP_OK;
+}
+
+}  // namespace FASTMP_TARGET
+}  // namespace fastmp

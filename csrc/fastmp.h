@@ -1,0 +1,107 @@
+/* The C ABI of fastmp's CPU library: pointers, 64-bit sizes, an int status, nothing else.
+ *
+ * Every entry point takes one struct. Its first field is the struct's own size, filled in by the
+ * caller, so that a caller with another layout is refused instead of misread. The Python mirror of
+ * these structs is fastmp/backends/cpu.py. */
+#ifndef FASTMP_H
+#define FASTMP_H
+
+#include <stdint.h>
+
+#include "table.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FASTMP_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define FASTMP_EXPORT __attribute__((visibility("default")))
+#else
+#define FASTMP_EXPORT
+#endif
+
+enum fastmp_status {
+  FASTMP_OK = 0,
+  FASTMP_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown dtype or rule */
+  FASTMP_NO_MEMORY = 2,    /* scratch memory could not be allocated */
+  FASTMP_BAD_TARGET = 3,   /* a class index outside [0, classes); see bad_row */
+};
+
+/* torch_parallel_for of libtorch_cpu: calls fn(begin, end, ctx) on disjoint ranges. */
+typedef void (*fastmp_range_fn)(int64_t begin, int64_t end, void* ctx);
+typedef int32_t (*fastmp_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                       fastmp_range_fn fn, void* ctx);
+
+FASTMP_EXPORT int32_t fastmp_abi_version(void);
+/* The instruction set the kernels run on: "base", "v3" (AVX2) or "v4" (AVX-512). */
+FASTMP_EXPORT const char* fastmp_target(void);
+/* Hands over a thread pool; without one every kernel runs on the calling thread. */
+FASTMP_EXPORT void fastmp_set_parallel_for(fastmp_parallel_for pool);
+
+/* ---- update: one optimizer step over a table of tensors (cpu/update.cpp) ---- */
+typedef struct {
+  int64_t size;
+  const fastmp_row* rows;
+  int64_t row_count;
+  const fastmp_hyper* groups; /* indexed by fastmp_row.group */
+  int64_t group_count;
+  const float* grad_scale; /* the loss scale the gradients carry; NULL: 1 */
+  const float* found_inf;  /* non-zero: somebody else saw an overflow; NULL: nobody looked */
+  double max_grad_norm;    /* clip the global norm to this; negative: do not clip */
+  fastmp_record* record;   /* what the step decided */
+} fastmp_update_args;
+FASTMP_EXPORT int32_t fastmp_update(const fastmp_update_args* args);
+
+/* ---- loss: cross-entropy of a mixed pair of targets with smoothing (cpu/loss.cpp) ---- */
+enum fastmp_reduction { FASTMP_NONE = 0, FASTMP_MEAN = 1, FASTMP_SUM = 2 };
+typedef struct {
+  int64_t size;
+  const void* logits; /* rows x classes, the classes of a row side by side */
+  int32_t dtype;      /* fastmp_dtype of logits and grad */
+  int32_t reduction;  /* fastmp_reduction */
+  int64_t rows;
+  int64_t classes;
+  int64_t row_stride; /* elements from one row of logits to the next */
+  const int64_t* target_a;
+  const int64_t* target_b; /* NULL: no second target, lam is not read */
+  const float* lam;        /* weight of target_a */
+  int64_t lam_stride;      /* 0: one lambda for all rows, 1: one per row */
+  const float* weight;     /* per class; NULL: all 1 */
+  int64_t ignore_index;
+  double smoothing;
+  const float* grad_output; /* incoming gradient of the loss, in fp32 */
+  int64_t grad_stride;      /* 0: one for all rows, 1: one per row (reduction none) */
+  float* loss;              /* forward: 1 value, or one per row for reduction none */
+  float* stats;             /* rows x 2: largest logit, sum of exp(logit - largest); forward
+                               writes, backward reads */
+  void* grad;               /* gradient of the logits, dense; NULL: forward computes the loss alone */
+  int64_t bad_row;          /* out, with FASTMP_BAD_TARGET */
+  int64_t bad_target;       /* out, likewise */
+} fastmp_loss_args;
+FASTMP_EXPORT int32_t fastmp_loss_forward(fastmp_loss_args* args);
+FASTMP_EXPORT int32_t fastmp_loss_backward(fastmp_loss_args* args);
+
+/* ---- mix: mixup or cutmix with normalisation and cast (cpu/mix.cpp) ---- */
+typedef struct {
+  int64_t size;
+  const void* input;   /* batch x channels x height x width, row-major */
+  void* output;        /* same shape */
+  int32_t input_dtype; /* fastmp_dtype */
+  int32_t output_dtype;
+  int64_t batch, channels, height, width;
+  const int64_t* index; /* partner of each sample, in [0, batch); NULL: no mixing */
+  const float* lam;     /* weight of the sample itself */
+  int64_t lam_stride;   /* 0: one for the batch, 1: one per sample */
+  const int64_t* box; /* cutmix: (top, bottom, left, right) pasted from the partner; NULL: mixup */
+  int64_t box_stride; /* 0: one box for the batch, 4: one per sample */
+  const float* scale; /* per channel: normalised = x * scale + shift; NULL: 1 */
+  const float* shift; /* per channel; NULL: 0 */
+} fastmp_mix_args;
+FASTMP_EXPORT int32_t fastmp_mix(const fastmp_mix_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,109 @@
+/* 16-bit floating-point formats and split master weights, in integer arithmetic, for host and
+ * device. Integer arithmetic because GCC 12 does not vectorise _Float16 conversions: an fp16 AdamW
+ * built on them ran 3x slower than its fp32 twin. Rounding is to nearest even. */
+#ifndef FASTMP_NUMERICS_H
+#define FASTMP_NUMERICS_H
+
+#ifdef __CUDACC__
+#define FASTMP_FN static __host__ __device__ __forceinline__
+#else
+#define FASTMP_FN static inline __attribute__((always_inline))
+#endif
+
+#ifndef __CUDACC_RTC__
+#include <stdint.h>
+#endif
+
+namespace fastmp {
+
+/* Storage types: 16 bits with a meaning, no arithmetic. */
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+FASTMP_FN float float_from_bits(uint32_t bits) {
+  union {
+    uint32_t u;
+    float f;
+  } x = {bits};
+  return x.f;
+}
+
+FASTMP_FN uint32_t bits_of(float value) {
+  union {
+    float f;
+    uint32_t u;
+  } x = {value};
+  return x.u;
+}
+
+FASTMP_FN float to_float(float x) {
+  return x;
+}
+
+FASTMP_FN float to_float(bf16 x) {
+  return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
+
+/* Move exponent and mantissa into place, then rebias: +112 for normal numbers, +224 for inf and
+ * NaN. A subnormal h is h * 2^-24, which a subtraction from 2^-14 turns into a normal float. */
+FASTMP_FN float to_float(f16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000u;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t normal = magnitude + 0x38000000u;
+  const uint32_t special = magnitude + 0x70000000u;
+  const uint32_t subnormal =
+      bits_of(float_from_bits(magnitude + 0x38800000u) - float_from_bits(0x38800000u));
+  const uint32_t finite = exponent == 0 ? subnormal : normal;
+  return float_from_bits(sign | (exponent == 0x0f800000u ? special : finite));
+}
+
+FASTMP_FN void store(float x, float* out) {
+  *out = x;
+}
+
+FASTMP_FN void store(float x, bf16* out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+/* Normal results: round the 13 bits that go, by integer addition, a carry walking into the
+ * exponent. Subnormal results: adding 0.5f leaves the rounded 10-bit mantissa in the low bits. */
+FASTMP_FN void store(float x, f16* out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t bounded = magnitude >= 0x477ff000u ? 0x7c00u : finite;
+  out->bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? nan : bounded));
+}
+
+/* Split master: an fp32 value kept as a bf16 weight and a signed 16-bit remainder,
+ *   bits(master) = (bits(weight) << 16) + remainder,
+ * exact for every fp32 value. The weight is the nearest bf16; a tie goes away from zero, because
+ * under ties-to-even 65,537 values would share one even bf16 and 16 bits tell only 65,536 apart.
+ * NaN is stored as the canonical NaN: the carry of one with a full mantissa would reach the sign.
+ */
+FASTMP_FN float join_master(bf16 weight, int16_t remainder) {
+  return float_from_bits((static_cast<uint32_t>(weight.bits) << 16) +
+                         static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+}
+
+FASTMP_FN void split_master(float master, bf16* weight, int16_t* remainder) {
+  const uint32_t bits = bits_of(master);
+  const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  weight->bits = static_cast<uint16_t>((kept + 0x8000u) >> 16);
+  *remainder = static_cast<int16_t>(kept & 0xffffu);
+}
+
+}  // namespace fastmp
+#endif

@@ -1,0 +1,104 @@
+/* The update rules: what one step does to one element. Each rule is written once, here; the CPU
+ * library and the CUDA kernel compile the same source.
+ *
+ * A rule is a struct with
+ *   states        how many fp32 states an element has,
+ *   prepare()     the hyperparameters of a group at a step, reduced to a few fp32 numbers, in fp64,
+ *   apply()       p, states <- one element's update, branch-free so that it vectorises.
+ * grad_factor carries the unscaling, the clipping and the sign of maximize, in one multiplication.
+ * A new rule is one struct and one line in FASTMP_RULES. */
+#ifndef FASTMP_RULES_H
+#define FASTMP_RULES_H
+
+#include "numerics.h"
+#include "table.h"
+#ifndef __CUDACC_RTC__
+#include <math.h>
+#endif
+
+namespace fastmp {
+
+/* Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019), as torch.optim.adam defines them:
+ *   p *= 1 - lr wd                    (decoupled)    or    g += wd p
+ *   m += (1 - b1)(g - m),  v = b2 v + (1 - b2) g^2
+ *   p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+ * AMSGrad puts the running maximum of v under the root. */
+template <bool amsgrad>
+struct AdamRule {
+  static constexpr int states = amsgrad ? 3 : 2;
+
+  struct Coefficients {
+    float grad_factor, decay, l2, rate1, beta2, rate2, root_correction, eps, step_size;
+  };
+
+  FASTMP_FN Coefficients prepare(const fastmp_hyper& h, double step, float grad_factor) {
+    const double correction1 = 1.0 - pow(h.beta1, step);
+    const double correction2 = 1.0 - pow(h.beta2, step);
+    Coefficients k;
+    k.grad_factor = h.maximize != 0.0 ? -grad_factor : grad_factor;
+    k.decay = static_cast<float>(h.decoupled != 0.0 ? 1.0 - h.lr * h.weight_decay : 1.0);
+    k.l2 = static_cast<float>(h.decoupled != 0.0 ? 0.0 : h.weight_decay);
+    k.rate1 = static_cast<float>(1.0 - h.beta1);
+    k.beta2 = static_cast<float>(h.beta2);
+    k.rate2 = static_cast<float>(1.0 - h.beta2);
+    k.root_correction = static_cast<float>(1.0 / sqrt(correction2));
+    k.eps = static_cast<float>(h.eps);
+    k.step_size = static_cast<float>(h.lr / correction1);
+    return k;
+  }
+
+  FASTMP_FN void apply(float& p, float g, float& m, float& v, float& v_max, const Coefficients& k) {
+    g = g * k.grad_factor + k.l2 * p;
+    m = m + (g - m) * k.rate1;
+    v = v * k.beta2 + g * g * k.rate2;
+    float second = v;
+    if (amsgrad) second = v_max = v_max < v ? v : v_max;
+    const float denominator = sqrtf(second) * k.root_correction + k.eps;
+    p = p * k.decay - k.step_size * (m / denominator);
+  }
+};
+
+/* SGD as torch.optim.sgd defines it:
+ *   g += wd p;  b = mu b + (1 - dampening) g  (b = g at the first step)
+ *   p -= lr (nesterov ? g + mu b : b) */
+template <bool momentum>
+struct SgdRule {
+  static constexpr int states = momentum ? 1 : 0;
+
+  struct Coefficients {
+    float grad_factor, l2, momentum_keep, momentum_take, from_grad, from_buffer;
+  };
+
+  FASTMP_FN Coefficients prepare(const fastmp_hyper& h, double step, float grad_factor) {
+    const bool first = step <= 1.0;
+    const bool nesterov = h.nesterov != 0.0;
+    Coefficients k;
+    k.grad_factor = h.maximize != 0.0 ? -grad_factor : grad_factor;
+    k.l2 = static_cast<float>(h.weight_decay);
+    k.momentum_keep = static_cast<float>(first ? 0.0 : h.beta1);
+    k.momentum_take = static_cast<float>(first ? 1.0 : 1.0 - h.dampening);
+    k.from_grad = static_cast<float>(!momentum || nesterov ? h.lr : 0.0);
+    k.from_buffer = static_cast<float>(nesterov ? h.lr * h.beta1 : h.lr);
+    return k;
+  }
+
+  FASTMP_FN void apply(float& p, float g, float& buffer, float&, float&, const Coefficients& k) {
+    g = g * k.grad_factor + k.l2 * p;
+    if (momentum) {
+      buffer = buffer * k.momentum_keep + g * k.momentum_take;
+      p = p - (g * k.from_grad + buffer * k.from_buffer);
+    } else {
+      p = p - g * k.from_grad;
+    }
+  }
+};
+
+/* Every rule with its number in table.h. */
+#define FASTMP_RULES(X)             \
+  X(FASTMP_ADAM, AdamRule<false>)   \
+  X(FASTMP_AMSGRAD, AdamRule<true>) \
+  X(FASTMP_SGD, SgdRule<false>)     \
+  X(FASTMP_MOMENTUM, SgdRule<true>)
+
+}  // namespace fastmp
+#endif

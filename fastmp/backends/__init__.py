@@ -1,0 +1,49 @@
+"""Which device code serves which operation, and why.
+
+Each backend registers its kernels against the operations that ``fastmp.ops`` defines; what no
+backend serves runs on the reference implementation in plain PyTorch. ``FASTMP_BACKEND=cpu`` turns
+a fallback into an error, for those who want to be sure.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+BACKENDS = ("cpu",)
+
+
+class Served(NamedTuple):
+    """Who carries out an operation on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+_served: dict[tuple[str, str], Served] = {}
+
+
+def record(op: str, device: str, backend: str, reason: str) -> None:
+    """Note that ``backend`` serves ``op`` on ``device``."""
+    _served[op, device] = Served(op, device, backend, reason)
+
+
+def report() -> list[Served]:
+    """What serves each operation on each kind of device, with the reason, one row each."""
+    return [_served[key] for key in sorted(_served)]
+
+
+def required() -> str | None:
+    """The backend demanded by ``FASTMP_BACKEND``, or None.
+
+    Raises:
+        ValueError: the variable names a backend that does not exist.
+    """
+    name = os.environ.get("FASTMP_BACKEND", "").strip().lower() or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"FASTMP_BACKEND must be one of {', '.join(BACKENDS)} (or unset), got {name!r}"
+        )
+    return name

@@ -1,0 +1,82 @@
+"""The layouts of ``csrc/table.h``, as Python reads and writes them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+
+
+class Rule(IntEnum):
+    """``fastmp_rule``: which update rule a parameter group follows."""
+
+    ADAM = 0
+    AMSGRAD = 1
+    SGD = 2
+    MOMENTUM = 3
+
+
+class Master(IntEnum):
+    """``fastmp_master``: how a parameter keeps its fp32 value."""
+
+    SELF = 0
+    FULL = 1
+    SPLIT = 2
+
+
+#: ``fastmp_row``: one parameter tensor.
+ROW = np.dtype(
+    [
+        ("param", np.int64),
+        ("grad", np.int64),
+        ("master", np.int64),
+        ("state0", np.int64),
+        ("state1", np.int64),
+        ("state2", np.int64),
+        ("step", np.int64),
+        ("numel", np.int64),
+        ("index", np.int64),
+        ("group", np.uint16),
+        ("param_dtype", np.uint8),
+        ("grad_dtype", np.uint8),
+        ("master_kind", np.uint8),
+        ("reserved", np.uint8, (3,)),
+    ]
+)
+
+#: ``fastmp_hyper``: one parameter group, a row of a float64 matrix.
+HYPER_FIELDS = (
+    "rule",
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "dampening",
+    "maximize",
+    "decoupled",
+    "nesterov",
+)
+
+#: ``fastmp_record``: what a step decided.
+RECORD = np.dtype(
+    [
+        ("found_inf", np.float32),
+        ("grad_norm", np.float32),
+        ("applied", np.int64),
+        ("skipped", np.int64),
+        ("offender", np.int64),
+    ]
+)
+
+
+def record_field(record: torch.Tensor, name: str) -> torch.Tensor:
+    """One field of a record (a uint8 tensor of ``RECORD.itemsize`` bytes) as a 0-d tensor view."""
+    fields: Any = RECORD.fields
+    field, offset = fields[name][:2]
+    dtype = {"f": torch.float32, "i": torch.int64}[field.kind]
+    return record[offset : offset + field.itemsize].view(dtype)[0]

@@ -1,0 +1,340 @@
+"""What the fused optimizers share: their state, the step, and what the step decided.
+
+State lives where torch's optimizers keep it, ``self.state[param]``, under torch's keys, as views of
+a few flat arenas. It is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
+entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmp.backends.table import record_field
+from fastmp.ops import update
+from fastmp.ops.update import Hyper, Plan, Slot
+
+_MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line
+
+
+class _Loaded:
+    """Carries a tensor through ``Optimizer.load_state_dict``, which casts bare ones to the
+    parameter's dtype: an fp16 second moment of 1e-9 would load as 0."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def _protect(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: _Loaded(value) if isinstance(value, Tensor) and key != "step" else value
+        for key, value in values.items()
+    }
+
+
+class Fused(torch.optim.Optimizer):
+    """What the fused optimizers share: state, the step, and what the step decided.
+
+    Subclasses say which state a group keeps (``_state_keys``) and how a group's options become
+    hyperparameters (``_hyper``).
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf
+    max_grad_norm: float | None
+    _told: Tensor | None = None  # found_inf of whoever looked before us, during a step
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        raise NotImplementedError
+
+    def _init_fused(self, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        self._plan: Plan | None = None
+        self._plan_rules: list[tuple[str, ...]] = []
+        self._plan_state: list[Any] = []
+        self._versions: list[int] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, refusing parameters that no kernel and no reference can update.
+
+        Raises:
+            ValueError: a sparse, complex or integer parameter, or ``differentiable=True``.
+        """
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            if added.get("differentiable"):
+                raise ValueError("differentiable=True is not supported; use torch.optim for it")
+            for i, param in enumerate(added["params"]):
+                if param.dtype not in _DTYPES or param.layout != torch.strided:
+                    raise ValueError(
+                        f"parameter {i} of the group: expected a dense fp32, fp16, bf16 or fp64 "
+                        f"tensor, got {param.dtype} with layout {param.layout}"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, unless one is not finite.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+            ValueError: parameters on several devices, or a gradient that does not fit.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params, grads = self._with_gradients()
+        if not params:
+            return loss
+        plan = self._plan
+        if plan is None or not self._is_current(plan, params, grads):
+            plan = self._new_plan(grads)
+        else:
+            plan.point_at(grads)
+        self._adopt_changed_weights(plan)
+        update.run(
+            plan,
+            torch.tensor([self._hyper(group) for group in self.param_groups], dtype=torch.float64),
+            self._record_for(params[0].device),
+            getattr(self, "grad_scale", None),
+            self._told,
+            update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
+        )
+        torch.autograd.graph.increment_version(plan.params)
+        self._versions = [p._version for p in plan.params]
+        return loss
+
+    def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if any(grad is None for grad in grads):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if any(grad.layout != torch.strided for grad in grads):
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, "
+                "please consider SparseAdam or sparse=False instead"
+            )
+        return params, grads
+
+    def _flat_state(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self.state.values())))
+
+    def _is_current(self, plan: Plan, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether the plan still describes parameters, gradients, rules and state as they are."""
+        state = self._flat_state()
+        return (
+            len(state) == len(self._plan_state)
+            and all(map(is_, state, self._plan_state))
+            and [self._state_keys(group) for group in self.param_groups] == self._plan_rules
+            and plan.fits(params, grads)
+        )
+
+    def _new_plan(self, grads: list[Tensor]) -> Plan:
+        slots: list[Slot] = []
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            keys = self._state_keys(group)
+            in_use = [p for p in group["params"] if p.grad is not None]
+            self._allocate(in_use, keys)
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    master = state.get(_MASTER_KEYS.get(param.dtype))
+                    states = tuple(state[key] for key in keys)
+                    slots.append(Slot(param, master, states, state["step"], number, index))
+                index += 1
+        self._plan = Plan(slots, grads)
+        self._plan_rules = [self._state_keys(group) for group in self.param_groups]
+        self._plan_state = self._flat_state()
+        self._versions = []
+        return self._plan
+
+    def _adopt_changed_weights(self, plan: Plan) -> None:
+        """Take over fp16 weights that were written from outside since the last step.
+
+        Otherwise the next write-back of the master would undo a ``load_state_dict`` or a manual
+        edit. A weight that still equals its rounded master keeps the master's finer value. bf16
+        needs none of this: there the weight is the upper half of the master.
+        """
+        if [p._version for p in plan.params] == self._versions:
+            return
+        for slot in plan.slots:
+            if slot.param.dtype == torch.float16 and slot.master is not None:
+                kept = slot.master.to(torch.float16) == slot.param
+                slot.master.copy_(torch.where(kept, slot.master, slot.param.float()))
+
+    # ---- state ----
+
+    def _allocate(self, params: list[Tensor], keys: Iterable[str]) -> None:
+        """Give every parameter the state it lacks, as views of one arena per kind of state."""
+        for dtype in {p.dtype for p in params}:
+            same = [p for p in params if p.dtype == dtype]
+            moment = torch.float64 if dtype == torch.float64 else torch.float32
+            for key in keys:
+                self._add_views(key, [p for p in same if self._lacks(p, key)], moment)
+            if dtype in _MASTER_KEYS:
+                self._add_masters(_MASTER_KEYS[dtype], same)
+        without = [p for p in params if self._lacks(p, "step")]
+        if without:
+            steps = torch.zeros(len(without), dtype=torch.float32, device=without[0].device)
+            for p, step in zip(without, steps, strict=True):
+                self.state[p]["step"] = step
+
+    def _add_masters(self, key: str, params: list[Tensor]) -> None:
+        without = [p for p in params if self._lacks(p, key)]
+        if key == "remainder":  # of a value that is its own rounding: zero
+            self._add_views(key, without, torch.int16)
+            return
+        self._add_views(key, without, torch.float32)
+        for p in without:
+            self.state[p][key].copy_(p)
+
+    def _lacks(self, param: Tensor, key: str) -> bool:
+        return self.state[param].get(key) is None
+
+    def _add_views(self, key: str, params: list[Tensor], dtype: torch.dtype) -> None:
+        if not params:
+            return
+        sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
+        arena = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
+        for p, piece in zip(params, torch.split(arena, sizes), strict=True):
+            if update._is_dense(p):
+                view = piece.as_strided(p.shape, p.stride(), piece.storage_offset())
+            else:
+                view = piece[: p.numel()].view(p.shape)
+            self.state[p][key] = view
+
+    def _record_for(self, device: torch.device) -> Tensor:
+        record: Tensor | None = self.__dict__.get("_record")
+        if record is None or record.device != device:
+            self._record = record = update.new_record(device)
+        return record
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"max_grad_norm": self.max_grad_norm, "_record": self.__dict__.get("_record")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plan()
+        for group in self.param_groups:
+            keys = ("step", *self._state_keys(group), *_MASTER_KEYS.values())
+            for param in group["params"]:
+                if param in self.state:
+                    self._own(param, self.state[param], keys)
+
+    def _own(self, param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
+        """Turn loaded values into this optimizer's own state, none of them rounded."""
+        loaded = {k: v.value if isinstance(v, _Loaded) else v for k, v in state.items()}
+        if "step" not in loaded and loaded.get("momentum_buffer") is not None:
+            loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
+        state.clear()
+        for key, value in loaded.items():
+            if key not in keys or value is None:
+                if value is not None:
+                    state[key] = value
+                continue
+            if key == "step":
+                state[key] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
+                continue
+            dtype = torch.int16 if key == "remainder" else torch.float32
+            if param.dtype == torch.float64 and key not in _MASTER_KEYS.values():
+                dtype = torch.float64
+            state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
+
+        Raises:
+            ValueError: another number of groups or of parameters in a group, as in torch.
+        """
+
+        # The last pre-hook, so that it sees what the caller's own hooks made of the state.
+        def protect(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            state = {param: _protect(values) for param, values in loaded["state"].items()}
+            return {**loaded, "state": state}
+
+        handle = self.register_load_state_dict_pre_hook(protect)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    # ---- what the last step decided ----
+
+    def _read(self, name: str) -> Tensor:
+        params = (p for group in self.param_groups for p in group["params"])
+        record = self.__dict__.get("_record")
+        if record is None:
+            record = self._record_for(next(params).device)
+        return record_field(record, name)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's unscaled gradients before clipping, 0-d fp32."""
+        return self._read("grad_norm")
+
+    @property
+    def found_inf(self) -> Tensor:
+        """1 if the last step was skipped, else 0; 0-d fp32.
+
+        torch's GradScaler assigns to this name before a step, to tell what it has found, and
+        deletes it afterwards; the value read is always the step's own verdict.
+        """
+        return self._read("found_inf")
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor) -> None:
+        self._told = value
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self._told = None
+
+    @property
+    def applied_steps(self) -> Tensor:
+        """How many steps changed the parameters, 0-d int64."""
+        return self._read("applied")
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped for a non-finite gradient, 0-d int64."""
+        return self._read("skipped")
+
+    def last_overflow(self) -> str | int | None:
+        """The first parameter whose gradient was not finite in the last step that saw one.
+
+        Its name if the optimizer was given named parameters, else its position; None if there was
+        no such step. Reads the device: on a GPU this waits for it.
+        """
+        index = int(self._read("offender"))
+        if index < 0:
+            return None
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return names[index] if names else index

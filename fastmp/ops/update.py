@@ -1,0 +1,399 @@
+"""update: one optimizer step over many tensors, in one call.
+
+    found_inf = any gradient not finite        norm = || grad / scale ||
+    unless found_inf:
+        g      = grad / scale * min(1, max_norm / (norm + 1e-6))
+        master = rule(master, g)               weight = round(master)
+
+The rules are those of ``torch.optim``: see ``csrc/rules.h``, which holds them for the kernels, and
+``_adam`` and ``_sgd`` below, which hold them in plain PyTorch: the oracle of the tests, and the
+fallback for dtypes and devices without a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmp import backends
+from fastmp.backends import cpu
+from fastmp.backends.table import (
+    DTYPE_CODES,
+    HYPER_FIELDS,
+    RECORD,
+    ROW,
+    Master,
+    Rule,
+    record_field,
+)
+
+NO_CLIP = -1.0
+
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Hyper(NamedTuple):
+    """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/table.h`` lays them out."""
+
+    rule: float
+    lr: float
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    weight_decay: float = 0.0
+    dampening: float = 0.0
+    maximize: float = 0.0
+    decoupled: float = 0.0
+    nesterov: float = 0.0
+
+
+assert Hyper._fields == HYPER_FIELDS
+
+
+class Slot(NamedTuple):
+    """Everything the step touches of one parameter, but its gradient.
+
+    ``master`` is None for fp32 and fp64 parameters, fp32 for fp16 ones, and int16 for bf16 ones:
+    the remainder that makes the weight the full fp32 value. ``states`` has the rule's fp32 states,
+    ``step`` how many updates there were, as a 0-d fp32 tensor. All of them share the parameter's
+    strides. ``group`` is a row of the hyperparameters, ``number`` the parameter's place in the
+    optimizer.
+    """
+
+    param: Tensor
+    master: Tensor | None
+    states: tuple[Tensor, ...]
+    step: Tensor
+    group: int
+    number: int
+
+
+def new_record(device: torch.device) -> Tensor:
+    """A zeroed ``fastmp_record``: read it through ``backends.table.record_field``."""
+    record = torch.zeros(RECORD.itemsize, dtype=torch.uint8, device=device)
+    record_field(record, "offender").fill_(-1)
+    return record
+
+
+# ---- split masters ----
+
+
+def split_master(value: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as (bf16 weight, int16 remainder); see ``csrc/numerics.h``."""
+    bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
+    weight = (bits + 0x8000) >> 16
+    return weight.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 tensor that a bf16 weight and its int16 remainder stand for, to the bit."""
+    high = weight.view(torch.int16).to(torch.int32) << 16
+    return (high + remainder).view(torch.float32)
+
+
+# ---- the table ----
+
+
+class Plan:
+    """A step's tensors, laid out for the kernel once and pointed at new gradients every step."""
+
+    def __init__(self, slots: Sequence[Slot], grads: Sequence[Tensor]):
+        """Lay out the table.
+
+        Raises:
+            ValueError: parameters on several devices, or a gradient of another shape or device.
+        """
+        devices = {slot.param.device for slot in slots}
+        if len(devices) > 1:
+            raise ValueError(
+                "expected all parameters of an optimizer on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; use one optimizer per device"
+            )
+        for slot, grad in zip(slots, grads, strict=True):
+            if grad.shape != slot.param.shape or grad.device != slot.param.device:
+                raise ValueError(
+                    f"the gradient of parameter {slot.number} does not fit it: expected shape "
+                    f"{tuple(slot.param.shape)} on {slot.param.device}, got {tuple(grad.shape)} "
+                    f"on {grad.device}; call zero_grad() after changing a parameter"
+                )
+        self.slots = list(slots)
+        self.params = [slot.param for slot in slots]
+        self.grads = list(grads)
+        self._strides = [p.stride() for p in self.params]
+        self._dtypes = [g.dtype for g in grads]
+        self.fallback = _why_not_native(slots, grads)
+        if self.fallback is None:
+            self._grads_at: list[int] = []
+            self._params_at = [p.data_ptr() for p in self.params]
+            self.rows = _rows(slots, grads)
+            self.point_at(grads)
+
+    def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Whether these are still the parameters the table was laid out for, where it says."""
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        if [g.dtype for g in grads] != self._dtypes:
+            return False
+        return self.fallback is not None or [p.data_ptr() for p in params] == self._params_at
+
+    def point_at(self, grads: Sequence[Tensor]) -> None:
+        """Use these gradients, one per row, in the next step."""
+        self.grads = list(grads)
+        if self.fallback is not None:
+            return
+        grads_at = [g.data_ptr() for g in self.grads]
+        if grads_at == self._grads_at:
+            return
+        if [g.stride() for g in self.grads] != self._strides:
+            # Another order of the same elements (a channels_last weight with a contiguous gradient,
+            # say): copied into the weight's order, a slower path with the same result.
+            for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+                if grad.stride() != self._strides[i]:
+                    self.grads[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            grads_at = [g.data_ptr() for g in self.grads]
+        self._grads_at = grads_at
+        self.rows["grad"] = grads_at
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | None:
+    """The reason, in words, why the kernel cannot take these tensors; None if it can."""
+    if not slots:
+        return None
+    device = slots[0].param.device
+    if device.type != "cpu":
+        return f"no kernel for {device.type}"
+    library, reason = cpu.load()
+    if library is None:
+        return reason
+    for slot, grad in zip(slots, grads, strict=True):
+        if slot.param.dtype not in _NATIVE_DTYPES or grad.dtype not in _NATIVE_DTYPES:
+            return f"no kernel for {slot.param.dtype} parameters with {grad.dtype} gradients"
+        if slot.param.numel() > 0 and not _is_dense(slot.param):
+            return f"parameter {slot.number} is a strided view with gaps"
+    return None
+
+
+def _rows(slots: Sequence[Slot], grads: Sequence[Tensor]) -> np.ndarray:
+    rows = np.zeros(len(slots), ROW)
+    rows["param"] = [slot.param.data_ptr() for slot in slots]
+    rows["master"] = [0 if slot.master is None else slot.master.data_ptr() for slot in slots]
+    for i in range(3):
+        rows[f"state{i}"] = [
+            slot.states[i].data_ptr() if i < len(slot.states) else 0 for slot in slots
+        ]
+    rows["step"] = [slot.step.data_ptr() for slot in slots]
+    rows["numel"] = [slot.param.numel() for slot in slots]
+    rows["index"] = [slot.number for slot in slots]
+    rows["group"] = [slot.group for slot in slots]
+    rows["param_dtype"] = [DTYPE_CODES[slot.param.dtype] for slot in slots]
+    rows["grad_dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
+    rows["master_kind"] = [_master_kind(slot.master) for slot in slots]
+    return rows
+
+
+def _master_kind(master: Tensor | None) -> Master:
+    if master is None:
+        return Master.SELF
+    return Master.SPLIT if master.dtype == torch.int16 else Master.FULL
+
+
+# ---- running a step ----
+
+
+def run(
+    plan: Plan,
+    hypers: Tensor,
+    record: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    max_grad_norm: float = NO_CLIP,
+) -> None:
+    """Take one step with every tensor of the plan.
+
+    Args:
+        plan: the tensors; parameters, masters, states and steps are changed in place, or, if any
+            gradient is not finite, not at all.
+        hypers: float64 (groups, 10), one ``Hyper`` per row, on the CPU.
+        record: what was decided; see ``new_record``.
+        grad_scale: 0-d fp32, the loss scale that the gradients carry; None: 1.
+        found_inf: 0-d fp32, non-zero if somebody else saw an overflow (another rank, a scaler).
+        max_grad_norm: clip the global norm of the unscaled gradients to this; negative: do not.
+    """
+    if plan.fallback is not None:
+        _reference(plan.slots, plan.grads, hypers, record, grad_scale, found_inf, max_grad_norm)
+        return
+    scale = None if grad_scale is None else _fp32_on_cpu(grad_scale)
+    found = None if found_inf is None else _fp32_on_cpu(found_inf)
+    args = cpu.UpdateArgs(
+        rows=plan.rows.ctypes.data,
+        row_count=len(plan.rows),
+        groups=hypers.data_ptr(),
+        group_count=len(hypers),
+        grad_scale=None if scale is None else scale.data_ptr(),
+        found_inf=None if found is None else found.data_ptr(),
+        max_grad_norm=max_grad_norm,
+        record=record.data_ptr(),
+    )
+    cpu.call("fastmp_update", args)
+
+
+def _fp32_on_cpu(value: Tensor) -> Tensor:
+    return value.detach().to(device="cpu", dtype=torch.float32)
+
+
+# ---- the reference ----
+
+
+def _adam(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
+    """torch.optim.Adam and AdamW, one tensor; returns the new value, changes the states."""
+    if h.decoupled:
+        master = master * (1 - h.lr * h.weight_decay)
+    else:
+        g = g + h.weight_decay * master
+    m, v = states[0], states[1]
+    m.lerp_(g, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
+    if h.rule == Rule.AMSGRAD:
+        v = torch.maximum(states[2], v, out=states[2])
+    denominator = v.sqrt() / (1 - h.beta2**step) ** 0.5 + h.eps
+    return master - h.lr / (1 - h.beta1**step) * m / denominator
+
+
+def _sgd(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
+    """torch.optim.SGD, one tensor; returns the new value, changes the states."""
+    g = g + h.weight_decay * master
+    if h.rule == Rule.MOMENTUM:
+        buffer = states[0]
+        if step == 1:
+            buffer.copy_(g)
+        else:
+            buffer.mul_(h.beta1).add_(g, alpha=1 - h.dampening)
+        g = g + h.beta1 * buffer if h.nesterov else buffer
+    return master - h.lr * g
+
+
+_RULES: dict[Rule, Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyper], Tensor]] = {
+    Rule.ADAM: _adam,
+    Rule.AMSGRAD: _adam,
+    Rule.SGD: _sgd,
+    Rule.MOMENTUM: _sgd,
+}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@torch.no_grad()
+def _reference(
+    slots: Sequence[Slot],
+    grads: Sequence[Tensor],
+    hypers: Tensor,
+    record: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float,
+) -> None:
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    bad = [not bool(grad.isfinite().all()) for grad in grads]
+    # hypot over the tensors' norms: the squares of fp64 gradients may not fit
+    norms = [float((_wide(grad).double() * unscale).norm()) for grad in grads]
+    norm = float(torch.tensor(norms, dtype=torch.float64).norm()) if norms else 0.0
+    record_field(record, "grad_norm").fill_(norm)
+    told = found_inf is not None and float(found_inf) != 0.0
+    if any(bad) or told or not np.isfinite(unscale):
+        record_field(record, "found_inf").fill_(1.0)
+        record_field(record, "skipped").add_(1)
+        if any(bad):
+            record_field(record, "offender").fill_(slots[bad.index(True)].number)
+        return
+    clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm >= 0 else 1.0
+    groups = [Hyper(*row) for row in hypers.tolist()]
+    for slot, grad in zip(slots, grads, strict=True):
+        h = groups[slot.group]
+        g = _wide(grad) * (unscale * clip * (-1 if h.maximize else 1))
+        slot.step.add_(1)
+        master = slot.master
+        if master is None:
+            old = slot.param
+        else:
+            old = join_master(slot.param, master) if master.dtype == torch.int16 else master
+        new = _RULES[Rule(int(h.rule))](old, g, slot.states, float(slot.step), h)
+        if master is None:
+            slot.param.copy_(new)
+        elif master.dtype == torch.int16:
+            weight, remainder = split_master(new)
+            slot.param.copy_(weight)
+            master.copy_(remainder)
+        else:
+            master.copy_(new)
+            slot.param.copy_(new)
+    record_field(record, "found_inf").fill_(0.0)
+    record_field(record, "applied").add_(1)
+
+
+# ---- the operation ----
+
+_library = torch.library.Library("fastmp", "FRAGMENT")
+_library.define(
+    "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, "
+    "Tensor(d!)[] steps, int[] groups, Tensor hypers, Tensor? grad_scale, Tensor? found_inf, "
+    "float max_grad_norm, Tensor(e!) record) -> ()"
+)
+
+
+def _update_op(
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    states: list[Tensor],
+    steps: list[Tensor],
+    groups: list[int],
+    hypers: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float,
+    record: Tensor,
+) -> None:
+    """``fastmp::update_``: as ``run``, on lists.
+
+    ``masters`` has one tensor per parameter (empty for fp32 ones), ``states`` the states of the
+    first parameter, then of the second, and so on, as many for each.
+    """
+    count = len(states) // len(params) if params else 0
+    slots = [
+        Slot(
+            param,
+            None if param.dtype in (torch.float32, torch.float64) else masters[i],
+            tuple(states[i * count : (i + 1) * count]),
+            steps[i],
+            groups[i],
+            i,
+        )
+        for i, param in enumerate(params)
+    ]
+    run(Plan(slots, grads), hypers, record, grad_scale, found_inf, max_grad_norm)
+
+
+_library.impl("update_", _update_op, "CompositeExplicitAutograd")
+torch.library.register_fake("fastmp::update_", lambda *args: None, lib=_library)
+
+_native, _reason = cpu.load()
+backends.record("update", "cpu", "cpu" if _native else "reference", _reason)
