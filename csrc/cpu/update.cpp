@@ -228,8 +228,9 @@ int update(const fastmp_update_args* args) {
   Scratch<ChunkScan> scans(chunk_count);
   if (scans.data == nullptr) return FASTMP_NO_MEMORY;
 
-  const double scale = args->grad_scale == nullptr ? 1.0 : static_cast<double>(*args->grad_scale);
-  const float unscale = static_cast<float>(1.0 / scale);
+  const float scale = args->grad_scale == nullptr ? 1.0f : *args->grad_scale;
+  const bool usable = isfinite(scale) && isfinite(1.0f / scale);
+  const float unscale = usable ? static_cast<float>(1.0 / static_cast<double>(scale)) : 1.0f;
   scan_chunks(chunks, scans.data, unscale);
 
   double sum_of_squares = 0.0;
@@ -240,11 +241,10 @@ int update(const fastmp_update_args* args) {
   }
   const float norm = static_cast<float>(sqrt(sum_of_squares));
   const bool told = args->found_inf != nullptr && *args->found_inf != 0.0f;
-  const bool usable_scale = (bits_of(unscale) & 0x7fffffffu) < 0x7f800000u;
 
   fastmp_record& record = *args->record;
   record.grad_norm = norm;
-  if (first_bad >= 0 || told || !usable_scale) {
+  if (first_bad >= 0 || told || !usable) {
     record.found_inf = 1.0f;
     record.skipped += 1;
     if (first_bad >= 0) record.offender = args->rows[chunks.row_of(first_bad)].index;

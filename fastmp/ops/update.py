@@ -273,7 +273,8 @@ def _adam(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: H
     if h.rule == Rule.AMSGRAD:
         v = torch.maximum(states[2], v, out=states[2])
     denominator = v.sqrt() / (1 - h.beta2**step) ** 0.5 + h.eps
-    return master - h.lr / (1 - h.beta1**step) * m / denominator
+    step_size: float = h.lr / (1 - h.beta1**step)
+    return master - step_size * m / denominator
 
 
 def _sgd(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
@@ -311,14 +312,16 @@ def _reference(
     found_inf: Tensor | None,
     max_grad_norm: float,
 ) -> None:
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    usable = np.isfinite(scale) and scale != 0.0
+    unscale = 1.0 / scale if usable else 1.0
     bad = [not bool(grad.isfinite().all()) for grad in grads]
     # hypot over the tensors' norms: the squares of fp64 gradients may not fit
     norms = [float((_wide(grad).double() * unscale).norm()) for grad in grads]
     norm = float(torch.tensor(norms, dtype=torch.float64).norm()) if norms else 0.0
     record_field(record, "grad_norm").fill_(norm)
     told = found_inf is not None and float(found_inf) != 0.0
-    if any(bad) or told or not np.isfinite(unscale):
+    if any(bad) or told or not usable:
         record_field(record, "found_inf").fill_(1.0)
         record_field(record, "skipped").add_(1)
         if any(bad):

@@ -1,0 +1,66 @@
+"""The house: imports point only downwards, and importing the library drags in nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmp
+
+PACKAGE = Path(fastmp.__file__).parent
+
+# What people call -> operation -> device. A module may import from lower floors and from its own.
+FLOORS = [
+    ["backends"],
+    ["ops"],
+    ["functional", "fused"],
+    ["nn", "optim", "mixup", "schedule"],
+    ["amp", "data", "models", "checkpoint", "metrics", "curves"],
+    ["__init__"],
+    ["trainer"],
+    ["recipe"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """The rooms of fastmp that a file imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            parts = node.module.split(".")
+            if parts[0] == "fastmp":
+                yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+            assert node.level == 0, f"{path}: relative import"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == "fastmp":
+                    yield parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    here = FLOOR[room(path)]
+    for name in imported(path):
+        there = FLOOR.get(name, FLOOR["__init__"])  # a public name: it comes from __init__
+        assert there <= here, f"{room(path)} imports {name}, which stands above it"
+
+
+def test_importing_the_library_needs_nothing_of_the_trainer():
+    """The drop-ins need torch and numpy; progress bars, plots and data sets come with the CLI."""
+    heavy = ["tyro", "matplotlib", "sklearn", "safetensors", "triton"]
+    code = "import sys, fastmp; print([m for m in %r if m in sys.modules])" % heavy  # noqa: UP031
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
