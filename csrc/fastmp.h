@@ -50,7 +50,8 @@ typedef struct {
   const float* grad_scale; /* the loss scale the gradients carry; NULL: 1 */
   const float* found_inf;  /* non-zero: somebody else saw an overflow; NULL: nobody looked */
   double max_grad_norm;    /* clip the global norm to this; negative: do not clip */
-  fastmp_record* record;   /* what the step decided */
+  int64_t unchecked;     /* 1: without a clip, no phase 1; a gradient that is not finite goes in */
+  fastmp_record* record; /* what the step decided */
 } fastmp_update_args;
 FASTMP_EXPORT int32_t fastmp_update(const fastmp_update_args* args);
 
@@ -76,9 +77,9 @@ typedef struct {
   float* loss;              /* forward: 1 value, or one per row for reduction none */
   float* stats;             /* rows x 2: largest logit, sum of exp(logit - largest); forward
                                writes, backward reads */
-  void* grad;               /* gradient of the logits, dense; NULL: forward computes the loss alone */
-  int64_t bad_row;          /* out, with FASTMP_BAD_TARGET */
-  int64_t bad_target;       /* out, likewise */
+  void* grad;         /* gradient of the logits, dense; NULL: forward computes the loss alone */
+  int64_t bad_row;    /* out, with FASTMP_BAD_TARGET */
+  int64_t bad_target; /* out, likewise */
 } fastmp_loss_args;
 FASTMP_EXPORT int32_t fastmp_loss_forward(fastmp_loss_args* args);
 FASTMP_EXPORT int32_t fastmp_loss_backward(fastmp_loss_args* args);

@@ -50,6 +50,7 @@ class Fused(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf
     max_grad_norm: float | None
+    skip_nonfinite: bool
     _told: Tensor | None = None  # found_inf of whoever looked before us, during a step
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -58,10 +59,11 @@ class Fused(torch.optim.Optimizer):
     def _hyper(self, group: dict[str, Any]) -> Hyper:
         raise NotImplementedError
 
-    def _init_fused(self, max_grad_norm: float | None) -> None:
+    def _init_fused(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
         self._forget_plan()
 
     def _forget_plan(self) -> None:
@@ -124,6 +126,7 @@ class Fused(torch.optim.Optimizer):
             getattr(self, "grad_scale", None),
             self._told,
             update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
+            not self.skip_nonfinite,
         )
         torch.autograd.graph.increment_version(plan.params)
         self._versions = [p._version for p in plan.params]
@@ -237,7 +240,8 @@ class Fused(torch.optim.Optimizer):
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "_record": self.__dict__.get("_record")}
+        names = ("max_grad_norm", "skip_nonfinite", "_record")
+        own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -297,7 +301,10 @@ class Fused(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global norm of the last step's unscaled gradients before clipping, 0-d fp32."""
+        """Global norm of the last step's unscaled gradients before clipping, 0-d fp32.
+
+        NaN after a step with ``skip_nonfinite=False`` that had no other reason to look.
+        """
         return self._read("grad_norm")
 
     @property

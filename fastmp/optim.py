@@ -9,7 +9,7 @@ finite, nothing changes but the count of skipped steps.
 
 Differences from torch, each on purpose:
 
-- a non-finite gradient skips the step, with or without a GradScaler;
+- a non-finite gradient skips the step, with or without a GradScaler (``skip_nonfinite``);
 - gradients are left as they came: torch's fused step leaves them unscaled, one more write;
 - ``differentiable=True`` is refused; ``foreach``, ``fused`` and ``capturable`` are accepted and
   have no effect: there is one implementation;
@@ -40,6 +40,9 @@ class Adam(Fused, torch.optim.Adam):
             decoupled_weight_decay: as in torch.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
+        skip_nonfinite: False trusts the gradients as torch does: without a scaler and without
+            clipping they are then not looked at before they are used, 28 bytes a parameter instead
+            of 32 for fp32 weights, and one that is not finite goes into the weights.
 
     Raises:
         ValueError: what torch refuses, a negative ``max_grad_norm``, ``differentiable=True``, or a
@@ -62,8 +65,9 @@ class Adam(Fused, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
     ) -> None:
-        self._init_fused(max_grad_norm)
+        self._init_fused(max_grad_norm, skip_nonfinite)
         super().__init__(
             params,
             lr,
@@ -118,8 +122,9 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
     ) -> None:
-        self._init_fused(max_grad_norm)
+        self._init_fused(max_grad_norm, skip_nonfinite)
         torch.optim.AdamW.__init__(
             self,
             params,
@@ -145,6 +150,9 @@ class SGD(Fused, torch.optim.SGD):
             as in torch.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
+        skip_nonfinite: False trusts the gradients as torch does: without a scaler and without
+            clipping they are then not looked at before they are used, 28 bytes a parameter instead
+            of 32 for fp32 weights, and one that is not finite goes into the weights.
 
     Raises:
         ValueError: what torch refuses, a negative ``max_grad_norm``, ``differentiable=True``, or a
@@ -165,8 +173,9 @@ class SGD(Fused, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
     ) -> None:
-        self._init_fused(max_grad_norm)
+        self._init_fused(max_grad_norm, skip_nonfinite)
         super().__init__(
             params,
             lr,

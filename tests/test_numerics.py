@@ -123,7 +123,8 @@ def test_the_library_refuses_rows_it_cannot_read(field, value):
     before = param.clone()
     plan = Plan([Slot(param, None, (m, v), torch.zeros(()), 0, 0)], [torch.ones(20)])
     plan.rows[field] = np.array(value).astype(ROW[field])
+    hypers = torch.tensor([Hyper(Rule.ADAM, lr=1.0)], dtype=torch.float64)
+    record = update.new_record(param.device)
     with pytest.raises(RuntimeError, match="refused its arguments"):
-        hypers = torch.tensor([Hyper(Rule.ADAM, lr=1.0)], dtype=torch.float64)
-        update.run(plan, hypers, update.new_record(param.device))
+        update.run(plan, hypers, record)
     assert torch.equal(param, before)

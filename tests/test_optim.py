@@ -228,6 +228,32 @@ def test_an_overflow_that_somebody_else_saw_skips_the_step():
     assert optimizer.last_overflow() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trusting_the_gradients_is_torchs_behaviour(dtype):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    a, b = adam_w(ours, skip_nonfinite=False), torch.optim.AdamW(theirs)
+    for step in range(3):
+        give_gradients(ours, theirs, seed=step)
+        if step == 1:
+            ours[0].grad[1, 2] = theirs[0].grad[1, 2] = torch.inf
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert ours[0].isnan().sum() == 1
+    assert a.grad_norm.isnan()
+    assert (a.applied_steps, a.skipped_steps) == (3, 0)
+    # with a scale, or a norm to clip to, it looks all the same
+    before = [p.detach().clone() for p in ours]
+    ours[1].grad[0] = torch.nan
+    a.grad_scale = torch.tensor(2.0)
+    a.step()
+    del a.grad_scale
+    a.max_grad_norm = 1.0
+    a.step()
+    assert a.skipped_steps == 2
+    assert same_bits(before, [p.detach() for p in ours])
+
+
 @pytest.mark.parametrize("scale", [0.0, torch.inf, torch.nan])
 def test_an_unusable_scale_skips_the_step(scale):
     for dtype in (torch.float32, torch.float64):

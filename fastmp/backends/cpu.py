@@ -36,6 +36,7 @@ class UpdateArgs(Structure):
         ("grad_scale", c_void_p),
         ("found_inf", c_void_p),
         ("max_grad_norm", c_double),
+        ("unchecked", c_int64),
         ("record", c_void_p),
     )
 

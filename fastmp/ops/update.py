@@ -224,6 +224,7 @@ def run(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     max_grad_norm: float = NO_CLIP,
+    unchecked: bool = False,
 ) -> None:
     """Take one step with every tensor of the plan.
 
@@ -235,9 +236,14 @@ def run(
         grad_scale: 0-d fp32, the loss scale that the gradients carry; None: 1.
         found_inf: 0-d fp32, non-zero if somebody else saw an overflow (another rank, a scaler).
         max_grad_norm: clip the global norm of the unscaled gradients to this; negative: do not.
+        unchecked: unless there is a norm to clip to, a scale or a found_inf, do not look at the
+            gradients first. One pass over them less; one that is not finite goes in, as in torch.
     """
+    unchecked = unchecked and max_grad_norm < 0 and grad_scale is None and found_inf is None
     if plan.fallback is not None:
-        _reference(plan.slots, plan.grads, hypers, record, grad_scale, found_inf, max_grad_norm)
+        _reference(
+            plan.slots, plan.grads, hypers, record, grad_scale, found_inf, max_grad_norm, unchecked
+        )
         return
     scale = None if grad_scale is None else _fp32_on_cpu(grad_scale)
     found = None if found_inf is None else _fp32_on_cpu(found_inf)
@@ -249,6 +255,7 @@ def run(
         grad_scale=None if scale is None else scale.data_ptr(),
         found_inf=None if found is None else found.data_ptr(),
         max_grad_norm=max_grad_norm,
+        unchecked=unchecked,
         record=record.data_ptr(),
     )
     cpu.call("fastmp_update", args)
@@ -273,8 +280,7 @@ def _adam(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: H
     if h.rule == Rule.AMSGRAD:
         v = torch.maximum(states[2], v, out=states[2])
     denominator = v.sqrt() / (1 - h.beta2**step) ** 0.5 + h.eps
-    step_size: float = h.lr / (1 - h.beta1**step)
-    return master - step_size * m / denominator
+    return torch.addcdiv(master, m, denominator, value=-h.lr / (1 - h.beta1**step))
 
 
 def _sgd(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
@@ -311,15 +317,16 @@ def _reference(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float,
+    unchecked: bool,
 ) -> None:
     scale = 1.0 if grad_scale is None else float(grad_scale)
     usable = np.isfinite(scale) and scale != 0.0
     unscale = 1.0 / scale if usable else 1.0
-    bad = [not bool(grad.isfinite().all()) for grad in grads]
+    bad = [not unchecked and not bool(grad.isfinite().all()) for grad in grads]
     # hypot over the tensors' norms: the squares of fp64 gradients may not fit
     norms = [float((_wide(grad).double() * unscale).norm()) for grad in grads]
     norm = float(torch.tensor(norms, dtype=torch.float64).norm()) if norms else 0.0
-    record_field(record, "grad_norm").fill_(norm)
+    record_field(record, "grad_norm").fill_(np.nan if unchecked else norm)
     told = found_inf is not None and float(found_inf) != 0.0
     if any(bad) or told or not usable:
         record_field(record, "found_inf").fill_(1.0)

@@ -1,0 +1,29 @@
+"""``python -m benchmarks [--quick] [subject ...]``: time the subjects, write results/<device>/."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks import harness, loss, optimizer
+
+SUBJECTS = {"optimizer": optimizer, "loss": loss}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="small and unsaved: does it run?")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name in options.subjects or SUBJECTS:
+        rows = SUBJECTS[name].rows(options.quick)
+        print(f"\n{name}\n\n{harness.table(rows)}\n", flush=True)
+        if not options.quick:
+            print(f"written to {harness.write(name, rows, harness.copy_bandwidth())}")
+
+
+if __name__ == "__main__":
+    main()

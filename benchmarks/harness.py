@@ -1,0 +1,194 @@
+"""How everything here is timed, and how results are written.
+
+All candidates of a case run in one process, interleaved A/B/C/A/B/C, so that a noisy neighbour or
+a changed clock hits them alike; medians with p20 and p80; the fastest baseline is the baseline. A
+case asserts that all candidates computed the same thing on the very tensors it timed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fastmp
+from fastmp.backends import cpu
+
+OURS = "fastmp"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one candidate."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass
+class Row:
+    """One case: what was timed, for how long, and the ratio asked for."""
+
+    subject: str
+    case: str
+    timings: dict[str, Timing]
+    bytes_moved: int  # by fastmp, from the formula at the head of its source
+    goals: dict[str, float]  # baseline -> at least this ratio; "best": against the fastest
+    notes: str = ""
+    ratios: dict[str, float] = field(default_factory=dict)
+    baseline: str = ""
+    gigabytes_per_second: float = 0.0
+
+    def __post_init__(self) -> None:
+        ours = self.timings[OURS].median
+        others = {k: t.median for k, t in self.timings.items() if k != OURS}
+        self.ratios = {name: ms / ours for name, ms in others.items()}
+        self.baseline = min(others, key=lambda name: others[name])
+        self.gigabytes_per_second = self.bytes_moved / ours / 1e6
+
+    @property
+    def ratio(self) -> float:
+        return self.ratios[self.baseline]
+
+    def verdicts(self) -> list[tuple[str, float, float]]:
+        """(baseline, ratio reached, ratio asked for)."""
+        return [
+            (self.baseline if name == "best" else name, self.ratios.get(name, self.ratio), goal)
+            for name, goal in self.goals.items()
+        ]
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], rounds: int, label: str
+) -> dict[str, Timing]:
+    """Median milliseconds of each candidate over interleaved rounds, two of warm-up before."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in tqdm(range(rounds + 2), desc=label, leave=False):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            candidate()
+            elapsed = time.perf_counter() - start
+            if number >= 2:
+                samples[name].append(elapsed * 1e3)
+    timings = {}
+    for name, values in samples.items():
+        cuts = statistics.quantiles(values, n=5)
+        timings[name] = Timing(statistics.median(values), cuts[0], cuts[-1])
+    return timings
+
+
+def copy_bandwidth(elements: int = 50_000_000) -> float:
+    """GB/s of a plain copy, read + write, in this process."""
+    source = torch.randn(elements)
+    target = torch.empty_like(source)
+    timing = interleave({"copy": lambda: target.copy_(source)}, 9, "copy")["copy"]
+    return source.numel() * 8 / timing.median / 1e6
+
+
+# ---- where and with what ----
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "backend": cpu.load()[1],
+        "python": platform.python_version(),
+        "reports": "; ".join(f"{s.op}: {s.backend}" for s in fastmp.backends.report()),
+    }
+
+
+# ---- results ----
+
+
+def folder() -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", environment()["device"].lower()).strip("-")
+    path = RESULTS / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| case | fastmp, ms (p20 to p80) | best baseline, ms | ratio | asked | GB/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ours, best = row.timings[OURS], row.timings[row.baseline]
+        asked = ", ".join(
+            f"{goal:g}x {name}: {reached:.2f}x {'reached' if reached >= goal else '**missed**'}"
+            for name, reached, goal in row.verdicts()
+        )
+        lines.append(
+            f"| {row.case} | {ours.median:.2f} ({ours.p20:.2f} to {ours.p80:.2f}) "
+            f"| {best.median:.2f} ({row.baseline}) | **{row.ratio:.2f}x** | {asked or '-'} "
+            f"| {row.gigabytes_per_second:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(subject: str, rows: list[Row], copy: float) -> Path:
+    """Write <subject>.json, <subject>.md and <subject>.png; return the folder."""
+    where, facts = folder(), environment()
+    content = {**facts, "copy_gigabytes_per_second": copy, "rows": [asdict(row) for row in rows]}
+    (where / f"{subject}.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    notes = "\n".join(f"- {row.case}: {row.notes}" for row in rows if row.notes)
+    text = (
+        f"# {subject}\n\n{head}\n- a plain copy in the same process: {copy:.1f} GB/s "
+        f"(read + write)\n\n{table(rows)}\n\n{notes}\n"
+    )
+    (where / f"{subject}.md").write_text(text.rstrip() + "\n")
+    _picture(where / f"{subject}.png", subject, rows, facts)
+    return where
+
+
+def _picture(path: Path, subject: str, rows: list[Row], facts: dict[str, str]) -> None:
+    """Bars: how many times faster than the best baseline; a tick where the goal is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.3 + 0.42 * len(rows)), layout="constrained")
+    places = range(len(rows))[::-1]
+    axes.barh(list(places), [row.ratio for row in rows], color="#2f6f9f", height=0.62)
+    for place, row in zip(places, rows, strict=True):
+        axes.text(row.ratio, place, f" {row.ratio:.2f}x  vs {row.baseline}", va="center", size=8)
+        if "best" in row.goals:
+            axes.plot([row.goals["best"]] * 2, [place - 0.4, place + 0.4], color="#c0392b", lw=2)
+    axes.axvline(1, color="#333333", lw=1, ls=":")
+    axes.set_yticks(list(places), [row.case for row in rows], size=8)
+    axes.set_xlim(0, max(row.ratio for row in rows) * 1.45)
+    axes.set_xlabel("times faster than the best baseline (red: asked for)")
+    axes.set_title(f"{subject}: {facts['device']}, {facts['date']}", size=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,180 @@
+/* Vectors of fp32 in the width of the target, loads and stores that convert, exp.
+ *
+ * GCC's vector extensions instead of plain loops where a reduction has to stay in fixed lanes, or
+ * where a tail must not cost a loop: with AVX-512 a masked load takes rows of 10 classes in one go.
+ */
+#ifndef FASTMP_VEC_H
+#define FASTMP_VEC_H
+
+#include "cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastmp {
+namespace FASTMP_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t UVec __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef uint16_t HalfVec __attribute__((vector_size(kWidth * sizeof(uint16_t))));
+
+static inline Vec broadcast(float x) {
+  return x - Vec{};
+}
+
+static inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline Vec load(const bf16* p) {
+  HalfVec half;
+  memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, UVec) << 16);
+}
+static inline Vec load(const f16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int64_t i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+static inline void save(Vec v, float* p) {
+  memcpy(p, &v, sizeof v);
+}
+static inline HalfVec to_bf16(Vec v) { /* as store() in numerics.h */
+  const UVec bits = (UVec)v;
+  const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UVec nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfVec);
+}
+static inline void save(Vec v, bf16* p) {
+  const HalfVec half = to_bf16(v);
+  memcpy(p, &half, sizeof half);
+}
+static inline void save(Vec v, f16* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < kWidth; ++i) store(v[i], &p[i]);
+#endif
+}
+
+/* The first n lanes (0 < n < kWidth) from memory, fill in the others. */
+template <class T>
+static inline Vec load_part(const T* p, int64_t n, float fill) {
+  float lanes[kWidth];
+  for (int64_t i = 0; i < kWidth; ++i) lanes[i] = fill;
+  for (int64_t i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+template <class T>
+static inline void save_part(Vec v, T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(v[i], &p[i]);
+}
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+static inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>((1u << static_cast<unsigned>(n)) - 1u);
+}
+template <>
+inline Vec load_part<float>(const float* p, int64_t n, float fill) {
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
+}
+template <>
+inline Vec load_part<bf16>(const bf16* p, int64_t n, float fill) {
+  const __mmask16 mask = first_lanes(n);
+  const __m512i bits =
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+  return (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, (__m512)bits);
+}
+template <>
+inline Vec load_part<f16>(const f16* p, int64_t n, float fill) {
+  const __mmask16 mask = first_lanes(n);
+  return (Vec)_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), mask, _mm256_maskz_loadu_epi16(mask, p));
+}
+template <>
+inline void save_part<float>(Vec v, float* p, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+template <>
+inline void save_part<bf16>(Vec v, bf16* p, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bf16(v));
+}
+template <>
+inline void save_part<f16>(Vec v, f16* p, int64_t n) {
+  const int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph((__m512)v, rounding));
+}
+#endif
+
+/* The larger of each lane; best where x is NaN. */
+static inline Vec larger(Vec x, Vec best) {
+#if defined(__AVX512F__)
+  /* maskz: GCC 12 warns of an undefined value inside the plain intrinsic. */
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)best);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)x, (__m256)best);
+#else
+  return x > best ? x : best;
+#endif
+}
+
+/* Halves are folded onto each other: the order of a sum depends on the width alone. */
+static inline float sum_of_lanes(Vec v) {
+  float lanes[kWidth];
+  save(v, lanes);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+static inline float largest_lane(Vec v) {
+  float lanes[kWidth];
+  save(v, lanes);
+  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] = max_of(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; 0 below -87.33, where the result would be subnormal.
+ * 2^n * p(r) with n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), p by S. Moshier, Cephes
+ * expf. At most 1.01 ulp off, over all floats down to there. */
+static inline Vec exp_not_positive(Vec x) {
+  const float kMagic =
+      12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
+  const Vec shifted = x * 1.44269504f + kMagic;
+  const Vec n = shifted - kMagic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec power = (Vec)(((UVec)shifted << 23) + 0x3f800000u);
+  return x < -87.33f ? Vec{} : p * power;
+}
+
+}  // namespace FASTMP_TARGET
+}  // namespace fastmp
+#endif
