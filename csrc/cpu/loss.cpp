@@ -1,8 +1,223 @@
-#include "cpu.h"
+/* loss: cross-entropy of a mixed pair of targets with smoothing. For a row z, targets a and b:
+ *
+ *   loss     = k_a CE(z, a) + k_b CE(z, b),   k_a = λ / W_a,   k_b = (1-λ) / W_b
+ *   W_y      = Σ w_y over the rows that are not ignored (reduction mean), else 1
+ *   CE(z, y) = (1-ε) w_y (lse(z) - z_y) + (ε/C) Σ_c w_c (lse(z) - z_c)
+ *   dz_c     = A softmax(z)_c - S w_c - B_a [c = a] - B_b [c = b]
+ *   B_y = g k_y (1-ε) w_y,   S = g (k_a + k_b) ε/C,   A = B_a + B_b + S Σw,   g: incoming gradient
+ *
+ * Bytes per logit: the forward reads 4 (16-bit: 2) and, with the gradient, writes as many. A row is
+ * taken in blocks that stay in L1: largest value, then exp(z - largest so far) into fp32 scratch,
+ * one exp per logit. When a later block raises the maximum, earlier blocks get a factor, applied
+ * with the softmax denominator when the gradient is written. The backward alone, for another g,
+ * reads and writes the same bytes again.
+ *
+ * A row is summed in fp32 lanes within a block and in fp64 across blocks, the rows in order in
+ * fp64: no number of threads changes a bit. An ignored row is not read and its gradient is 0. */
+#include "loss_row.h"
+#include "pages.h"
 
 namespace fastmp {
 namespace FASTMP_TARGET {
-int loss_forward(fastmp_loss_args*) { return FASTMP_BAD_ARGUMENT; }
-int loss_backward(fastmp_loss_args*) { return FASTMP_BAD_ARGUMENT; }
+
+constexpr int64_t kGrain = 16384; /* logits worth a thread */
+
+/* ---- forward over all rows ---- */
+
+template <class T, Smooth smooth>
+static void forward_row(const Problem& problem, int64_t row, float* e, float* references) {
+  const fastmp_loss_args& args = problem.args;
+  const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
+  T* grad = args.grad == nullptr ? nullptr : static_cast<T*>(args.grad) + row * args.classes;
+  const Targets targets = targets_of(problem, row);
+  if (!targets.a.counts && !targets.b.counts) {
+    problem.row_losses[row] = 0.0;
+    args.stats[2 * row] = 0.0f;
+    args.stats[2 * row + 1] = 1.0f;
+    if (grad != nullptr) memset(grad, 0, static_cast<size_t>(args.classes) * sizeof(T));
+    return;
+  }
+  const int64_t e_stride = grad == nullptr ? 0 : kBlock;
+  const Scan scan = scan_row<T, smooth>(z, args.weight, args.classes, e, e_stride, references);
+  const double z_a = targets.a.counts ? static_cast<double>(to_float(z[targets.a.y])) : 0.0;
+  const double z_b = targets.b.counts ? static_cast<double>(to_float(z[targets.b.y])) : 0.0;
+  problem.row_losses[row] = loss_of_row(problem, targets, scan, references, z_a, z_b);
+  args.stats[2 * row] = scan.largest;
+  args.stats[2 * row + 1] = static_cast<float>(scan.sum);
+  if (grad != nullptr) {
+    write_row(problem, targets, scan, e, references, incoming_of(args, row), grad);
+  }
+}
+
+template <class T, Smooth smooth>
+static int forward_rows(const Problem& problem) {
+  const fastmp_loss_args& args = problem.args;
+  const int64_t blocks = (args.classes + kBlock - 1) / kBlock;
+  const int64_t kept = args.grad == nullptr ? min_of(kBlock, args.classes) : args.classes;
+  int no_memory = 0;
+  parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
+               [&](int64_t begin, int64_t end) {
+                 Scratch<float> e(kept), references(blocks);
+                 if (e.data == nullptr || references.data == nullptr) {
+                   __atomic_store_n(&no_memory, 1, __ATOMIC_RELAXED);
+                   return;
+                 }
+                 for (int64_t row = begin; row < end; ++row) {
+                   forward_row<T, smooth>(problem, row, e.data, references.data);
+                 }
+               });
+  return no_memory != 0 ? FASTMP_NO_MEMORY : FASTMP_OK;
+}
+
+template <class T>
+static int forward_as(const Problem& problem) {
+  if (problem.smooth_each == 0.0) return forward_rows<T, Smooth::none>(problem);
+  if (problem.args.weight == nullptr) return forward_rows<T, Smooth::equal>(problem);
+  return forward_rows<T, Smooth::weighted>(problem);
+}
+
+/* ---- backward over all rows ---- */
+
+template <class T>
+static void backward_row(const Problem& problem, int64_t row) {
+  const fastmp_loss_args& args = problem.args;
+  const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
+  T* grad = static_cast<T*>(args.grad) + row * args.classes;
+  const Targets targets = targets_of(problem, row);
+  if (!targets.a.counts && !targets.b.counts) {
+    memset(grad, 0, static_cast<size_t>(args.classes) * sizeof(T));
+    return;
+  }
+  const float largest = args.stats[2 * row];
+  const double sum = static_cast<double>(args.stats[2 * row + 1]);
+  const Gradient g = gradient_of(problem, targets, incoming_of(args, row));
+  const float factor = static_cast<float>(g.a / sum), s = static_cast<float>(g.s);
+  if (args.weight != nullptr) {
+    rewrite_block<T, true>(z, args.weight, grad, args.classes, largest, factor, s);
+  } else {
+    rewrite_block<T, false>(z, nullptr, grad, args.classes, largest, factor, s);
+  }
+  const auto softmax_at = [&](const Target& t) {
+    if (!t.counts) return 0.0;
+    const double x = static_cast<double>(to_float(z[t.y])) - static_cast<double>(largest);
+    return exp(x) / sum;
+  };
+  write_targets(problem, targets, g, softmax_at(targets.a), softmax_at(targets.b), grad);
+}
+
+template <class T>
+static int backward_as(const Problem& problem) {
+  const fastmp_loss_args& args = problem.args;
+  parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) backward_row<T>(problem, row);
+               });
+  return FASTMP_OK;
+}
+
+/* ---- the call ---- */
+
+static bool is_valid(const fastmp_loss_args& args) {
+  if (args.rows < 0 || args.classes < 0 || args.dtype < 0 || args.dtype > FASTMP_BF16) return false;
+  if (args.reduction < FASTMP_NONE || args.reduction > FASTMP_SUM) return false;
+  if (args.rows == 0) return true;
+  if (args.target_a == nullptr || args.stats == nullptr) return false;
+  if (args.target_b != nullptr && args.lam == nullptr) return false;
+  return args.classes == 0 || args.logits != nullptr;
+}
+
+/* Every target is in range or ignored; W: the weight of those that count (reduction mean). */
+static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double* weight_sum) {
+  double sum = 0.0;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t y = targets[row];
+    if (y == args.ignore_index) continue;
+    if (y < 0 || y >= args.classes) {
+      args.bad_row = row;
+      args.bad_target = y;
+      return false;
+    }
+    sum += args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[y]);
+  }
+  *weight_sum = sum;
+  return true;
+}
+
+/* Σ w over each block, and over all. */
+static double sum_weights(const fastmp_loss_args& args, double* block_weights) {
+  double all = 0.0;
+  for (int64_t at = 0, block = 0; at < args.classes; at += kBlock, ++block) {
+    const int64_t n = min_of(kBlock, args.classes - at);
+    double sum = static_cast<double>(n);
+    if (args.weight != nullptr) {
+      sum = 0.0;
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(args.weight[at + i]);
+    }
+    block_weights[block] = sum;
+    all += sum;
+  }
+  return all;
+}
+
+static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Problem&),
+               double* divisors) {
+  Scratch<double> block_weights(args.classes / kBlock + 1);
+  if (block_weights.data == nullptr) return FASTMP_NO_MEMORY;
+  divisors[0] = divisors[1] = 1.0;
+  if (!check_targets(args, args.target_a, &divisors[0])) return FASTMP_BAD_TARGET;
+  if (args.target_b != nullptr && !check_targets(args, args.target_b, &divisors[1])) {
+    return FASTMP_BAD_TARGET;
+  }
+  if (args.classes == 0 || args.rows == 0) return FASTMP_OK;
+  if (args.grad != nullptr) {
+    const int64_t value_size = args.dtype == FASTMP_F32 ? 4 : 2;
+    hint_huge_pages(args.grad, args.rows * args.classes * value_size);
+  }
+  const bool mean = args.reduction == FASTMP_MEAN;
+  const Problem problem = {args,
+                           mean ? 1.0 / divisors[0] : 1.0,
+                           mean ? 1.0 / divisors[1] : 1.0,
+                           args.smoothing / static_cast<double>(args.classes),
+                           sum_weights(args, block_weights.data),
+                           block_weights.data,
+                           row_losses};
+  return rows(problem);
+}
+
+int loss_forward(fastmp_loss_args* args) {
+  if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  Scratch<double> row_losses(args->rows);
+  if (row_losses.data == nullptr) return FASTMP_NO_MEMORY;
+  if (args->classes == 0) { /* every row is ignored, or there is none */
+    for (int64_t row = 0; row < args->rows; ++row) {
+      row_losses.data[row] = 0.0;
+      args->stats[2 * row] = args->stats[2 * row + 1] = 0.0f;
+    }
+  }
+  int (*const rows[])(const Problem&) = {forward_as<float>, forward_as<f16>, forward_as<bf16>};
+  double divisors[2];
+  const int status = run(*args, row_losses.data, rows[args->dtype], divisors);
+  if (status != FASTMP_OK) return status;
+  if (args->reduction == FASTMP_NONE) {
+    for (int64_t row = 0; row < args->rows; ++row) {
+      args->loss[row] = static_cast<float>(row_losses.data[row]);
+    }
+    return FASTMP_OK;
+  }
+  double loss = 0.0;
+  for (int64_t row = 0; row < args->rows; ++row) loss += row_losses.data[row];
+  const bool nothing = divisors[0] == 0.0 || divisors[1] == 0.0;
+  if (args->reduction == FASTMP_MEAN && nothing) loss = static_cast<double>(__builtin_nanf(""));
+  *args->loss = static_cast<float>(loss);
+  return FASTMP_OK;
+}
+
+int loss_backward(fastmp_loss_args* args) {
+  if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  int (*const rows[])(const Problem&) = {backward_as<float>, backward_as<f16>, backward_as<bf16>};
+  double divisors[2];
+  return run(*args, nullptr, rows[args->dtype], divisors);
+}
+
 }  // namespace FASTMP_TARGET
 }  // namespace fastmp

@@ -125,6 +125,20 @@ inline void save_part<f16>(Vec v, f16* p, int64_t n) {
 }
 #endif
 
+/* n values of 16-bit storage to fp32, and back. */
+template <class T>
+static inline void widen(const T* __restrict src, float* __restrict dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) save(load(src + i), dst + i);
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+}
+template <class T>
+static inline void narrow(const float* __restrict src, T* __restrict dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) save(load(src + i), dst + i);
+  for (; i < n; ++i) store(src[i], &dst[i]);
+}
+
 /* The larger of each lane; best where x is NaN. */
 static inline Vec larger(Vec x, Vec best) {
 #if defined(__AVX512F__)

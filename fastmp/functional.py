@@ -1,0 +1,255 @@
+"""The operations as functions: ``cross_entropy`` and ``mix``."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastmp.ops.checks import check_device, lam_of_rows, wide_dtype
+from fastmp.ops.loss import REDUCTIONS, MixedTarget
+from fastmp.ops.mix import mix
+
+__all__ = ["MixedTarget", "cross_entropy", "mix"]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient is written by the forward where the incoming gradient can be foretold.
+
+    On the CPU comparing it with the foretold one is free. Elsewhere it would wait for the device,
+    and a compiled graph cannot branch on it: there the backward computes the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        target_b: Tensor | None,
+        lam: Tensor | None,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: int,
+        smoothing: float,
+        grad_scale: Tensor | None,
+    ) -> Tensor:
+        ahead = (
+            reduction != REDUCTIONS["none"]
+            and logits.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        )
+        loss, stats, grad = torch.ops.fastmp.loss_forward(
+            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
+            grad_scale, ahead,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, target, target_b, lam, weight, stats)
+        ctx.options = (ignore_index, reduction, smoothing)
+        ctx.ahead = grad if ahead else None
+        if ahead:
+            ctx.expected = 1.0 if grad_scale is None else grad_scale.item()
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grad = _CrossEntropy.gradient(ctx, grad_output)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            grad = _OnlyOnce.apply(grad, ctx.saved_tensors[0])  # type: ignore[no-untyped-call]
+        return (grad, *[None] * 8)
+
+    @staticmethod
+    def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+        ahead = ctx.ahead
+        if ahead is not None:
+            ctx.ahead = None  # given away once: autograd may then keep it without a copy
+            if grad_output.item() == ctx.expected:
+                return cast(Tensor, ahead)
+        grad = torch.ops.fastmp.loss_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        return cast(Tensor, grad)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Passes the gradient on, and refuses to be differentiated.
+
+    ``once_differentiable`` is not enough: it lets a gradient whose incoming gradient is constant
+    pass for a constant, and a gradient penalty would silently be wrong.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, logits: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "fastmp's cross_entropy has a first derivative only, but a second one was asked for; "
+            "use torch.nn.functional.cross_entropy here"
+        )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor | MixedTarget,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    target_b: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    grad_scale: Tensor | float | None = None,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy``, also of mixed pairs of targets, in one pass.
+
+    With ``target_b`` and ``lam``, or a ``MixedTarget``, the result is
+    ``lam * CE(input, target) + (1 - lam) * CE(input, target_b)``, each CE reduced as torch does.
+    Logits are never overwritten. Class probabilities as target are handed to torch.
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, ...), fp32, bf16, fp16 or fp64.
+        target: class indices int64 or uint8, (), (N) or (N, d1, ...); or a ``MixedTarget``.
+        weight: class weights (C), in the dtype of ``input`` or fp32.
+        ignore_index: rows with this target count for nothing; their gradient is 0.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: ε in [0, 1].
+        target_b: the second target, shaped as the first.
+        lam: weight of the first target in [0, 1]: a number, a 0-d tensor, (N), or shaped as
+            ``target``.
+        grad_scale: the incoming gradient to expect in the backward, e.g. the loss scale. It changes
+            no result; the backward is faster when it was foretold. Default: 1.
+
+    Returns:
+        The loss, not scaled, in fp32 (fp64 for fp64 logits).
+
+    Raises:
+        IndexError: a target is out of range (CPU).
+        ValueError, TypeError, RuntimeError: as torch's, and for a ``lam`` outside [0, 1].
+    """
+    if isinstance(target, MixedTarget):
+        if target_b is not None or lam is not None:
+            raise ValueError("target is a MixedTarget already: leave out target_b and lam")
+        target, target_b, lam = target
+    if (target_b is None) != (lam is None):
+        raise ValueError("target_b and lam belong together: give both or neither")
+    if target.shape == input.shape and input.dim() > 0:
+        if target_b is not None:
+            raise TypeError(
+                f"mixed targets must be class indices, got a target of the shape of input "
+                f"{tuple(input.shape)}; mix class probabilities yourself and give one target"
+            )
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    _check_options(input, weight, reduction, label_smoothing)
+    targets = [_check_target(input, target, "target")]
+    if target_b is not None:
+        targets.append(_check_target(input, target_b, "target_b"))
+    wide = wide_dtype(input.dtype)
+    logits = _as_rows(input)
+    arguments = (
+        logits,
+        targets[0].reshape(-1),
+        None if target_b is None else targets[1].reshape(-1),
+        None if lam is None else lam_of_rows(lam, targets[0], logits.device, wide),
+        weight,
+        ignore_index,
+        REDUCTIONS[reduction],
+        float(label_smoothing),
+        _expected_gradient(grad_scale, logits.device, wide),
+    )
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        loss = torch.ops.fastmp.loss_forward(*arguments, False)[0]
+    if reduction != "none":
+        return loss
+    return loss.reshape(() if input.dim() == 1 else input.shape[:1] + input.shape[2:])
+
+
+def _check_options(
+    input: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{reduction} is not a valid value for reduction: expected none, mean or sum"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if input.dim() == 0:
+        raise RuntimeError("input must have the shape (C), (N, C) or (N, C, d1, ...), got a scalar")
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f"input must be floating-point logits, got {input.dtype}; call .float()"
+        )
+    if weight is None:
+        return
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight.shape != (classes,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {classes} classes or no classes but "
+            f"got weight tensor of shape: {list(weight.shape)}"
+        )
+    if (
+        weight.dtype not in (input.dtype, torch.float32)
+        or weight.dtype == torch.float64 != input.dtype
+    ):
+        raise RuntimeError(
+            f"weight must have the dtype of input ({input.dtype}) or float32, got {weight.dtype}"
+        )
+    check_device("weight", weight, input.device)
+    if weight.requires_grad:
+        raise RuntimeError("the derivative for 'weight' is not implemented: call weight.detach()")
+
+
+def _check_target(input: Tensor, target: Tensor, name: str) -> Tensor:
+    """The class indices as int64, in the shape (N, d1, ...)."""
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(
+            f"expected {name} dtype to be Long or Byte, but got {target.dtype}; call .long()"
+        )
+    check_device(name, target, input.device)
+    if input.dim() == 1:
+        if target.dim() > 1 or target.numel() != 1:
+            raise RuntimeError(
+                f"{name} of an input of shape {tuple(input.shape)} must hold one class index, "
+                f"got shape {tuple(target.shape)}"
+            )
+    else:
+        expected = input.shape[:1] + input.shape[2:]
+        if target.shape[:1] != expected[:1]:
+            got = target.shape[0] if target.dim() else "none, a scalar"
+            raise ValueError(
+                f"Expected input batch_size ({expected[0]}) to match {name} batch_size ({got})."
+            )
+        if target.shape != expected:
+            raise RuntimeError(
+                f"Expected {name} size {list(expected)}, got {list(target.shape)} "
+                f"for an input of shape {list(input.shape)}"
+            )
+    return target.to(torch.int64)
+
+
+def _as_rows(input: Tensor) -> Tensor:
+    """(rows, C): a view where the classes already lie side by side, else a copy."""
+    if input.dim() == 1:
+        return input.unsqueeze(0)
+    if input.dim() == 2:
+        return input
+    rows = input.shape[0] * input.shape[2:].numel()
+    return input.movedim(1, -1).reshape(rows, input.shape[1])
+
+
+def _expected_gradient(
+    grad_scale: Tensor | float | None, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    if grad_scale is None:
+        return None
+    if not isinstance(grad_scale, Tensor):
+        return torch.full((), grad_scale, dtype=dtype, device=device)
+    if grad_scale.numel() != 1:
+        raise ValueError(
+            f"grad_scale must be a number or hold one value, got shape {tuple(grad_scale.shape)}"
+        )
+    return grad_scale.detach().to(device, dtype).reshape(())

@@ -1,0 +1,65 @@
+"""Checks that more than one operation makes of its arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are computed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_lam(lam: Tensor | None) -> None:
+    """Raise ValueError unless every λ of a CPU tensor lies in [0, 1]."""
+    if lam is None or lam.device.type != "cpu" or lam.numel() == 0:
+        return
+    low, high = (lam, lam) if lam.dim() == 0 else torch.aminmax(lam)
+    if not (low.item() >= 0 and high.item() <= 1):
+        raise ValueError(f"lam must lie in [0, 1], got values from {low.item()} to {high.item()}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise RuntimeError unless the tensor is on the device of input."""
+    if tensor.device != device:
+        raise RuntimeError(
+            f"{name} must be on the device of input ({device}), got {tensor.device}; "
+            f"call {name}.to(input.device)"
+        )
+
+
+def lam_of_rows(
+    lam: Tensor | float, target: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """λ as a tensor, () or one for each element of target.
+
+    Args:
+        lam: a number, or (), (N), or shaped as target.
+        target: (N, d1, ...); only its shape counts.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: wrong range (of a number), shape, dtype or device.
+    """
+    if not isinstance(lam, Tensor):
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"lam must lie in [0, 1], got {lam}")
+        return torch.full((), lam, dtype=dtype, device=device)
+    if lam.requires_grad:
+        raise ValueError("lam is a constant of the loss and has no gradient: call lam.detach()")
+    if not lam.is_floating_point():
+        raise TypeError(f"lam must be floating-point, got {lam.dtype}; call .float()")
+    if lam.dim() > 0:
+        check_device("lam", lam, device)
+    lam = lam.to(device, dtype)
+    if lam.dim() == 0:
+        return lam
+    if lam.shape == target.shape:
+        return lam.reshape(-1)
+    if lam.shape == target.shape[:1]:
+        per_sample = lam.reshape(-1, *[1] * (target.dim() - 1))
+        return per_sample.expand(target.shape).reshape(-1)
+    raise ValueError(
+        f"lam must be a number or have the shape (), {tuple(target.shape[:1])} or "
+        f"{tuple(target.shape)}, got {tuple(lam.shape)}"
+    )

@@ -1,0 +1,355 @@
+"""Cross-entropy of a mixed pair of targets with label smoothing.
+
+For a row of logits z with targets a and b, mixing weight λ, smoothing ε and class weights w::
+
+    pair = λ·CE(z, a) + (1-λ)·CE(z, b)
+    CE(z, y) = (1-ε)·w_y·(lse(z) - z_y) + (ε/C)·Σ_c w_c·(lse(z) - z_c)
+
+with the reductions and ``ignore_index`` of ``torch.nn.functional.cross_entropy`` for each of the
+two. No one-hot and no soft target is built. The smoothing is that of Szegedy et al. 2016
+(arXiv:1512.00567), the pair that of Zhang et al. 2018 (mixup, arXiv:1710.09412).
+
+On the CPU the forward writes the gradient in the same pass over the logits, for the incoming
+gradient that is expected: 1, or the announced ``grad_scale``. If another one comes the backward
+computes it anew from the logits, so what comes out is exact either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmp import backends
+from fastmp.backends import cpu
+from fastmp.backends.table import DTYPE_CODES
+from fastmp.ops.checks import check_lam, wide_dtype
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_NONE, _MEAN = 0, 1
+
+
+class MixedTarget(NamedTuple):
+    """Targets of a mixed batch: class ``a`` with weight ``lam``, class ``b`` with ``1 - lam``."""
+
+    a: Tensor
+    b: Tensor
+    lam: Tensor | float
+
+
+# ---- reference: plain PyTorch, any floating dtype, any device ----
+
+
+def _raise_bad_target(name: str, row: int, value: int, classes: int, ignore_index: int) -> None:
+    raise IndexError(
+        f"Target {value} is out of bounds: expected class indices in [0, {classes}) or "
+        f"ignore_index ({ignore_index}), got {value} in row {row} of {name}"
+    )
+
+
+def _check_values(
+    target: Tensor, target_b: Tensor | None, lam: Tensor | None, classes: int, ignore_index: int
+) -> None:
+    """Look at the values of CPU tensors; on a device that would wait for it."""
+    for name, y in (("target", target), ("target_b", target_b)):
+        if y is None or y.device.type != "cpu":
+            continue
+        bad = ((y < 0) | (y >= classes)) & (y != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            _raise_bad_target(name, row, int(y[row]), classes, ignore_index)
+    check_lam(lam)
+
+
+def _class_weights(logits: Tensor, weight: Tensor | None) -> Tensor:
+    wide = wide_dtype(logits.dtype)
+    if weight is None:
+        return torch.ones(logits.shape[1], dtype=wide, device=logits.device)
+    return weight.to(wide)
+
+
+def _pairs(
+    target: Tensor, target_b: Tensor | None, lam: Tensor | None
+) -> list[tuple[Tensor, Tensor | float]]:
+    if target_b is None or lam is None:
+        return [(target, 1.0)]
+    return [(target, lam), (target_b, 1 - lam)]
+
+
+def _target_weights(
+    w: Tensor, y: Tensor, ignore_index: int, reduction: int
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Which rows count, the class weight of each, and what the reduction divides by."""
+    counts = y != ignore_index
+    w_y = w[torch.where(counts, y, 0)] if w.numel() else w.new_zeros(y.shape)
+    w_y = torch.where(counts, w_y, 0)
+    return counts, w_y, w_y.sum() if reduction == _MEAN else 1.0
+
+
+def forward_reference(
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    grad_scale: Tensor | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::loss_forward`` in plain PyTorch.
+
+    Args:
+        logits: (N, C), floating.
+        target: (N), int64.
+        target_b: (N), int64, or None.
+        lam: () or (N), weight of ``target``; None without ``target_b``.
+        weight: (C) or None.
+        ignore_index: rows with this target count for nothing.
+        reduction: 0 none, 1 mean, 2 sum.
+        smoothing: ε.
+        grad_scale: (), the incoming gradient to expect; None: 1.
+        with_grad: also compute the gradient.
+
+    Returns:
+        the loss, () or (N), fp32 (fp64 for fp64 logits); (N, 2), the largest logit and
+        Σ exp(z - largest) of each row; the gradient (N, C) in the dtype of the logits, or (0).
+
+    Raises:
+        IndexError: a target on the CPU is out of range.
+        ValueError: a λ on the CPU is outside [0, 1].
+    """
+    rows, classes = logits.shape
+    _check_values(target, target_b, lam, classes, ignore_index)
+    z = logits.to(wide_dtype(logits.dtype))
+    w = _class_weights(logits, weight)
+    largest = z.amax(1) if classes else z.new_zeros(rows)
+    total = (z - largest[:, None]).exp().sum(1)
+    log_p = z - largest[:, None] - total.log()[:, None]
+
+    loss = z.new_zeros(rows if reduction == _NONE else ())
+    for y, share in _pairs(target, target_b, lam):
+        counts, w_y, divisor = _target_weights(w, y, ignore_index, reduction)
+        at_y = torch.where(counts, y, 0)[:, None]
+        picked = log_p.gather(1, at_y)[:, 0] if classes else z.new_zeros(rows)
+        term = -(1 - smoothing) * w_y * picked
+        if smoothing > 0:
+            term = term - smoothing / max(classes, 1) * (log_p * w).sum(1)
+        term = share * torch.where(counts, term, 0)
+        loss = loss + (term if reduction == _NONE else term.sum() / divisor)
+
+    stats = torch.stack((largest, total), 1)
+    if not with_grad:
+        return loss, stats, logits.new_empty(0)
+    one = torch.ones((), dtype=z.dtype, device=z.device) if grad_scale is None else grad_scale
+    grad = backward_reference(
+        one, logits, target, target_b, lam, weight, stats, ignore_index, reduction, smoothing
+    )
+    return loss, stats, grad
+
+
+def backward_reference(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+) -> Tensor:
+    """``fastmp::loss_backward`` in plain PyTorch: gradient = incoming·(Σ_c q_c·softmax(z) - q).
+
+    q is what the row's targets put on each class: (1-ε)·w_y at y and (ε/C)·w_c everywhere.
+
+    Args:
+        grad_output: (), or (N) for reduction none: the incoming gradient.
+        stats: (N, 2), as ``loss_forward`` returned it. The other arguments are those it had.
+
+    Returns:
+        (N, C), in the dtype of the logits, rounded once.
+    """
+    rows, classes = logits.shape
+    z = logits.to(wide_dtype(logits.dtype))
+    w = _class_weights(logits, weight)
+    softmax = (z - stats[:, :1]).exp() / stats[:, 1:]
+    grad = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    if classes == 0:
+        return grad.to(logits.dtype)
+    for y, share in _pairs(target, target_b, lam):
+        counts, w_y, divisor = _target_weights(w, y, ignore_index, reduction)
+        at_y = torch.where(counts, y, 0)[:, None]
+        q = (smoothing / classes * w).expand(rows, classes)
+        q = q.scatter_add(1, at_y, (1 - smoothing) * w_y[:, None])
+        incoming = (grad_output.to(z.dtype) * share / divisor).expand(rows)[:, None]
+        term = incoming * (q.sum(1, keepdim=True) * softmax - q)
+        grad = grad + torch.where(counts[:, None], term, 0)
+    return grad.to(logits.dtype)
+
+
+# ---- native: fp32, fp16 and bf16 on the CPU ----
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _run(name: str, args: cpu.LossArgs, target: Tensor) -> None:
+    if cpu.call(name, args) == cpu.BAD_TARGET:
+        row, value = int(args.bad_row), int(args.bad_target)
+        which = "target" if int(target[row]) == value else "target_b"
+        _raise_bad_target(which, row, value, int(args.classes), int(args.ignore_index))
+
+
+def _native_args(
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    incoming: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+) -> tuple[cpu.LossArgs, list[Tensor | None]]:
+    """The struct of a call, and the tensors that must stay alive until it returns."""
+    rows, classes = logits.shape
+    if logits.stride(1) != 1 and classes > 1:
+        logits = logits.contiguous()
+    kept: list[Tensor | None] = [logits, target.contiguous()]
+    kept.append(None if target_b is None else target_b.contiguous())
+    kept += [
+        None if values is None else values.to(torch.float32).contiguous()
+        for values in (lam, weight, incoming)
+    ]
+    args = cpu.LossArgs(
+        dtype=DTYPE_CODES[logits.dtype],
+        reduction=reduction,
+        rows=rows,
+        classes=classes,
+        row_stride=logits.stride(0),
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        lam_stride=0 if lam is None else lam.dim(),
+        grad_stride=0 if incoming is None else incoming.dim(),
+    )
+    fields = ("logits", "target_a", "target_b", "lam", "weight", "grad_output")
+    for field, tensor in zip(fields, kept, strict=True):
+        setattr(args, field, _address(tensor))
+    return args, kept
+
+
+def forward_cpu(
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    grad_scale: Tensor | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::loss_forward`` on the native library; arguments as ``forward_reference``."""
+    if logits.dtype not in DTYPE_CODES:
+        return forward_reference(
+            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
+            grad_scale, with_grad,
+        )  # fmt: skip
+    check_lam(lam)
+    rows, classes = logits.shape
+    args, _kept = _native_args(
+        logits, target, target_b, lam, weight, grad_scale, ignore_index, reduction, smoothing
+    )
+    loss = torch.empty(rows if reduction == _NONE else (), dtype=torch.float32)
+    stats = torch.empty((rows, 2), dtype=torch.float32)
+    grad = torch.empty((rows, classes) if with_grad else 0, dtype=logits.dtype)
+    args.loss, args.stats = loss.data_ptr(), stats.data_ptr()
+    if with_grad and grad.numel():
+        args.grad = grad.data_ptr()
+    _run("fastmp_loss_forward", args, target)
+    return loss, stats, grad
+
+
+def backward_cpu(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+) -> Tensor:
+    """``fastmp::loss_backward`` on the native library; arguments as ``backward_reference``."""
+    if logits.dtype not in DTYPE_CODES:
+        return backward_reference(
+            grad_output, logits, target, target_b, lam, weight, stats, ignore_index, reduction,
+            smoothing,
+        )  # fmt: skip
+    args, _kept = _native_args(
+        logits, target, target_b, lam, weight, grad_output, ignore_index, reduction, smoothing
+    )
+    stats = stats.contiguous()
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    args.stats, args.grad = stats.data_ptr(), grad.data_ptr()
+    _run("fastmp_loss_backward", args, target)
+    return grad
+
+
+# ---- schema, fakes, registration ----
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    smoothing: float,
+    grad_scale: Tensor | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = logits.shape
+    wide = wide_dtype(logits.dtype)
+    loss = logits.new_empty((rows,) if reduction == _NONE else (), dtype=wide)
+    grad = logits.new_empty((rows, classes) if with_grad else (0,))
+    return loss, logits.new_empty((rows, 2), dtype=wide), grad
+
+
+def _backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_library = torch.library.Library("fastmp", "FRAGMENT")
+_library.define(
+    "loss_forward(Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, "
+    "int ignore_index, int reduction, float smoothing, Tensor? grad_scale, bool with_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "loss_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? target_b, "
+    "Tensor? lam, Tensor? weight, Tensor stats, int ignore_index, int reduction, "
+    "float smoothing) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("loss_forward", forward_reference, "CompositeExplicitAutograd")
+_library.impl("loss_backward", backward_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("fastmp::loss_forward", _forward_fake, lib=_library)
+torch.library.register_fake("fastmp::loss_backward", _backward_fake, lib=_library)
+
+_native, _reason = cpu.load()
+if _native is not None:
+    _library.impl("loss_forward", forward_cpu, "CPU")
+    _library.impl("loss_backward", backward_cpu, "CPU")
+backends.record("loss", "cpu", "cpu" if _native is not None else "reference", _reason)

@@ -1,0 +1,263 @@
+"""Mixup and cutmix of a batch, with normalisation and cast in the same pass.
+
+::
+
+    mixup   out[i] = λ_i·norm(x[i]) + (1-λ_i)·norm(x[index[i]])
+    cutmix  out[i] = norm(x[index[i]]) inside the box, norm(x[i]) outside
+    norm(x) = scale_c·x + shift_c
+
+Zhang et al. 2018 (mixup, arXiv:1710.09412), Yun et al. 2019 (CutMix, arXiv:1905.04899).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmp import backends
+from fastmp.backends import cpu
+from fastmp.backends.table import DTYPE_CODES
+from fastmp.ops.checks import check_device, check_lam, lam_of_rows, wide_dtype
+
+
+def _check_values(
+    input: Tensor, lam: Tensor | None, index: Tensor | None, box: Tensor | None
+) -> None:
+    """Look at the values of CPU tensors; on a device that would wait for it."""
+    check_lam(lam)
+    batch, _, height, width = input.shape
+    if index is not None and index.device.type == "cpu" and batch:
+        low, high = (int(value) for value in torch.aminmax(index))
+        if low < 0 or high >= batch:
+            raise IndexError(
+                f"index must lie in [0, {batch}), the batch, got values from {low} to {high}"
+            )
+    if box is not None and box.device.type == "cpu" and box.numel():
+        top, bottom, left, right = box.reshape(-1, 4).unbind(1)
+        inside = (top >= 0) & (top <= bottom) & (bottom <= height)
+        inside &= (left >= 0) & (left <= right) & (right <= width)
+        if not inside.all():
+            worst = box.reshape(-1, 4)[int((~inside).nonzero()[0])].tolist()
+            raise ValueError(
+                f"box must be (top, bottom, left, right) within an image of {height} x {width}, "
+                f"got {tuple(worst)}"
+            )
+
+
+def mix_reference(
+    input: Tensor,
+    lam: Tensor | None,
+    index: Tensor | None,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fastmp::mix`` in plain PyTorch; differentiable with respect to ``input``.
+
+    Args:
+        input: (N, C, H, W), floating or uint8.
+        lam: () or (N), weight of the sample itself; not read with a box.
+        index: (N), int64, partner of each sample; None: no mixing.
+        box: (4) or (N, 4), int64, top, bottom, left, right of what comes from the partner.
+        scale, shift: (C), or both None.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (N, C, H, W), contiguous, ``dtype``.
+
+    Raises:
+        IndexError, ValueError: index, box or λ on the CPU out of range.
+    """
+    _check_values(input, lam, index, box)
+    wide = torch.float64 if torch.float64 in (input.dtype, dtype) else torch.float32
+    x = input.to(wide)
+    if scale is not None and shift is not None:
+        x = x * scale.to(wide)[:, None, None] + shift.to(wide)[:, None, None]
+    if index is not None:
+        partner = x[index]
+        if box is not None:
+            top, bottom, left, right = box.reshape(-1, 4)[..., None, None, None].unbind(1)
+            row = torch.arange(x.shape[2], device=x.device)[:, None]
+            column = torch.arange(x.shape[3], device=x.device)
+            inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+            x = torch.where(inside, partner, x)
+        elif lam is not None:
+            share = lam.to(wide).reshape(-1, 1, 1, 1)
+            x = share * x + (1 - share) * partner
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def mix_cpu(
+    input: Tensor,
+    lam: Tensor | None,
+    index: Tensor | None,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fastmp::mix`` on the native library; arguments as ``mix_reference``."""
+    if input.dtype not in DTYPE_CODES or dtype not in DTYPE_CODES:
+        return mix_reference(input, lam, index, box, scale, shift, dtype)
+    _check_values(input, lam, index, box)
+    output = torch.empty(input.shape, dtype=dtype)
+    if output.numel() == 0:
+        return output
+    batch, channels, height, width = input.shape
+    floats = [None if t is None else t.to(torch.float32).contiguous() for t in (lam, scale, shift)]
+    integers = [None if t is None else t.contiguous() for t in (index, box)]
+    input = input.contiguous()
+    args = cpu.MixArgs(
+        input=input.data_ptr(),
+        output=output.data_ptr(),
+        input_dtype=DTYPE_CODES[input.dtype],
+        output_dtype=DTYPE_CODES[dtype],
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        lam_stride=0 if lam is None else lam.dim(),
+        box_stride=4 if box is not None and box.dim() == 2 else 0,
+    )
+    addresses = [None if t is None else t.data_ptr() for t in floats + integers]
+    args.lam, args.scale, args.shift, args.index, args.box = addresses
+    cpu.call("fastmp_mix", args)
+    return output
+
+
+def _mix_fake(
+    input: Tensor, lam: Any, index: Any, box: Any, scale: Any, shift: Any, dtype: Any
+) -> Tensor:
+    return input.new_empty(input.shape, dtype=dtype)
+
+
+_library = torch.library.Library("fastmp", "FRAGMENT")
+_library.define(
+    "mix(Tensor input, Tensor? lam, Tensor? index, Tensor? box, Tensor? scale, Tensor? shift, "
+    "ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("mix", mix_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("fastmp::mix", _mix_fake, lib=_library)
+
+_native, _reason = cpu.load()
+if _native is not None:
+    _library.impl("mix", mix_cpu, "CPU")
+backends.record("mix", "cpu", "cpu" if _native is not None else "reference", _reason)
+
+
+# ---- the public function ----
+
+
+def mix(
+    input: Tensor,
+    lam: Tensor | float | None,
+    index: Tensor | None,
+    *,
+    box: Tensor | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mixup or cutmix of a batch, with normalisation and cast, in one pass and out of place.
+
+    ``out[i] = lam * norm(x[i]) + (1 - lam) * norm(x[index[i]])``; with a box
+    ``norm(x[index[i]])`` inside and ``norm(x[i])`` outside, and ``lam`` is not applied.
+    ``norm(x) = (x - mean) / std`` for each channel; uint8 is divided by 255 before.
+
+    Args:
+        input: (N, ...), floating or uint8; (N, C, H, W) for a box, mean or std.
+        lam: weight of the sample itself in [0, 1]: a number, a 0-d tensor or (N).
+        index: (N), int64, the partner of each sample; None: normalise and cast alone.
+        box: (4) or (N, 4), int64: top, bottom, left, right, the ends not included.
+        mean: C values; default 0.
+        std: C values, none of them 0; default 1.
+        dtype: floating dtype of the result; default that of ``input``, fp32 for uint8.
+
+    Returns:
+        A new contiguous tensor in the shape of ``input``, differentiable with respect to it.
+
+    Raises:
+        IndexError: ``index`` is out of range (CPU).
+        ValueError, TypeError, RuntimeError: another argument is, or has a wrong type or device.
+    """
+    if input.dim() == 0:
+        raise ValueError("input must be a batch (N, ...), got a scalar")
+    if not (input.is_floating_point() or input.dtype == torch.uint8):
+        raise TypeError(f"input must be floating-point or uint8, got {input.dtype}; call .float()")
+    if dtype is None:
+        dtype = input.dtype if input.is_floating_point() else torch.float32
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if input.dim() != 4 and not (box is None and mean is None and std is None):
+        raise ValueError(
+            f"box, mean and std need input of shape (N, C, H, W), got {tuple(input.shape)}"
+        )
+    share = _check_partners(input, lam, index, box)
+    images = input if input.dim() == 4 else input.reshape(input.shape[0], 1, 1, -1)
+    scale, shift = _affine(images, mean, std)
+    arguments = (images, share, index, box, scale, shift, dtype)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return mix_reference(*arguments).reshape(input.shape)
+    output: Tensor = torch.ops.fastmp.mix(*arguments)
+    return output.reshape(input.shape)
+
+
+def _check_partners(
+    input: Tensor, lam: Tensor | float | None, index: Tensor | None, box: Tensor | None
+) -> Tensor | None:
+    """λ as a tensor, after a look at what goes with it."""
+    batch = input.shape[:1]
+    if index is None:
+        if lam is not None or box is not None:
+            raise ValueError("lam and box mix with a partner: give index, or leave them out")
+        return None
+    if index.dtype != torch.int64 or index.shape != batch:
+        raise ValueError(
+            f"index must be int64 of shape {tuple(batch)}, "
+            f"got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    check_device("index", index, input.device)
+    if box is not None:
+        if box.dtype != torch.int64 or box.shape not in ((4,), (*batch, 4)):
+            raise ValueError(
+                f"box must be int64 of shape (4,) or {(*batch, 4)}, "
+                f"got {box.dtype} of shape {tuple(box.shape)}"
+            )
+        check_device("box", box, input.device)
+    elif lam is None:
+        raise ValueError("lam is missing: mixing without a box needs a weight in [0, 1]")
+    if lam is None:
+        return None
+    wide = wide_dtype(input.dtype)
+    return lam_of_rows(lam, index, input.device, wide)
+
+
+def _affine(
+    images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(x / unit - mean) / std as scale and shift; unit is 255 for uint8."""
+    unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    if mean is None and std is None and unit == 1.0:
+        return None, None
+    channels = images.shape[1]
+    mean_of, std_of = (
+        torch.full((channels,), default, dtype=torch.float64, device=images.device)
+        if values is None
+        else torch.as_tensor(values, dtype=torch.float64, device=images.device)
+        for values, default in ((mean, 0.0), (std, 1.0))
+    )
+    for name, values in (("mean", mean_of), ("std", std_of)):
+        if values.shape != (channels,):
+            raise ValueError(
+                f"{name} must have one value for each of the {channels} channels, "
+                f"got shape {tuple(values.shape)}"
+            )
+    if std_of.device.type == "cpu" and not torch.compiler.is_compiling() and (std_of == 0).any():
+        raise ValueError(f"std must not be 0, got {std_of.tolist()}")
+    wide = wide_dtype(images.dtype)
+    return (1 / (unit * std_of)).to(wide), (-mean_of / std_of).to(wide)
