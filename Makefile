@@ -32,7 +32,8 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core cmake ninja
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	FASTMP_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --constraint constraints.txt \
+		--no-build-isolation --editable '.[dev]'
 	touch $@
 
 clean:
