@@ -1,0 +1,197 @@
+"""Checkpoints: safetensors and JSON, no pickle, written so that a crash leaves the last one whole.
+
+A checkpoint is a folder with one ``tensors-<sum>.safetensors`` and one ``manifest.json``. The
+manifest holds the nested state with every tensor replaced by its name, and the size and sha256 of
+the tensor file; it also holds the sum of itself. Replacing the manifest, one atomic rename, is what
+makes a new checkpoint the current one: before it the old pair is complete, after it the new one.
+(Renaming a finished folder over an old one is not possible: POSIX replaces only empty folders.)
+
+What goes in comes out bit for bit: dicts with str or int keys, lists, tuples, None, bools, ints,
+floats (infinities and NaN too), strings, and dense tensors of any dtype safetensors knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+FORMAT = "fastmp-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+_TENSOR_FILE = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or trusted: which file, what was expected, what came."""
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write ``state`` as the checkpoint at ``path``, replacing one that is there.
+
+    Tensors are copied to the CPU and stored contiguously; a view is stored as what it shows.
+
+    Raises:
+        CheckpointError: the state holds something that is not listed above; nothing was written.
+        OSError: the disk refused; the previous checkpoint is still whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, "state", tensors)
+    payload = save_tensors(tensors)
+    digest = hashlib.sha256(payload).hexdigest()
+    name = f"tensors-{digest[:16]}.safetensors"
+    content = {
+        "tensors": {"file": name, "bytes": len(payload), "sha256": digest},
+        "state": tree,
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": _content_sum(content),
+        "content": content,
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / name, payload)
+    _write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    for old in folder.iterdir():
+        if old.name != name and (_TENSOR_FILE.fullmatch(old.name) or old.suffix == ".partial"):
+            old.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state saved at ``path``, verified; tensors are on the CPU.
+
+    Raises:
+        CheckpointError: missing, corrupt, truncated or of another format version.
+    """
+    folder = Path(path)
+    content = _read_manifest(folder / MANIFEST)
+    entry = content["tensors"]
+    if not _TENSOR_FILE.fullmatch(entry["file"]):
+        raise _distrust(folder / MANIFEST, "the name of a tensor file beside it", entry["file"])
+    file = folder / entry["file"]
+    try:
+        payload = file.read_bytes()
+    except OSError as error:
+        raise _distrust(file, f"{entry['bytes']} bytes", str(error)) from error
+    if len(payload) != entry["bytes"]:
+        raise _distrust(file, f"{entry['bytes']} bytes", f"{len(payload)} bytes")
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != entry["sha256"]:
+        raise _distrust(file, f"sha256 {entry['sha256']}", digest)
+    try:
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise _distrust(file, "a safetensors file", str(error)) from error
+    state: dict[str, Any] = _restore(content["state"], tensors)
+    return state
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _distrust(path, "a checkpoint manifest", str(error)) from error
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise _distrust(path, "a whole JSON file", str(error)) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _distrust(path, f"format {FORMAT!r}", "another JSON file")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')!r}, this fastmp reads {VERSION}; "
+            "load it with the fastmp that wrote it"
+        )
+    content: dict[str, Any] = manifest.get("content", {})
+    if _content_sum(content) != manifest.get("sha256"):
+        raise _distrust(path, f"contents with sha256 {manifest.get('sha256')}", "another sum")
+    return content
+
+
+def _content_sum(content: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """Put a file in place whole: half of it never stands under its name, whenever power fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as out:
+        out.write(payload)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+    if os.name == "posix":  # the rename itself must reach the disk before anything relies on it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _distrust(path: Path, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be used: expected {expected}, found {found}; "
+        "take an older checkpoint or another copy of this one"
+    )
+
+
+# In the manifest plain JSON stands for itself. What JSON lacks is an object with one "$" key, and a
+# dict is always written as pairs, so no key of the user's can be mistaken for such a mark.
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON; its tensors go into ``tensors`` under the path that leads to them."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f"{name}: only dense tensors can be saved, got {value.layout}")
+        if name in tensors:  # {"a.b": x, "a": {"b": y}} or {1: x, "1": y}
+            name = f"{name}#{len(tensors)}"
+        # a copy: safetensors refuses tensors that share memory, and arenas are made of views
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": name}
+    if isinstance(value, list | tuple):
+        items = [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise CheckpointError(f"{name}: keys must be str or int, got {key!r}")
+        pairs = [[k, _flatten(v, f"{name}.{k}", tensors)] for k, v in value.items()]
+        return {"$dict": pairs}
+    raise CheckpointError(
+        f"{name}: expected tensors, numbers, strings, None and dicts, lists or tuples of them, "
+        f"got {type(value).__name__}"
+    )
+
+
+def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_restore(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((mark, inner),) = value.items()
+    if mark == "$dict":
+        return {key: _restore(item, tensors) for key, item in inner}
+    if mark == "$tuple":
+        return tuple(_restore(item, tensors) for item in inner)
+    if mark == "$float":
+        return float(inner)
+    return tensors[inner]
