@@ -38,12 +38,9 @@ class GradScaler(torch.amp.GradScaler):
         if not isinstance(optimizer, Fused):
             return super()._check_inf_per_device(optimizer)
         # Nothing found yet: the step looks for itself, and step() above passes on what it found.
-        found = {
-            p.device: torch.zeros((), device=p.device)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        device = next((p.device for p in params if p.grad is not None), None)
+        found = {} if device is None else {device: torch.zeros((), device=device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 

@@ -70,6 +70,7 @@ class Fused(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._plan_rules: list[tuple[str, ...]] = []
         self._plan_state: list[Any] = []
+        self._halves: list[Slot] = []
         self._versions: list[int] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,15 +111,17 @@ class Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = self._with_gradients()
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if type(None) in set(map(type, grads)):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         if not params:
             return loss
         plan = self._plan
-        if plan is None or not self._is_current(plan, params, grads):
+        if plan is None or not self._is_current(plan, params) or not plan.point_at(grads):
             plan = self._new_plan(grads)
-        else:
-            plan.point_at(grads)
-        self._adopt_changed_weights(plan)
+        self._adopt_changed_weights()
         update.run(
             plan,
             torch.tensor([self._hyper(group) for group in self.param_groups], dtype=torch.float64),
@@ -128,34 +131,21 @@ class Fused(torch.optim.Optimizer):
             update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
             not self.skip_nonfinite,
         )
+        # the kernel wrote behind autograd's back: a backward through the old weights must raise
         torch.autograd.graph.increment_version(plan.params)
-        self._versions = [p._version for p in plan.params]
         return loss
-
-    def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        if any(grad is None for grad in grads):
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        if any(grad.layout != torch.strided for grad in grads):
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, "
-                "please consider SparseAdam or sparse=False instead"
-            )
-        return params, grads
 
     def _flat_state(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.state.values())))
 
-    def _is_current(self, plan: Plan, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Whether the plan still describes parameters, gradients, rules and state as they are."""
+    def _is_current(self, plan: Plan, params: list[Tensor]) -> bool:
+        """Whether the plan still describes parameters, rules and state as they are."""
         state = self._flat_state()
         return (
             len(state) == len(self._plan_state)
             and all(map(is_, state, self._plan_state))
             and [self._state_keys(group) for group in self.param_groups] == self._plan_rules
-            and plan.fits(params, grads)
+            and plan.fits(params)
         )
 
     def _new_plan(self, grads: list[Tensor]) -> Plan:
@@ -175,22 +165,24 @@ class Fused(torch.optim.Optimizer):
         self._plan = Plan(slots, grads)
         self._plan_rules = [self._state_keys(group) for group in self.param_groups]
         self._plan_state = self._flat_state()
+        self._halves = [slot for slot in slots if slot.param.dtype == torch.float16]
         self._versions = []
         return self._plan
 
-    def _adopt_changed_weights(self, plan: Plan) -> None:
+    def _adopt_changed_weights(self) -> None:
         """Take over fp16 weights that were written from outside since the last step.
 
         Otherwise the next write-back of the master would undo a ``load_state_dict`` or a manual
         edit. A weight that still equals its rounded master keeps the master's finer value. bf16
         needs none of this: there the weight is the upper half of the master.
         """
-        if [p._version for p in plan.params] == self._versions:
-            return
-        for slot in plan.slots:
-            if slot.param.dtype == torch.float16 and slot.master is not None:
+        versions = [slot.param._version for slot in self._halves]
+        if versions != self._versions:
+            for slot in self._halves:
+                assert slot.master is not None
                 kept = slot.master.to(torch.float16) == slot.param
                 slot.master.copy_(torch.where(kept, slot.master, slot.param.float()))
+        self._versions = [version + 1 for version in versions]  # as the step will leave them
 
     # ---- state ----
 

@@ -139,6 +139,37 @@ static inline void narrow(const float* __restrict src, T* __restrict dst, int64_
   for (; i < n; ++i) store(src[i], &dst[i]);
 }
 
+/* The same past the caches, for results nobody reads soon. Writing a line without having read it
+ * otherwise reads it first: 2 of 32 bytes a parameter in an fp16 AdamW step, 6% of its time where
+ * the state is larger than the caches. Ends with no fence: see stream_fence. */
+template <class T>
+static inline void narrow_past_caches(const float* __restrict src, T* __restrict dst, int64_t n) {
+#if defined(__F16C__)
+  int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(dst) % sizeof(HalfVec) == 0) {
+    for (; i + kWidth <= n; i += kWidth) {
+      HalfVec half;
+      save(load(src + i), reinterpret_cast<T*>(&half));
+#if defined(__AVX512F__)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i), (__m256i)half);
+#else
+      _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), (__m128i)half);
+#endif
+    }
+  }
+  narrow(src + i, dst + i, n - i);
+#else
+  narrow(src, dst, n);
+#endif
+}
+
+/* Once per thread, before anybody else reads what it streamed. */
+static inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 /* The larger of each lane; best where x is NaN. */
 static inline Vec larger(Vec x, Vec best) {
 #if defined(__AVX512F__)

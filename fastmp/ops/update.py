@@ -107,6 +107,7 @@ class Plan:
 
         Raises:
             ValueError: parameters on several devices, or a gradient of another shape or device.
+            RuntimeError: a sparse gradient.
         """
         devices = {slot.param.device for slot in slots}
         if len(devices) > 1:
@@ -115,6 +116,11 @@ class Plan:
                 f"{', '.join(sorted(map(str, devices)))}; use one optimizer per device"
             )
         for slot, grad in zip(slots, grads, strict=True):
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {slot.number} is {grad.layout}: sparse gradients "
+                    "are not supported; use sparse=False in the layer, or torch.optim.SparseAdam"
+                )
             if grad.shape != slot.param.shape or grad.device != slot.param.device:
                 raise ValueError(
                     f"the gradient of parameter {slot.number} does not fit it: expected shape "
@@ -133,31 +139,39 @@ class Plan:
             self.rows = _rows(slots, grads)
             self.point_at(grads)
 
-    def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether these are still the parameters the table was laid out for, where it says."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        if [g.dtype for g in grads] != self._dtypes:
-            return False
         return self.fallback is not None or [p.data_ptr() for p in params] == self._params_at
 
-    def point_at(self, grads: Sequence[Tensor]) -> None:
-        """Use these gradients, one per row, in the next step."""
-        self.grads = list(grads)
+    def point_at(self, grads: Sequence[Tensor]) -> bool:
+        """Use these gradients, one per row, in the next step; False if the table cannot hold them.
+
+        Then lay out another, which says what is wrong if anything is.
+        """
         if self.fallback is not None:
-            return
-        grads_at = [g.data_ptr() for g in self.grads]
+            self.grads = list(grads)
+            return all(g.layout == torch.strided for g in grads)
+        try:
+            grads_at = [g.data_ptr() for g in grads]
+        except RuntimeError:  # sparse: there is no one address
+            return False
         if grads_at == self._grads_at:
-            return
-        if [g.stride() for g in self.grads] != self._strides:
+            return True
+        if [g.dtype for g in grads] != self._dtypes:
+            return False
+        self.grads = list(grads)
+        if [g.stride() for g in grads] != self._strides:
             # Another order of the same elements (a channels_last weight with a contiguous gradient,
             # say): copied into the weight's order, a slower path with the same result.
-            for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
                 if grad.stride() != self._strides[i]:
                     self.grads[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             grads_at = [g.data_ptr() for g in self.grads]
         self._grads_at = grads_at
         self.rows["grad"] = grads_at
+        return True
 
 
 def _is_dense(tensor: Tensor) -> bool:
