@@ -1,8 +1,9 @@
 """How everything here is timed, and how results are written.
 
-All candidates of a case run in one process, interleaved A/B/C/A/B/C, so that a noisy neighbour or
-a changed clock hits them alike; medians with p20 and p80; the fastest baseline is the baseline. A
-case asserts that all candidates computed the same thing on the very tensors it timed.
+All candidates of a case run in one process, interleaved A/B/C, B/C/A, ..., so that a noisy
+neighbour, a changed clock or the caches left by the one before hit them alike; medians with p20 and
+p80; the fastest baseline is the baseline. A case asserts that all candidates computed the same
+thing on the very tensors it timed.
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ def interleave(
 ) -> dict[str, Timing]:
     """Median milliseconds of each candidate over interleaved rounds, two of warm-up before."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in tqdm(range(rounds + 2), desc=label, leave=False):
-        for name, candidate in candidates.items():
+    names = list(candidates)
+    for number in tqdm(range(rounds + 2), desc=label, leave=False, disable=None):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             start = time.perf_counter()
-            candidate()
+            candidates[name]()
             elapsed = time.perf_counter() - start
             if number >= 2:
                 samples[name].append(elapsed * 1e3)

@@ -145,6 +145,6 @@ def rows(quick: bool) -> list[Row]:
         update_alone(50, size, rounds, 0.95, checked=False, compiled=not quick),
         update_alone(50, size, rounds, None, checked=True),
         # no torch.compile here: it unrolls the list and compiles for minutes
-        update_alone(1000, 1024, rounds, 3.0, checked=False),
-        update_alone(1000, 1024, rounds, None, checked=True),
+        update_alone(1000, 1024, 4 * rounds, 3.0, checked=False),
+        update_alone(1000, 1024, 4 * rounds, None, checked=True),
     ]

@@ -12,6 +12,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class Fused(torch.optim.Optimizer):
         self._adopt_changed_weights()
         update.run(
             plan,
-            torch.tensor([self._hyper(group) for group in self.param_groups], dtype=torch.float64),
+            torch.from_numpy(np.array([self._hyper(g) for g in self.param_groups], np.float64)),
             self._record_for(params[0].device),
             getattr(self, "grad_scale", None),
             self._told,
