@@ -1,8 +1,8 @@
 """How everything here is timed, and how results are written.
 
-All candidates of a case run in one process, interleaved A/B/C, B/C/A, ..., so that a noisy
-neighbour, a changed clock or the caches left by the one before hit them alike; medians with p20 and
-p80; the fastest baseline is the baseline. A case asserts that all candidates computed the same
+All candidates of a case run in one process, interleaved, in a new order every round, so that a
+noisy neighbour, a changed clock or the caches left by the one before hit them alike; medians with
+p20 and p80; the fastest baseline is the baseline. A case asserts that all candidates computed the same
 thing on the very tensors it timed.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -77,8 +78,10 @@ def interleave(
     """Median milliseconds of each candidate over interleaved rounds, two of warm-up before."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
+    order = random.Random(0)
     for number in tqdm(range(rounds + 2), desc=label, leave=False, disable=None):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        order.shuffle(names)
+        for name in names:
             start = time.perf_counter()
             candidates[name]()
             elapsed = time.perf_counter() - start
