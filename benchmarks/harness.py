@@ -2,8 +2,8 @@
 
 All candidates of a case run in one process, interleaved, in a new order every round, so that a
 noisy neighbour, a changed clock or the caches left by the one before hit them alike; medians with
-p20 and p80; the fastest baseline is the baseline. A case asserts that all candidates computed the same
-thing on the very tensors it timed.
+p20 and p80; the fastest baseline is the baseline. A case asserts that all candidates computed the
+same thing on the very tensors it timed.
 """
 
 from __future__ import annotations
