@@ -19,10 +19,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.subjects or SUBJECTS:
-        rows = SUBJECTS[name].rows(options.quick)
-        print(f"\n{name}\n\n{harness.table(rows)}\n", flush=True)
+        rows, copy = SUBJECTS[name].rows(options.quick), harness.copy_bandwidth()
+        print(f"\n{name}\n\n{harness.table(rows, copy)}\n", flush=True)
         if not options.quick:
-            print(f"written to {harness.write(name, rows, harness.copy_bandwidth())}")
+            print(f"written to {harness.write(name, rows, copy)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""What the fused optimizers share: their state, the step, and what the step decided.
-
-State lives where torch's optimizers keep it, ``self.state[param]``, under torch's keys, as views of
-a few flat arenas. It is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
-entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
-"""
+"""What the fused optimizers share: the step, and what the step decided."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -16,30 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmp import state
 from fastmp.backends.table import record_field
 from fastmp.ops import update
 from fastmp.ops.update import Hyper, Plan, Slot
 
-_MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line
-
-
-class _Loaded:
-    """Carries a tensor through ``Optimizer.load_state_dict``, which casts bare ones to the
-    parameter's dtype: an fp16 second moment of 1e-9 would load as 0."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-
-def _protect(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {
-        key: _Loaded(value) if isinstance(value, Tensor) and key != "step" else value
-        for key, value in values.items()
-    }
 
 
 class Fused(torch.optim.Optimizer):
@@ -141,10 +118,10 @@ class Fused(torch.optim.Optimizer):
 
     def _is_current(self, plan: Plan, params: list[Tensor]) -> bool:
         """Whether the plan still describes parameters, rules and state as they are."""
-        state = self._flat_state()
+        held = self._flat_state()
         return (
-            len(state) == len(self._plan_state)
-            and all(map(is_, state, self._plan_state))
+            len(held) == len(self._plan_state)
+            and all(map(is_, held, self._plan_state))
             and [self._state_keys(group) for group in self.param_groups] == self._plan_rules
             and plan.fits(params)
         )
@@ -155,13 +132,14 @@ class Fused(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             keys = self._state_keys(group)
             in_use = [p for p in group["params"] if p.grad is not None]
-            self._allocate(in_use, keys)
+            state.allocate(self.state, in_use, keys)
             for param in group["params"]:
                 if param.grad is not None:
-                    state = self.state[param]
-                    master = state.get(_MASTER_KEYS.get(param.dtype))
-                    states = tuple(state[key] for key in keys)
-                    slots.append(Slot(param, master, states, state["step"], number, index))
+                    own = self.state[param]
+                    state.conform(own, param, keys)
+                    master = own.get(state.MASTER_KEYS.get(param.dtype))
+                    states = tuple(own[key] for key in keys)
+                    slots.append(Slot(param, master, states, own["step"], number, index))
                 index += 1
         self._plan = Plan(slots, grads)
         self._plan_rules = [self._state_keys(group) for group in self.param_groups]
@@ -185,46 +163,7 @@ class Fused(torch.optim.Optimizer):
                 slot.master.copy_(torch.where(kept, slot.master, slot.param.float()))
         self._versions = [version + 1 for version in versions]  # as the step will leave them
 
-    # ---- state ----
-
-    def _allocate(self, params: list[Tensor], keys: Iterable[str]) -> None:
-        """Give every parameter the state it lacks, as views of one arena per kind of state."""
-        for dtype in {p.dtype for p in params}:
-            same = [p for p in params if p.dtype == dtype]
-            moment = torch.float64 if dtype == torch.float64 else torch.float32
-            for key in keys:
-                self._add_views(key, [p for p in same if self._lacks(p, key)], moment)
-            if dtype in _MASTER_KEYS:
-                self._add_masters(_MASTER_KEYS[dtype], same)
-        without = [p for p in params if self._lacks(p, "step")]
-        if without:
-            steps = torch.zeros(len(without), dtype=torch.float32, device=without[0].device)
-            for p, step in zip(without, steps, strict=True):
-                self.state[p]["step"] = step
-
-    def _add_masters(self, key: str, params: list[Tensor]) -> None:
-        without = [p for p in params if self._lacks(p, key)]
-        if key == "remainder":  # of a value that is its own rounding: zero
-            self._add_views(key, without, torch.int16)
-            return
-        self._add_views(key, without, torch.float32)
-        for p in without:
-            self.state[p][key].copy_(p)
-
-    def _lacks(self, param: Tensor, key: str) -> bool:
-        return self.state[param].get(key) is None
-
-    def _add_views(self, key: str, params: list[Tensor], dtype: torch.dtype) -> None:
-        if not params:
-            return
-        sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
-        arena = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
-        for p, piece in zip(params, torch.split(arena, sizes), strict=True):
-            if update._is_dense(p):
-                view = piece.as_strided(p.shape, p.stride(), piece.storage_offset())
-            else:
-                view = piece[: p.numel()].view(p.shape)
-            self.state[p][key] = view
+    # ---- saving and loading ----
 
     def _record_for(self, device: torch.device) -> Tensor:
         record: Tensor | None = self.__dict__.get("_record")
@@ -237,47 +176,28 @@ class Fused(torch.optim.Optimizer):
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         return {**super().__getstate__(), **own}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, restored: dict[str, Any]) -> None:
+        super().__setstate__(restored)
         self._forget_plan()
         for group in self.param_groups:
-            keys = ("step", *self._state_keys(group), *_MASTER_KEYS.values())
             for param in group["params"]:
                 if param in self.state:
-                    self._own(param, self.state[param], keys)
-
-    def _own(self, param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
-        """Turn loaded values into this optimizer's own state, none of them rounded."""
-        loaded = {k: v.value if isinstance(v, _Loaded) else v for k, v in state.items()}
-        if "step" not in loaded and loaded.get("momentum_buffer") is not None:
-            loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
-        state.clear()
-        for key, value in loaded.items():
-            if key not in keys or value is None:
-                if value is not None:
-                    state[key] = value
-                continue
-            if key == "step":
-                state[key] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
-                continue
-            dtype = torch.int16 if key == "remainder" else torch.float32
-            if param.dtype == torch.float64 and key not in _MASTER_KEYS.values():
-                dtype = torch.float64
-            state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
+                    state.own(param, self.state[param], self._state_keys(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
 
         Raises:
-            ValueError: another number of groups or of parameters in a group, as in torch.
+            ValueError: another number of groups or of parameters in a group, as in torch, or state
+                of another shape than its parameter. Nothing has changed then.
         """
 
         # The last pre-hook, so that it sees what the caller's own hooks made of the state.
-        def protect(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            state = {param: _protect(values) for param, values in loaded["state"].items()}
-            return {**loaded, "state": state}
-
-        handle = self.register_load_state_dict_pre_hook(protect)
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, loaded: state.protect(
+                loaded, [p for group in self.param_groups for p in group["params"]]
+            )
+        )
         try:
             super().load_state_dict(state_dict)
         finally:

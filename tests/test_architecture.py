@@ -15,7 +15,8 @@ PACKAGE = Path(fastmp.__file__).parent
 FLOORS = [
     ["backends"],
     ["ops"],
-    ["functional", "fused"],
+    ["functional", "state"],
+    ["fused"],
     ["nn", "optim", "mixup", "schedule"],
     ["amp", "data", "models", "checkpoint", "metrics", "curves"],
     ["probe", "trainer"],

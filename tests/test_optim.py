@@ -465,6 +465,45 @@ def test_replaced_state_and_replaced_data_are_noticed():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_state_that_no_longer_fits_is_brought_into_shape():
+    def build():
+        torch.manual_seed(4)
+        return [torch.randn(4, 3, 5, 7).requires_grad_(), torch.randn(6, 5).requires_grad_()]
+
+    ours, theirs = build(), build()
+    a, b = adam_w(ours), torch.optim.AdamW(theirs)
+    for step in range(6):
+        give_gradients(ours, theirs, seed=step)
+        if step == 2:  # the moments are contiguous, the weight no longer is
+            for p in (ours[0], theirs[0]):
+                p.data = p.data.to(memory_format=torch.channels_last)
+        if step == 4:  # a kernel must not read fp64 as fp32
+            for optimizer, params in ((a, ours), (b, theirs)):
+                state = optimizer.state[params[1]]
+                state["exp_avg"] = state["exp_avg"].double().float()
+            a.state[ours[1]]["exp_avg_sq"] = a.state[ours[1]]["exp_avg_sq"].double()
+            a.state[ours[1]]["step"] = 4
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_another_shape_is_refused_before_anything_changes():
+    params = parameters()
+    optimizer = adam_w(params)
+    give_gradients(params)
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["exp_avg"] = torch.ones(7)
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1: expected shape \(1,\), got"):
+        optimizer.load_state_dict(saved)
+    assert same_bits(before, snapshot(optimizer, params))
+    optimizer.state[params[0]]["exp_avg"] = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"'exp_avg': expected shape \(3, 5\), got \(2, 2\)"):
+        optimizer.step()
+
+
 # ---- the drop-in face ----
 
 

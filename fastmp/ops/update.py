@@ -174,7 +174,7 @@ class Plan:
         return True
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -199,7 +199,7 @@ def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | Non
     for slot, grad in zip(slots, grads, strict=True):
         if slot.param.dtype not in _NATIVE_DTYPES or grad.dtype not in _NATIVE_DTYPES:
             return f"no kernel for {slot.param.dtype} parameters with {grad.dtype} gradients"
-        if slot.param.numel() > 0 and not _is_dense(slot.param):
+        if slot.param.numel() > 0 and not is_dense(slot.param):
             return f"parameter {slot.number} is a strided view with gaps"
     return None
 
