@@ -2,7 +2,7 @@
 
 Each backend registers its kernels against the operations that ``fastmp.ops`` defines; what no
 backend serves runs on the reference implementation in plain PyTorch. ``FASTMP_BACKEND=cpu`` turns
-a fallback into an error, for those who want to be sure.
+a missing library into an error, for those who want to be sure.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from typing import NamedTuple
 
 BACKENDS = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 
 class Served(NamedTuple):
@@ -32,7 +33,12 @@ def record(op: str, device: str, backend: str, reason: str) -> None:
 
 def report() -> list[Served]:
     """What serves each operation on each kind of device, with the reason, one row each."""
-    return [_served[key] for key in sorted(_served)]
+    rows = dict(_served)
+    for op, _ in _served:
+        for device in DEVICES:
+            reason = f"no kernel for {device}: plain PyTorch"
+            rows.setdefault((op, device), Served(op, device, "reference", reason))
+    return [rows[key] for key in sorted(rows)]
 
 
 def required() -> str | None:

@@ -154,6 +154,13 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
 
 
+def serves(op: str) -> bool:
+    """Whether the library is there to carry out ``op``; notes the answer in the report."""
+    library, reason = load()
+    backends.record(op, "cpu", "reference" if library is None else "cpu", reason)
+    return library is not None
+
+
 def call(name: str, args: Any) -> int:
     """Call an entry point with its struct and return BAD_TARGET or OK; raise on anything else."""
     library, reason = load()

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmp import backends
 from fastmp.backends import cpu
 from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_lam, wide_dtype
@@ -348,8 +347,6 @@ _library.impl("loss_backward", backward_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("fastmp::loss_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastmp::loss_backward", _backward_fake, lib=_library)
 
-_native, _reason = cpu.load()
-if _native is not None:
+if cpu.serves("loss"):
     _library.impl("loss_forward", forward_cpu, "CPU")
     _library.impl("loss_backward", backward_cpu, "CPU")
-backends.record("loss", "cpu", "cpu" if _native is not None else "reference", _reason)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp import backends
 from fastmp.backends import cpu
 from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_device, check_lam, lam_of_rows, wide_dtype
@@ -144,10 +143,8 @@ _library.define(
 _library.impl("mix", mix_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("fastmp::mix", _mix_fake, lib=_library)
 
-_native, _reason = cpu.load()
-if _native is not None:
+if cpu.serves("mix"):
     _library.impl("mix", mix_cpu, "CPU")
-backends.record("mix", "cpu", "cpu" if _native is not None else "reference", _reason)
 
 
 # ---- the public function ----

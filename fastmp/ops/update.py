@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp import backends
 from fastmp.backends import cpu
 from fastmp.backends.table import (
     DTYPE_CODES,
@@ -419,5 +418,4 @@ def _update_op(
 _library.impl("update_", _update_op, "CompositeExplicitAutograd")
 torch.library.register_fake("fastmp::update_", lambda *args: None, lib=_library)
 
-_native, _reason = cpu.load()
-backends.record("update", "cpu", "cpu" if _native else "reference", _reason)
+cpu.serves("update")
