@@ -64,6 +64,19 @@ def test_kernel_keeps_split_masters_to_the_bit():
 
 
 @needs_library
+@pytest.mark.parametrize("offset", [0, 1, 16])
+def test_weights_written_past_the_caches_are_the_same(offset):
+    """From 4 Mi parameters on the fp16 weights are streamed, where they are aligned."""
+    values = torch.randn(2**22 + 37)
+    weight = torch.full((len(values) + offset,), torch.nan, dtype=torch.float16)[offset:]
+    slot = Slot(weight, values.clone(), (), torch.zeros(()), 0, 0)
+    plan = Plan([slot], [torch.zeros_like(weight)])
+    record = update.new_record(weight.device)
+    update.run(plan, torch.tensor([Hyper(Rule.SGD, lr=0.0)], dtype=torch.float64), record)
+    assert torch.equal(weight, values.half())
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernel_widens_every_16_bit_gradient_exactly(dtype):
     grads = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
