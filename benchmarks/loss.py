@@ -77,7 +77,7 @@ def case(rows: int, classes: int, dtype: torch.dtype, rounds: int) -> Row:
 
 def rows(quick: bool) -> list[Row]:
     """Every case of this subject; quick ones for a look, full ones for a result."""
-    rounds = 5 if quick else 31
+    rounds = 5 if quick else 61
     shapes = [(256, 1000), (32, 32000)] if quick else [(4096, 1000), (512, 32000)]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     return [case(n, c, dtype, rounds) for n, c in shapes for dtype in dtypes]

@@ -122,7 +122,9 @@ static Scan scan_row(const T* z, const float* weight, int64_t classes, float* e,
     const int64_t n = min_of(kBlock, classes - at);
     const float largest = largest_of(z + at, n);
     if (largest > scan.largest) {
-      scan.sum *= exp(static_cast<double>(scan.largest) - static_cast<double>(largest));
+      if (block > 0) { /* before that the sum is 0: no exponential for a row of one block */
+        scan.sum *= exp(static_cast<double>(scan.largest) - static_cast<double>(largest));
+      }
       scan.largest = largest;
     }
     /* While all is -inf any finite reference gives exp 0, and not NaN as -inf would. */
