@@ -14,7 +14,8 @@ from torch import Tensor
 from fastmp import state
 from fastmp.backends.table import record_field
 from fastmp.ops import update
-from fastmp.ops.update import Hyper, Plan, Slot
+from fastmp.ops.plan import Plan, Slot
+from fastmp.ops.update import Hyper
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

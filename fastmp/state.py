@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp.ops.update import is_dense
+from fastmp.ops.plan import is_dense
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 _ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line

@@ -1,6 +1,8 @@
 """16-bit formats and split masters, in C++ and in Python, to the bit."""
 
 import ctypes
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from fastmp.backends import cpu
 from fastmp.backends.table import HYPER_FIELDS, RECORD, ROW, Rule, record_field
 from fastmp.ops import update
-from fastmp.ops.update import Hyper, Plan, Slot
+from fastmp.ops.plan import Plan, Slot
+from fastmp.ops.update import Hyper
 
 needs_library = pytest.mark.skipif(
     cpu.load()[0] is None, reason="there is no native library: it was built without a compiler"
@@ -110,10 +113,21 @@ def test_split_master_ties_go_away_from_zero():
     assert torch.equal(update.join_master(weight, remainder), tie)
 
 
+def c_fields(struct):
+    """(name, bytes) of every field of a struct in csrc/table.h."""
+    source = (Path(__file__).parent.parent / "csrc" / "table.h").read_text()
+    source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    body = re.search(r"typedef struct \{([^}]*)\} " + struct, source)[1]
+    sizes = {"float": 4, "double": 8, "int64_t": 8, "uint16_t": 2, "uint8_t": 1}
+    for kind, stars, name, count in re.findall(r"(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", body):
+        yield name, (8 if stars else sizes[kind]) * int(count or 1)
+
+
 def test_python_and_c_agree_on_the_layouts():
-    assert ROW.itemsize == 10 * 8
-    assert RECORD.itemsize == 32
-    assert len(HYPER_FIELDS) == 10
+    for struct, dtype in (("fastmp_row", ROW), ("fastmp_record", RECORD)):
+        expected = [(name, dtype[name].itemsize) for name in dtype.names]
+        assert list(c_fields(struct)) == expected
+    assert list(c_fields("fastmp_hyper")) == [(name, 8) for name in HYPER_FIELDS]
     assert Hyper._fields == HYPER_FIELDS
 
 
