@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmp import checkpoint, metrics
+from fastmp import checkpoint, interrupts, metrics
 from fastmp.amp import GradScaler
 from fastmp.fused import Fused
 from fastmp.metrics import Step
@@ -126,6 +126,7 @@ class Trainer:
         self._skips_in_a_row = 0
         self._steps: list[Step] = []  # of this epoch
         self._pending: metrics.Record | None = None
+        self._check_interrupt: Callable[[], None] = lambda: None
         self._log = metrics.Log(self.folder and self.folder / metrics.FILE)
 
     # ---- the loop ----
@@ -144,9 +145,10 @@ class Trainer:
         results: list[EpochResult] = []
         last = self.epoch + epochs
         try:
-            while self.epoch < last:
-                results.append(self._epoch(train_loader, val_loader, last))
-                self._save_in_folder()
+            with interrupts.deferred() as self._check_interrupt:
+                while self.epoch < last:
+                    results.append(self._epoch(train_loader, val_loader, last))
+                    self._save_in_folder()
         except RunStopped as stopped:
             raise type(stopped)(f"{stopped}; {self._save_in_folder()}") from None
         except KeyboardInterrupt:
@@ -170,6 +172,7 @@ class Trainer:
         ) as bar:
             for group in _groups(train_loader, self.accumulate):
                 self.train_step(group)
+                self._check_interrupt()
                 samples += sum(len(labels) for _, labels in group)
                 speed = samples / (time.perf_counter() - started)
                 bar.set_postfix_str(self._glance(speed), refresh=False)
@@ -289,6 +292,7 @@ class Trainer:
             loss += self.criterion(logits, labels).double() * len(labels)
             right += (logits.argmax(1) == labels).sum()
             samples += len(labels)
+            self._check_interrupt()
         self.model.train(training)
         if samples == 0:
             raise ValueError("the loader gave no batches; expected at least one")

@@ -13,7 +13,7 @@ PACKAGE = Path(fastmp.__file__).parent
 
 # What people call -> operation -> device. A module may import from lower floors and from its own.
 FLOORS = [
-    ["backends"],
+    ["backends", "interrupts"],
     ["ops"],
     ["functional", "state"],
     ["fused"],

@@ -224,11 +224,14 @@ static void update_chunk(const fastmp_row& row, const Step& step, int64_t begin,
                          Memo* memo) {
   const auto k = coefficients_of<Rule>(row, step, memo);
   alignas(64) float grads[kBlock], masters[kBlock];
+  float unused[kBlock]; /* stands in for the states a rule does not have; never read or written */
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = min_of(kBlock, end - at);
     float* master = read_master(row, at, n, masters);
-    apply_block<Rule>(master, read_grad(row, at, n, grads), row.state0 + at, row.state1 + at,
-                      row.state2 + at, n, k);
+    apply_block<Rule>(master, read_grad(row, at, n, grads),
+                      Rule::states > 0 ? row.state0 + at : unused,
+                      Rule::states > 1 ? row.state1 + at : unused,
+                      Rule::states > 2 ? row.state2 + at : unused, n, k);
     write_weight(row, at, n, master, step.stream);
   }
 }
