@@ -153,7 +153,7 @@ def rows(quick: bool) -> list[Row]:
         whole_step(50, size, torch.bfloat16, rounds),
         # none for these: it unrolls the list and compiles for minutes
         update_alone(1000, 1024, 4 * rounds, goal=3.0, checked=False),
-        update_alone(1000, 1024, 4 * rounds, checked=True),
-        update_alone(50, size, rounds, checked=True),
+        update_alone(1000, 1024, 4 * rounds, goal=3.0, checked=True),
+        update_alone(50, size, rounds, goal=0.95, checked=True),
         update_alone(50, size, rounds, goal=0.95, checked=False, compiled=not quick),
     ]
