@@ -102,6 +102,51 @@ typedef struct {
 } fastmp_mix_args;
 FASTMP_EXPORT int32_t fastmp_mix(const fastmp_mix_args* args);
 
+/* ---- linear: products and activations (cpu/linear.cpp) ---- */
+enum fastmp_activation {
+  FASTMP_IDENTITY = 0,
+  FASTMP_RELU = 1,
+  FASTMP_GELU = 2,
+  FASTMP_GELU_TANH = 3,
+  FASTMP_SILU = 4,
+};
+
+/* out = activation(a b + bias): a of rows x depth, b of depth x columns. */
+typedef struct {
+  int64_t size;
+  const void* a;
+  int64_t a_stride;   /* elements from one row of a to the next */
+  int64_t a_k_stride; /* from one column of a to the next; one of the two is 1 */
+  const void* b;
+  int64_t b_stride;   /* from one column of b to the next */
+  int64_t b_k_stride; /* from one row of b to the next; one of the two is 1 */
+  int64_t rows, columns, depth;
+  int32_t dtype;       /* fastmp_dtype of everything here */
+  int32_t activation;  /* fastmp_activation */
+  const void* bias;    /* columns; NULL: none */
+  void* preactivation; /* rows x columns, dense: a b + bias; NULL: not wanted */
+  void* out;           /* rows x columns, dense */
+  int64_t threads;     /* that the pool has; does not change the result */
+} fastmp_gemm_args;
+FASTMP_EXPORT int32_t fastmp_gemm(const fastmp_gemm_args* args);
+/* Whether fastmp_gemm is the fastest known product of this dtype on this CPU. */
+FASTMP_EXPORT int32_t fastmp_multiplies(int32_t dtype);
+
+/* One pass over dense matrices of rows x columns. Forward: out = activation(saved). Backward: out =
+ * grad_output times the derivative, grad_bias its sum over the rows. */
+typedef struct {
+  int64_t size;
+  const void* saved;       /* the value before the activation; relu's backward: the one after */
+  const void* grad_output; /* backward */
+  void* out;               /* the backward of FASTMP_IDENTITY takes NULL */
+  void* grad_bias;         /* backward, columns; NULL: not wanted */
+  int64_t rows, columns;
+  int32_t dtype;
+  int32_t activation;
+} fastmp_activation_args;
+FASTMP_EXPORT int32_t fastmp_activation(const fastmp_activation_args* args);
+FASTMP_EXPORT int32_t fastmp_activation_backward(const fastmp_activation_args* args);
+
 #ifdef __cplusplus
 }
 #endif

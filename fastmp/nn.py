@@ -6,7 +6,47 @@ import torch
 from torch import Tensor
 
 from fastmp import functional
+from fastmp.ops.linear import ACTIVATIONS
 from fastmp.ops.loss import MixedTarget
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` and its activation in one operation: ``act(x Wᵀ + b)``.
+
+    The arguments, parameters, their initialisation and the ``state_dict`` are torch's.
+
+    Args:
+        activation: "none", "relu", "gelu", "gelu_tanh" or "silu"; see
+            ``fastmp.functional.linear``.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features); see ``fastmp.functional.linear``."""
+        return functional.linear(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """torch's, and the activation."""
+        return f"{super().extra_repr()}, activation={self.activation}"
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -14,12 +14,24 @@ void run_parallel(int64_t n, int64_t grain, fastmp_range_fn fn, void* ctx) {
   }
 }
 
-enum class Target { base, v3, v4 };
+/* One line per instruction set that the kernels are compiled for; CMakeLists.txt names the flags.
+ */
+#if defined(FASTMP_X86_TARGETS)
+#define FASTMP_TARGETS(X, ...) \
+  X(base, __VA_ARGS__) X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4bf16, __VA_ARGS__)
+#else
+#define FASTMP_TARGETS(X, ...) X(base, __VA_ARGS__)
+#endif
+
+#define FASTMP_ENUMERATOR(target, _) target,
+enum class Target { FASTMP_TARGETS(FASTMP_ENUMERATOR, ) };
 
 static Target detect() {
 #if defined(FASTMP_X86_TARGETS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return Target::v4;
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    return __builtin_cpu_supports("avx512bf16") ? Target::v4bf16 : Target::v4;
+  }
   if (__builtin_cpu_supports("x86-64-v3")) return Target::v3;
 #endif
   return Target::base;
@@ -27,61 +39,64 @@ static Target detect() {
 
 static const Target target = detect();
 
+/* Own products are chosen where they were measured to win: on 2 cores of a Zen 4 with AVX512-BF16
+ * (2026-11; peak 230 GFLOP/s in fp32, 460 in bf16) fp16 ran at 210 against torch's 30 at best, fp32
+ * at 210 against 150 of MKL, which keeps its fastest kernels for Intel, bf16 at 420 against 390 of
+ * oneDNN. In AVX2 fp32 was no faster than MKL. Intel's AMX multiplies bf16 several times faster
+ * than AVX512-BF16 does, and oneDNN uses it. */
+static bool multiplies(int32_t dtype) {
+#if defined(FASTMP_X86_TARGETS)
+  const bool intel = __builtin_cpu_is("intel");
+  if (dtype == FASTMP_F32) return target >= Target::v4 && !intel;
+  if (dtype == FASTMP_BF16) return target >= Target::v4bf16 && !intel;
+#endif
+  return dtype == FASTMP_F16;
+}
+
 }  // namespace fastmp
 
-#if defined(FASTMP_X86_TARGETS)
-#define FASTMP_ENTRY(name, Args)                                             \
-  namespace fastmp {                                                         \
-  namespace base {                                                           \
-  int name(Args* args);                                                      \
-  }                                                                          \
-  namespace v3 {                                                             \
-  int name(Args* args);                                                      \
-  }                                                                          \
-  namespace v4 {                                                             \
-  int name(Args* args);                                                      \
-  }                                                                          \
-  }                                                                          \
-  extern "C" int32_t fastmp_##name(Args* args) {                             \
-    using namespace fastmp;                                                  \
-    if (args == nullptr || args->size != static_cast<int64_t>(sizeof(Args))) \
-      return FASTMP_BAD_ARGUMENT;                                            \
-    if (target == Target::v4) return v4::name(args);                         \
-    if (target == Target::v3) return v3::name(args);                         \
-    return base::name(args);                                                 \
+#define FASTMP_DECLARE(target, name, Args) \
+  namespace target {                       \
+  int name(Args* args);                    \
   }
-#else
+#define FASTMP_CASE(target, name) \
+  case fastmp::Target::target:    \
+    return fastmp::target::name(args);
+
 #define FASTMP_ENTRY(name, Args)                                             \
   namespace fastmp {                                                         \
-  namespace base {                                                           \
-  int name(Args* args);                                                      \
-  }                                                                          \
+  FASTMP_TARGETS(FASTMP_DECLARE, name, Args)                                 \
   }                                                                          \
   extern "C" int32_t fastmp_##name(Args* args) {                             \
     if (args == nullptr || args->size != static_cast<int64_t>(sizeof(Args))) \
       return FASTMP_BAD_ARGUMENT;                                            \
-    return fastmp::base::name(args);                                         \
+    switch (fastmp::target) { FASTMP_TARGETS(FASTMP_CASE, name) }            \
+    return FASTMP_BAD_ARGUMENT;                                              \
   }
-#endif
 
 FASTMP_ENTRY(update, const fastmp_update_args)
 FASTMP_ENTRY(loss_forward, fastmp_loss_args)
 FASTMP_ENTRY(loss_backward, fastmp_loss_args)
 FASTMP_ENTRY(mix, const fastmp_mix_args)
+FASTMP_ENTRY(gemm, const fastmp_gemm_args)
+FASTMP_ENTRY(activation, const fastmp_activation_args)
+FASTMP_ENTRY(activation_backward, const fastmp_activation_args)
 
 extern "C" int32_t fastmp_abi_version(void) {
   return FASTMP_ABI_VERSION;
 }
 
+#define FASTMP_NAME(target, _) \
+  case fastmp::Target::target: \
+    return #target;
+
 extern "C" const char* fastmp_target(void) {
-  switch (fastmp::target) {
-    case fastmp::Target::v4:
-      return "v4";
-    case fastmp::Target::v3:
-      return "v3";
-    default:
-      return "base";
-  }
+  switch (fastmp::target) { FASTMP_TARGETS(FASTMP_NAME, ) }
+  return "";
+}
+
+extern "C" int32_t fastmp_multiplies(int32_t dtype) {
+  return fastmp::multiplies(dtype);
 }
 
 extern "C" void fastmp_set_parallel_for(fastmp_parallel_for new_pool) {

@@ -29,13 +29,17 @@ static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-/* Uninitialised memory for n values of a plain type, freed at the end of the scope. data is null if
- * there was none to be had. */
+/* Uninitialised memory for n values of a plain type, on a cache line of its own, freed at the end
+ * of the scope. data is null if there was none to be had. */
 template <class T>
 struct Scratch {
   T* data;
-  explicit Scratch(int64_t n)
-      : data(static_cast<T*>(malloc(sizeof(T) * static_cast<size_t>(n > 0 ? n : 1)))) {}
+  explicit Scratch(int64_t n) : data(nullptr) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = static_cast<int64_t>(sizeof(T)) * (n > 0 ? n : 1);
+    data = static_cast<T*>(
+        aligned_alloc(kLine, static_cast<size_t>((bytes + kLine - 1) / kLine * kLine)));
+  }
   ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastmp import backends
+from fastmp.backends.table import DTYPE_CODES
 
 ABI_VERSION = 1
 
@@ -92,11 +93,53 @@ class MixArgs(Structure):
     )
 
 
+class GemmArgs(Structure):
+    """``fastmp_gemm_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("a", c_void_p),
+        ("a_stride", c_int64),
+        ("a_k_stride", c_int64),
+        ("b", c_void_p),
+        ("b_stride", c_int64),
+        ("b_k_stride", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("depth", c_int64),
+        ("dtype", c_int32),
+        ("activation", c_int32),
+        ("bias", c_void_p),
+        ("preactivation", c_void_p),
+        ("out", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class ActivationArgs(Structure):
+    """``fastmp_activation_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("saved", c_void_p),
+        ("grad_output", c_void_p),
+        ("out", c_void_p),
+        ("grad_bias", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dtype", c_int32),
+        ("activation", c_int32),
+    )
+
+
 _ENTRY_POINTS = {
     "fastmp_update": UpdateArgs,
     "fastmp_loss_forward": LossArgs,
     "fastmp_loss_backward": LossArgs,
     "fastmp_mix": MixArgs,
+    "fastmp_gemm": GemmArgs,
+    "fastmp_activation": ActivationArgs,
+    "fastmp_activation_backward": ActivationArgs,
 }
 
 
@@ -159,6 +202,13 @@ def serves(op: str) -> bool:
     library, reason = load()
     backends.record(op, "cpu", "reference" if library is None else "cpu", reason)
     return library is not None
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the library's matrix product is the fastest known one for ``dtype`` on this CPU."""
+    library, _ = load()
+    return library is not None and bool(library.fastmp_multiplies(DTYPE_CODES[dtype]))
 
 
 def call(name: str, args: Any) -> int:

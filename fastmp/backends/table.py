@@ -28,6 +28,16 @@ class Master(IntEnum):
     SPLIT = 2
 
 
+class Activation(IntEnum):
+    """``fastmp_activation``: what a linear layer applies to its sums."""
+
+    NONE = 0
+    RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
+
+
 #: ``fastmp_row``: one parameter tensor.
 ROW = np.dtype(
     [

@@ -1,4 +1,4 @@
-"""The operations as functions: ``cross_entropy`` and ``mix``."""
+"""Cross-entropy as a function, differentiable once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from torch import Tensor
 
 from fastmp.ops.checks import check_device, lam_of_rows, wide_dtype
 from fastmp.ops.loss import REDUCTIONS, MixedTarget
-from fastmp.ops.mix import mix
-
-__all__ = ["MixedTarget", "cross_entropy", "mix"]
-
 
 class _CrossEntropy(torch.autograd.Function):
     """The gradient is written by the forward where the incoming gradient can be foretold.

@@ -1,0 +1,274 @@
+/* linear: y = act(x Wᵀ + b) and the passes of its backward.
+ *
+ * gemm                 C = act(A B + b), bias and activation applied to a tile of sums while it is
+ *                      in the first-level cache; the sums before act are written only on request.
+ *                      Serves y, dx = dz W and dW = dzᵀ x alike.
+ * activation           y = act(z): reads z and writes y, 4 bytes of 16-bit values.
+ * activation_backward  dz = dy act'(z) and db = Σ dz: reads dy and z, writes dz, 6 bytes of 16-bit
+ *                      values; without an activation reads dy alone, 2 bytes. */
+#include "activation.h"
+#include "gemm.h"
+#include "pages.h"
+
+namespace fastmp {
+namespace FASTMP_TARGET {
+
+#if defined(__AVX512BF16__)
+/* One instruction instead of eleven. Subnormal values become 0, as they do in the products. */
+template <>
+inline void save_lanes<bf16>(Vec v, bf16* p, int64_t n) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  if (n >= kWidth) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), half);
+  }
+}
+#endif
+
+/* ---- gemm ---- */
+
+/* From the finished sums of a tile to its elements of C. */
+template <class T, class Act>
+struct Finish {
+  const fastmp_gemm_args* args;
+  void operator()(const float* tile, const Part& part) const {
+    for (int64_t row = part.row; row < part.row_end; ++row, tile += kTileColumns) {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kTileColumns; j += kWidth) {
+        const int64_t lanes = part.column_end - part.column - j;
+        if (lanes > 0) finish(load(tile + j), row, part.column + j, lanes);
+      }
+    }
+  }
+  void finish(Vec sum, int64_t row, int64_t column, int64_t lanes) const {
+    const int64_t at = row * args->columns + column;
+    if (args->bias != nullptr) {
+      sum += load_lanes(static_cast<const T*>(args->bias) + column, lanes);
+    }
+    if (args->preactivation != nullptr) {
+      save_lanes(sum, static_cast<T*>(args->preactivation) + at, lanes);
+    }
+    save_lanes(Act::value(sum), static_cast<T*>(args->out) + at, lanes);
+  }
+};
+
+/* C cut into rows x columns parts of whole tiles, one a thread. */
+struct Grid {
+  int64_t rows, columns;
+};
+
+/* The grid whose largest part takes the fewest cycles, by the cost of one step of k: multiply_adds
+ * of a vector at one a cycle, packing at a third of a cycle an element. */
+static Grid choose_grid(int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
+  constexpr double kWorthThreads = 1 << 16; /* multiply-adds of vectors: about 20 us */
+  if (static_cast<double>(rows) * columns * depth < kWorthThreads * kWidth) return {1, 1};
+  Grid best = {1, 1};
+  double least = 0;
+  for (int64_t r = 1; r <= threads; ++r) {
+    const Grid grid = {r, threads / r};
+    const auto part = [](int64_t n, int64_t tile, int64_t parts) {
+      const int64_t tiles = (n + tile - 1) / tile;
+      return static_cast<double>((tiles + parts - 1) / parts * tile);
+    };
+    const double height = part(rows, kTileRows, grid.rows);
+    const double width = part(columns, kTileColumns, grid.columns);
+    const double cycles = height * width / kWidth + (height + width) / 3;
+    if (r == 1 || cycles < least) {
+      least = cycles;
+      best = grid;
+    }
+  }
+  return best;
+}
+
+/* Where part i of `parts` begins: a multiple of tile, or n. */
+static int64_t part_begin(int64_t n, int64_t tile, int64_t i, int64_t parts) {
+  const int64_t tiles = (n + tile - 1) / tile;
+  return min_of(tiles * i / parts * tile, n);
+}
+
+template <class P, class Act>
+static int gemm_as(const fastmp_gemm_args& args) {
+  typedef typename P::Element T;
+  const Operand<T> a = {static_cast<const T*>(args.a), args.a_stride, args.a_k_stride};
+  const Operand<T> b = {static_cast<const T*>(args.b), args.b_stride, args.b_k_stride};
+  const Grid grid = choose_grid(args.rows, args.columns, args.depth, args.threads);
+  const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(T));
+  hint_huge_pages(args.out, bytes);
+  if (args.preactivation != nullptr) hint_huge_pages(args.preactivation, bytes);
+  bool failed = false; /* set, never cleared: a race changes nothing */
+  parallel_for(grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / grid.columns, c = i % grid.columns;
+      const Part part = {part_begin(args.rows, kTileRows, r, grid.rows),
+                         part_begin(args.rows, kTileRows, r + 1, grid.rows),
+                         part_begin(args.columns, kTileColumns, c, grid.columns),
+                         part_begin(args.columns, kTileColumns, c + 1, grid.columns)};
+      if (!multiply_part<P>(a, b, args.depth, part, Finish<T, Act>{&args})) {
+        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      }
+    }
+  });
+  return failed ? FASTMP_NO_MEMORY : FASTMP_OK;
+}
+
+/* Calls body with an object of the activation's type. */
+template <class Body>
+static int with_activation(int32_t activation, const Body& body) {
+  switch (activation) {
+    case FASTMP_RELU:
+      return body(Relu());
+    case FASTMP_GELU:
+      return body(Gelu());
+    case FASTMP_GELU_TANH:
+      return body(GeluTanh());
+    case FASTMP_SILU:
+      return body(Silu());
+    default:
+      return body(Identity());
+  }
+}
+
+#if defined(__AVX512BF16__)
+typedef Pairs Bf16Products;
+#else
+typedef Widened<bf16> Bf16Products;
+#endif
+
+static bool is_valid(const fastmp_gemm_args& args) {
+  if (args.rows < 0 || args.columns < 0 || args.depth < 0 || args.threads < 1) return false;
+  if (args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
+  if (args.activation < FASTMP_IDENTITY || args.activation > FASTMP_SILU) return false;
+  if (args.a_stride != 1 && args.a_k_stride != 1) return false;
+  if (args.b_stride != 1 && args.b_k_stride != 1) return false;
+  if (args.rows * args.columns == 0) return true;
+  return args.out != nullptr && (args.depth == 0 || (args.a != nullptr && args.b != nullptr));
+}
+
+int gemm(const fastmp_gemm_args* args) {
+  if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  return with_activation(args->activation, [&](auto act) {
+    typedef decltype(act) Act;
+    switch (args->dtype) {
+      case FASTMP_F32:
+        return gemm_as<Widened<float>, Act>(*args);
+      case FASTMP_F16:
+        return gemm_as<Widened<f16>, Act>(*args);
+      default:
+        return gemm_as<Bf16Products, Act>(*args);
+    }
+  });
+}
+
+/* ---- activation, forward and backward, of a matrix that lies dense ---- */
+
+template <class T, class Act>
+static int activate_as(const fastmp_activation_args& args) {
+  constexpr int64_t kGrain = 32768;
+  const T* z = static_cast<const T*>(args.saved);
+  T* y = static_cast<T*>(args.out);
+  parallel_for(args.rows * args.columns, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWidth) {
+      save_lanes(Act::value(load_lanes(z + i, end - i)), y + i, end - i);
+    }
+  });
+  return FASTMP_OK;
+}
+
+/* Rows [row, row_end), with the sums of the columns in fp32. Two rows at a time would not be
+ * faster: a row of sums is read and written in the first- or second-level cache. */
+template <class T, class Act>
+static void backward_rows(const fastmp_activation_args& args, int64_t row, int64_t row_end,
+                          float* sums) {
+  const int64_t n = args.columns;
+  for (int64_t i = 0; i < n; ++i) sums[i] = 0.0f;
+  for (; row < row_end; ++row) {
+    const T* grad = static_cast<const T*>(args.grad_output) + row * n;
+    const T* saved = static_cast<const T*>(args.saved) + row * n;
+    T* out = static_cast<T*>(args.out) + row * n;
+    for (int64_t i = 0; i < n; i += kWidth) {
+      Vec dz = load_lanes(grad + i, n - i);
+      if (args.out != nullptr) {
+        dz = Act::gradient(dz, load_lanes(saved + i, n - i));
+        save_lanes(dz, out + i, n - i);
+      }
+      save_lanes(load_lanes(sums + i, n - i) + dz, sums + i, n - i);
+    }
+  }
+}
+
+/* Blocks of rows of a fixed size, summed one by one and then in order: the sum does not depend on
+ * the number of threads, and no chain of sums is long. */
+template <class T, class Act>
+static int backward_as(const fastmp_activation_args& args) {
+  constexpr int64_t kElements = 65536, kLongest = 128; /* of a block; worth a thread: 25 us */
+  const int64_t n = args.columns;
+  if (n == 0) return FASTMP_OK;
+  const int64_t block = max_of<int64_t>(1, min_of(kElements / n, kLongest));
+  const int64_t blocks = (args.rows + block - 1) / block;
+  Scratch<float> sums(blocks * n);
+  if (sums.data == nullptr) return FASTMP_NO_MEMORY;
+  hint_huge_pages(args.out, args.rows * n * static_cast<int64_t>(sizeof(T)));
+  const int64_t grain = max_of<int64_t>(1, kElements / (block * n));
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      backward_rows<T, Act>(args, i * block, min_of((i + 1) * block, args.rows), sums.data + i * n);
+    }
+  });
+  if (args.grad_bias == nullptr) return FASTMP_OK;
+  T* grad_bias = static_cast<T*>(args.grad_bias);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Vec sum = {};
+    for (int64_t b = 0; b < blocks; ++b) sum += load_lanes(sums.data + b * n + i, n - i);
+    save_lanes(sum, grad_bias + i, n - i);
+  }
+  return FASTMP_OK;
+}
+
+static bool is_valid(const fastmp_activation_args& args) {
+  if (args.rows < 0 || args.columns < 0) return false;
+  if (args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
+  return args.activation >= FASTMP_IDENTITY && args.activation <= FASTMP_SILU;
+}
+
+template <class Body>
+static int with_element(int32_t dtype, const Body& body) {
+  switch (dtype) {
+    case FASTMP_F32:
+      return body(float());
+    case FASTMP_F16:
+      return body(f16());
+    default:
+      return body(bf16());
+  }
+}
+
+int activation(const fastmp_activation_args* args) {
+  const bool empty = args->rows * args->columns == 0;
+  if (!is_valid(*args) || (!empty && (args->saved == nullptr || args->out == nullptr))) {
+    return FASTMP_BAD_ARGUMENT;
+  }
+  return with_activation(args->activation, [&](auto act) {
+    return with_element(args->dtype, [&](auto element) {
+      return activate_as<decltype(element), decltype(act)>(*args);
+    });
+  });
+}
+
+int activation_backward(const fastmp_activation_args* args) {
+  const bool empty = args->rows * args->columns == 0;
+  const bool reads_saved = args->activation != FASTMP_IDENTITY;
+  if (!is_valid(*args) || (!empty && args->grad_output == nullptr)) return FASTMP_BAD_ARGUMENT;
+  if (!empty && reads_saved && (args->saved == nullptr || args->out == nullptr)) {
+    return FASTMP_BAD_ARGUMENT;
+  }
+  return with_activation(args->activation, [&](auto act) {
+    return with_element(args->dtype, [&](auto element) {
+      return backward_as<decltype(element), decltype(act)>(*args);
+    });
+  });
+}
+
+}  // namespace FASTMP_TARGET
+}  // namespace fastmp

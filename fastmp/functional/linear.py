@@ -1,0 +1,144 @@
+"""The linear layer with its activation as a function, differentiable as often as one likes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmp.ops.checks import check_device
+from fastmp.ops.linear import ACTIVATIONS, activate
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps what the gradients asked for will need, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> Tensor:
+        y, z = torch.ops.fastmp.linear(input, weight, bias, activation, True)
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        saved = y if activation == "relu" else z
+        ctx.save_for_backward(
+            input if needs_weight else None, weight if needs_input else None, bias, saved
+        )
+        ctx.activation = activation
+        ctx.shapes = input.shape, weight.shape
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:3])
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            return (*_differentiable_backward(ctx, grad, needs), None)
+        input, weight, _, saved = ctx.saved_tensors
+        # The operation reads the shapes alone where a tensor was not kept.
+        input, weight = (
+            grad.new_empty(()).expand(shape) if kept is None else kept
+            for kept, shape in zip((input, weight), ctx.shapes, strict=True)
+        )
+        grads = torch.ops.fastmp.linear_backward(grad, saved, input, weight, ctx.activation, needs)
+        kept = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return (*kept, None)
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients as functions of everything they depend on, in plain PyTorch."""
+    input, weight, bias, _ = ctx.saved_tensors
+    if ctx.activation == "none":  # what was not kept is what no gradient depends on
+        input, weight = (
+            grad.new_zeros(shape, requires_grad=True) if kept is None else kept
+            for kept, shape in zip((input, weight), ctx.shapes, strict=True)
+        )
+    if input is None or weight is None:
+        raise RuntimeError(
+            f"the second derivative of fastmp's linear with activation {ctx.activation!r} needs "
+            "both input and weight, but one of them had requires_grad=False and was not kept; "
+            "use torch.nn.functional.linear and the activation here"
+        )
+    with torch.enable_grad():
+        # Views: a gradient must not reach one of them through the history of another.
+        input, weight = input.view_as(input), weight.view_as(weight)
+        bias = None if bias is None else bias.view_as(bias)
+        y = activate(F.linear(input, weight, bias), ctx.activation)
+        wanted = [t for t, need in zip((input, weight, bias), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """``torch.nn.functional.linear`` and an activation in one operation.
+
+    Sums are formed in fp32 and bias and activation applied to them before the one rounding.
+    Follows ``torch.autocast`` as torch's linear does.
+
+    Args:
+        input: (..., in_features), fp32, bf16, fp16 or fp64, of any strides.
+        weight: (out_features, in_features), the dtype of ``input``.
+        bias: (out_features), the dtype of ``input``, or None.
+        activation: "none", "relu", "gelu" (``F.gelu``), "gelu_tanh" (``F.gelu`` with
+            ``approximate="tanh"``) or "silu".
+
+    Returns:
+        (..., out_features), the dtype of ``input``.
+
+    Raises:
+        ValueError: an unknown activation.
+        RuntimeError: shapes, dtypes or devices that do not fit together; a second derivative
+            through a nonlinear activation whose input or weight needs no gradient.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    # torch.func and forward-mode derivatives have their own rules for operations they do not know;
+    # a vector as weight is rare.
+    if (
+        weight.dim() != 2
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return activate(F.linear(input, weight, bias), activation)
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    _check(input, weight, bias)
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        y: Tensor = _Linear.apply(input, weight, bias, activation)  # type: ignore[no-untyped-call]
+    else:
+        y = torch.ops.fastmp.linear(input, weight, bias, activation, False)[0]
+    return y
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does: every floating type but fp64."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    out_features, in_features = weight.shape
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise RuntimeError(
+            f"input must have the shape (..., {in_features}) for a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(input.shape)}"
+        )
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be floating-point, got {input.dtype}; call .float()")
+    if bias is not None and bias.shape != (out_features,):
+        raise RuntimeError(f"bias must have the shape ({out_features},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise RuntimeError(
+                f"{name} must have the dtype of input ({input.dtype}), got {tensor.dtype}; convert "
+                "one of them, e.g. fastmp.convert(model, dtype) or input.to(dtype)"
+            )
+        check_device(name, tensor, input.device)
