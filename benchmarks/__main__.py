@@ -6,9 +6,9 @@ import argparse
 
 import torch
 
-from benchmarks import harness, loss, optimizer
+from benchmarks import harness, linear, loss, optimizer, training
 
-SUBJECTS = {"optimizer": optimizer, "loss": loss}
+SUBJECTS = {"optimizer": optimizer, "loss": loss, "linear": linear, "training": training}
 
 
 def main() -> None:

@@ -46,12 +46,15 @@ class Row:
     subject: str
     case: str
     timings: dict[str, Timing]
-    bytes_moved: int  # by fastmp, from the formula at the head of its source
+    bytes_moved: int  # by fastmp, from the formula at the head of its source; 0: not its bound
     goals: dict[str, float]  # baseline -> at least this ratio; "best": against the fastest
     notes: str = ""
+    operations: int = 0  # of fastmp, where they are its bound
+    peak: float = 0.0  # GFLOP/s that the machine can do of them; 0: not measured
     ratios: dict[str, float] = field(default_factory=dict)
     baseline: str = ""
     gigabytes_per_second: float = 0.0
+    gigaflops: float = 0.0
 
     def __post_init__(self) -> None:
         ours = self.timings[OURS].median
@@ -59,10 +62,18 @@ class Row:
         self.ratios = {name: ms / ours for name, ms in others.items()}
         self.baseline = min(others, key=lambda name: others[name])
         self.gigabytes_per_second = self.bytes_moved / ours / 1e6
+        self.gigaflops = self.operations / ours / 1e6
 
     @property
     def ratio(self) -> float:
         return self.ratios[self.baseline]
+
+    def rate(self, copy: float) -> str:
+        """What was reached of what the machine can do; copy: GB/s of a plain copy."""
+        if not self.operations:
+            return f"{self.gigabytes_per_second:.1f} GB/s ({self.gigabytes_per_second / copy:.0%})"
+        share = f" ({self.gigaflops / self.peak:.0%})" if self.peak else ""
+        return f"{self.gigaflops:.0f} GFLOP/s{share}"
 
     def verdicts(self) -> list[tuple[str, float, float]]:
         """(baseline, ratio reached, ratio asked for)."""
@@ -92,6 +103,16 @@ def interleave(
         cuts = statistics.quantiles(values, n=5)
         timings[name] = Timing(statistics.median(values), cuts[0], cuts[-1])
     return timings
+
+
+def rounds_within(candidates: dict[str, Callable[[], object]], seconds: float) -> int:
+    """How many rounds fit into that time, 5 to 61; runs each candidate twice."""
+    start = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        for candidate in candidates.values():
+            candidate()
+    return max(5, min(61, round(seconds / (time.perf_counter() - start))))
 
 
 def copy_bandwidth(elements: int = 50_000_000) -> float:
@@ -141,9 +162,9 @@ def folder() -> Path:
 
 
 def table(rows: list[Row], copy: float) -> str:
-    """The rows in Markdown; copy: GB/s of a plain copy, which the bytes moved are held against."""
+    """The rows in Markdown; bytes moved are held against copy, the GB/s of a plain copy."""
     lines = [
-        "| case | fastmp, ms (p20 to p80) | best baseline, ms | ratio | asked | GB/s (of a copy) |",
+        "| case | fastmp, ms (p20 to p80) | best baseline, ms | ratio | asked | rate (of bound) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -155,7 +176,7 @@ def table(rows: list[Row], copy: float) -> str:
         lines.append(
             f"| {row.case} | {ours.median:.2f} ({ours.p20:.2f} to {ours.p80:.2f}) "
             f"| {best.median:.2f} ({row.baseline}) | **{row.ratio:.2f}x** | {asked or '-'} "
-            f"| {row.gigabytes_per_second:.1f} ({row.gigabytes_per_second / copy:.0%}) |"
+            f"| {row.rate(copy)} |"
         )
     return "\n".join(lines)
 
@@ -166,6 +187,9 @@ def write(subject: str, rows: list[Row], copy: float) -> Path:
     content = {**facts, "copy_gigabytes_per_second": copy, "rows": [asdict(row) for row in rows]}
     (where / f"{subject}.json").write_text(json.dumps(content, indent=1) + "\n")
     head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    peaks = sorted({row.peak for row in rows if row.peak})
+    if peaks:
+        head += f"\n- multiply-adds at most, GFLOP/s: {', '.join(f'{p:.0f}' for p in peaks)}"
     notes = "\n".join(f"- {row.case}: {row.notes}" for row in rows if row.notes)
     text = (
         f"# {subject}\n\n{head}\n- a plain copy in the same process: {copy:.1f} GB/s "
