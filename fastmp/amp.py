@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmp.fused import Fused
+from fastmp.fusion import fuse_linear
 
 __all__ = ["GradScaler", "convert"]
 
@@ -68,16 +69,21 @@ def _warn_if_fp16(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def convert(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """Give a model 16-bit weights, in place; batch norms stay fp32.
+def convert(
+    model: nn.Module, dtype: torch.dtype = torch.float16, *, fuse: bool = True
+) -> nn.Module:
+    """Give a model 16-bit weights and fused linear layers, in place; batch norms stay fp32.
 
     Parameters and floating-point buffers become ``dtype``; those of batch norms become fp32,
-    because their running statistics are sums over many steps. Parameters stay the same objects, so
+    because their running statistics are sums over many steps. Parameters stay the same objects and
     ``state_dict`` keys do not change. The model then expects inputs of ``dtype``.
 
     Args:
         model: any module.
         dtype: ``torch.float16``, ``torch.bfloat16``, or ``torch.float32`` to go back.
+        fuse: make every ``torch.nn.Linear`` a ``fastmp.nn.Linear`` that applies the ReLU, GELU or
+            SiLU after it, wherever that certainly changes no value; see
+            ``fastmp.fusion.fuse_linear``. This stays so when a later call goes back to fp32.
 
     Returns:
         The same module.
@@ -98,4 +104,4 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
             return tensor.to(target) if tensor.is_floating_point() else tensor
 
         module._apply(cast, recurse=False)
-    return model
+    return fuse_linear(model) if fuse else model

@@ -18,6 +18,7 @@ FLOORS = [
     ["functional", "state"],
     ["fused"],
     ["nn", "optim", "mixup", "schedule"],
+    ["fusion"],
     ["amp", "data", "models", "checkpoint", "metrics", "curves"],
     ["probe", "trainer"],
     ["__init__"],

@@ -1,10 +1,12 @@
-"""fastmp.nn.CrossEntropyLoss in the place of torch's."""
+"""The modules in the place of torch's; test_linear.py has the values of the linear layer."""
 
 import inspect
 
 import pytest
 import torch
+from torch import nn
 
+import fastmp
 from fastmp.functional import MixedTarget
 from fastmp.nn import CrossEntropyLoss
 
@@ -70,3 +72,30 @@ def test_works_with_torchs_scaler():
         scaler.scale(CrossEntropyLoss()(model(x), y, grad_scale=scale)).backward()
         grads.append(model.weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
+
+
+def test_a_converted_model_can_be_traced():
+    model = fastmp.convert(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.float32
+    )
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_linear_takes_nested_tensors():
+    layer = fastmp.nn.Linear(4, 3, activation="relu")
+    parts = [torch.randn(2, 4), torch.randn(5, 4)]
+    nested = layer(torch.nested.nested_tensor(parts))
+    for got, part in zip(nested.unbind(), parts, strict=True):
+        torch.testing.assert_close(got, layer(part))
+
+
+def test_small_problems_of_fast_dtypes_are_left_to_torch(monkeypatch):
+    """A call costs more than there is to gain; fp16, where torch is slow, always comes here."""
+    called = []
+    monkeypatch.setattr(torch.ops.fastmp, "linear", lambda x, *_: called.append(x.dtype) or [x])
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for rows, width in ((64, 64), (1, 4096), (256, 256)):
+                fastmp.nn.Linear(width, width, dtype=dtype)(torch.randn(rows, width, dtype=dtype))
+    assert called == [torch.float32, torch.bfloat16] + [torch.float16] * 3

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmp.ops import linear as operation
 from fastmp.ops.checks import check_device
 from fastmp.ops.linear import ACTIVATIONS, activate
 
@@ -94,10 +95,11 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    # torch.func and forward-mode derivatives have their own rules for operations they do not know;
-    # a vector as weight is rare.
+    # torch.func, forward-mode derivatives and nested tensors have their own rules for operations
+    # they do not know; a vector as weight is rare.
     if (
         weight.dim() != 2
+        or input.is_nested
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     ):
@@ -108,6 +110,8 @@ def linear(
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     _check(input, weight, bias)
+    if not operation.worthwhile(input, weight):
+        return activate(F.linear(input, weight, bias), activation)
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y: Tensor = _Linear.apply(input, weight, bias, activation)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmp.ops.checks import check_device, lam_of_rows, wide_dtype
 from fastmp.ops.loss import REDUCTIONS, MixedTarget
 
+
 class _CrossEntropy(torch.autograd.Function):
     """The gradient is written by the forward where the incoming gradient can be foretold.
 
