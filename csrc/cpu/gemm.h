@@ -41,7 +41,7 @@ constexpr int64_t kTileRows = 4;
 constexpr int64_t kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * kWidth;
 constexpr int64_t kSteps = 1024; /* a step is one k, or two */
-constexpr int64_t kRows = 1024 / kTileRows * kTileRows;
+constexpr int64_t kRows = (1024 + kTileRows - 1) / kTileRows * kTileRows;
 
 /* A matrix whose elements lie side by side along k or along the other dimension. */
 template <class T>
