@@ -107,7 +107,7 @@ def case(
 
 def rows(quick: bool) -> list[Row]:
     """Every case of this subject; quick ones for a look, full ones for a result."""
-    seconds = 2 if quick else 12
+    seconds = 2 if quick else 8
     rows_of = (256,) if quick else (256, 2048)
     widths = (1024,) if quick else (1024, 4096)
     shapes = [(m, k, n) for m in rows_of for k in widths for n in widths]

@@ -98,8 +98,8 @@ def bounds(x, w, b, grad, activation, one_rounding):
 def assert_within(out, ref, same_dtype, bound, factor, own):
     """An error bound for each element, and the budget against torch in the same dtype.
 
-    own: what was computed is all ours. torch's products may exceed the bound: it sums bf16 in bf16
-    for some shapes.
+    own: all of it was computed here. Where torch took part, its error is whichever of its kernels
+    the layout led to: some sum bf16 in bf16.
     """
     assert out.shape == ref.shape
     assert out.dtype == same_dtype.dtype
@@ -107,10 +107,11 @@ def assert_within(out, ref, same_dtype, bound, factor, own):
         return
     error = (out.double() - ref).abs()
     allowed = factor * (same_dtype.double() - ref).abs().max()
-    limit = bound if own else bound.clamp(min=allowed)
+    limit = bound if own else 2 * bound.clamp(min=allowed)
     assert (error <= limit).all(), f"{(error / limit).max():.2f} times the bound"
     worst, allowed = error.max(), allowed + bound.max() / 8 + half_ulp(ref, out.dtype).max()
-    assert worst <= allowed, f"{worst / allowed:.2f} times the budget"
+    few = len(ref.unique()) < 64  # torch may be lucky with all of them
+    assert few or not own or worst <= allowed, f"{worst / allowed:.2f} times the budget"
 
 
 def check(x, w, b, grad, activation, own):
@@ -172,14 +173,14 @@ def problems(draw, dtypes=DTYPES):
         "of_x": draw(st.sampled_from(LAYOUTS)),
         "of_w": draw(st.sampled_from(LAYOUTS)),
         "of_grad": draw(st.sampled_from([*LAYOUTS[:-2], "one number"])),
-        "bias": draw(st.booleans()),
+        "of_b": draw(st.sampled_from(["none", "none", "dense", "every second", "one row"])),
         "spread": draw(st.sampled_from([1.0, 5.0])),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "seed": draw(st.integers(0, 2**31)),
     }
 
 
-def build(dtype, leading, k, n, of_x, of_w, of_grad, bias, spread, activation, seed):
+def build(dtype, leading, k, n, of_x, of_w, of_grad, of_b, spread, activation, seed):
     """The tensors of a problem."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,13 +189,13 @@ def build(dtype, leading, k, n, of_x, of_w, of_grad, bias, spread, activation, s
 
     # Sums of one number again and again round the same way every time: no measure of accuracy.
     of_w = "dense" if of_x == of_w == "one column" else of_w
-    of_grad = "dense" if of_x == "one row" and of_grad == "one number" else of_grad
+    of_grad = "dense" if of_grad == "one number" and "one row" in (of_x, of_w) else of_grad
     x = lay_out(normal(*leading, k).to(dtype), of_x)
     w = lay_out((normal(n, k) * (spread / max(k, 1) ** 0.5)).to(dtype), of_w)
-    b = normal(n).to(dtype) if bias else None
+    b = None if of_b == "none" else lay_out(normal(n).to(dtype), of_b)
     grad = normal(*leading, n).to(dtype)
-    if of_grad == "one number" and grad.numel():
-        grad = grad.flatten()[0].expand(grad.shape)
+    if of_grad == "one number":
+        grad = grad.new_full((), 0.75).expand(grad.shape)
     return x, w, b, lay_out(grad, of_grad), activation
 
 
@@ -213,11 +214,23 @@ def test_values_and_gradients_on_torchs_product(problem):
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "k", "n"), [(20000, 7, 3), (29, 8192, 33)])
+@pytest.mark.parametrize(("rows", "k", "n"), [(20000, 7, 65), (29, 8192, 33)])
 def test_long_sums(rows, k, n, dtype, activation, own):
     """One running sum in fp32 would be up to 70 times further off than torch's sums of sums."""
     x, w, b = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     check(x, w, b, (torch.rand(rows, n) + 0.1).to(dtype), activation, own)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("rows", [256, 1022, 20000])
+def test_bias_gradient_of_a_mean(rows, own):
+    """The same number again and again: each addition rounds the same way. torch is 4 eps off."""
+    x, w = torch.randn(rows, 1), torch.randn(18, 1)
+    with product(own):
+        for value in torch.randn(20):
+            _, _, _, db = value_and_grads(linear, (x, w, w[:, 0]), value.expand(rows, 18))
+            expected = torch.full((18,), value.item() * rows, dtype=torch.float64)
+            torch.testing.assert_close(db.double(), expected, rtol=6 * FP32, atol=0)
 
 
 def test_a_matrix_of_one_element_with_strides():
@@ -227,12 +240,6 @@ def test_a_matrix_of_one_element_with_strides():
     assert 1 not in x.stride()
     for own in (True, False):
         check(x, w, None, torch.ones(1, 1), "none", own)
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_the_result_is_on_the_device_of_the_input(own):
-    with product(own), torch.device("meta"):
-        assert linear(X, W, B, "gelu").device == X.device
 
 
 def test_shapes_alone_on_the_meta_device():
@@ -666,14 +673,15 @@ def test_forward_mode_derivatives(activation):
 
 def test_small_problems_are_torchs():
     """Bitwise, and with torch's own backward."""
-    wide = torch.randn(256, 256)
+    wide = torch.randn(512, 512)
     for x, w, ours in [
         (X, W, False),
-        (wide[:64], wide, True),  # 2^22 multiply-adds
-        (wide[:63], wide, False),
-        (wide[:3].repeat(1, 200), wide.repeat(1, 200), False),  # too few rows
-        (X.half(), W.half(), True),  # torch's fp16 is slow at any size
         (X.bfloat16(), W.bfloat16(), False),
+        (X.half(), W.half(), True),  # torch's fp16 is slow at any size
+        (X.double(), W.double(), True),
+        (wide, wide, True),
+        (wide[:3].repeat(1, 64), wide.repeat(1, 64), False),  # too few rows
+        (wide.repeat(1, 64), wide[:3].repeat(1, 64), False),
     ]:
         x = x.clone().requires_grad_()
         with mock.patch.object(operation, "worthwhile", WORTHWHILE):

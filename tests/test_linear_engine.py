@@ -47,10 +47,10 @@ def forward_and_backward(x, w, b, grad, activation):
 
 
 def on_threads(fn):
-    """fn() on 1, 2, 3 and 5 threads, and on 1 again."""
+    """fn() on 1, 2 and 3 threads, and on 1 again."""
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 5, 1):
+        for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
             yield fn()
     finally:
@@ -150,7 +150,7 @@ def test_the_backward_computes_what_it_is_asked_to(activation, dtype, own):
         of_dx = w if needs[0] else w.new_full((), NAN).expand(w.shape)
         with own_product(own):
             grads = torch.ops.fastmp.linear_backward(
-                grad, saved, of_dw, of_dx, activation, list(needs)
+                grad, saved.t().contiguous().t(), of_dw, of_dx, activation, list(needs)
             )
         for ours, theirs, need in zip(grads, full, needs, strict=True):
             assert ours.dtype == dtype
@@ -186,7 +186,7 @@ def test_who_serves_is_on_record():
     _, reason = cpu.load()
     served = {(s.op, s.device): s for s in backends.report()}["linear", "cpu"]
     assert served.backend == ("cpu" if NATIVE else "reference")
-    assert served.reason == reason
+    assert served.reason.startswith(reason)
 
 
 def test_the_library_multiplies_only_if_there_is_one():

@@ -96,6 +96,6 @@ def test_small_problems_of_fast_dtypes_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(torch.ops.fastmp, "linear", lambda x, *_: called.append(x.dtype) or [x])
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for rows, width in ((64, 64), (1, 4096), (256, 256)):
+            for rows, width in ((64, 64), (1, 4096), (256, 256), (300, 1024)):
                 fastmp.nn.Linear(width, width, dtype=dtype)(torch.randn(rows, width, dtype=dtype))
-    assert called == [torch.float32, torch.bfloat16] + [torch.float16] * 3
+    assert called == [torch.float32] * 2 + [torch.bfloat16] + [torch.float16] * 4

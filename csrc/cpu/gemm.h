@@ -198,6 +198,22 @@ static void pack(const Operand<typename P::Element>& from, int64_t width, int64_
   }
 }
 
+/* Fetches shares [begin, end) of n of what pack() will read next. Right after an optimizer step no
+ * weight is in a cache: 2% of a product of 256 rows. */
+template <class T>
+static void prefetch(const Operand<T>& from, int64_t width, int64_t depth, int64_t begin,
+                     int64_t end, int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const bool across = from.stride == 1;
+  const int64_t stride = across ? from.k_stride : from.stride;
+  const int64_t runs = across ? depth : width, run = across ? width : depth;
+  for (int64_t r = runs * begin / n; r < runs * end / n; ++r) {
+    for (int64_t at = 0; at < run; at += kLine) {
+      __builtin_prefetch(from.data + r * stride + at, 0, 2);
+    }
+  }
+}
+
 /* ---- one tile ---- */
 
 /* tile[i][j] (+)= the sum over `steps` of a[step][i] b[step][j], for the first kHeight rows. */
@@ -279,8 +295,10 @@ static bool multiply_part(const Operand<typename P::Element>& a,
       for (int64_t column = part.column; column < part.column_end; column += kTileColumns) {
         const int64_t column_end = min_of(column + kTileColumns, part.column_end);
         pack<P, kTileColumns>(b.from(column, k), column_end - column, deep, b_panel.data);
+        const int64_t next = min_of(column_end + kTileColumns, part.column_end) - column_end;
         for (int64_t r = row; r < row_end; r += kTileRows) {
           const int64_t r_end = min_of(r + kTileRows, row_end);
+          prefetch(b.from(column_end, k), next, deep, r - row, r_end - row, row_end - row);
           multiply_rows<P>(r_end - r, steps, a_panels.data + (r - row) * steps, b_panel.data, k > 0,
                            tile);
           if (k + deep == depth) finish(tile, Part{r, r_end, column, column_end});

@@ -197,10 +197,13 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
 
 
-def serves(op: str) -> bool:
+def serves(op: str, detail: str = "") -> bool:
     """Whether the library is there to carry out ``op``; notes the answer in the report."""
     library, reason = load()
-    backends.record(op, "cpu", "reference" if library is None else "cpu", reason)
+    if library is None:
+        backends.record(op, "cpu", "reference", reason)
+    else:
+        backends.record(op, "cpu", "cpu", f"{reason}; {detail}" if detail else reason)
     return library is not None
 
 
