@@ -177,6 +177,16 @@ def build(config, dtype=torch.float32):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "activations"),
+    [("mlp", ["relu", "relu", "none"]), ("vit", ["none", "none", "gelu", "none"] * 4 + ["none"])],
+)
+def test_what_is_trained_has_fused_layers(name, activations):
+    trainer = build(TrainConfig(model=name), torch.bfloat16)
+    layers = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert [layer.activation for layer in layers] == activations
+
+
 def test_every_field_arrives():
     trainer = build(
         TrainConfig(

@@ -221,6 +221,18 @@ def test_long_sums(rows, k, n, dtype, activation, own):
     check(x, w, b, (torch.rand(rows, n) + 0.1).to(dtype), activation, own)
 
 
+@pytest.mark.parametrize("k", [1024, 4096])
+def test_long_products_are_as_accurate_as_torchs(k):
+    """The budget with no allowance: 4096 sums are no matter of luck."""
+    x, w = torch.randn(64, k), torch.randn(64, k)
+    with product(True):
+        ours = linear(x, w)
+    ref = F.linear(x.double(), w.double())
+    error, theirs = (ours - ref).abs(), (torchs(x, w) - ref).abs()
+    assert error.max() <= 2 * theirs.max()
+    assert error.mean() <= 2 * theirs.mean()
+
+
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("rows", [256, 1022, 20000])
 def test_bias_gradient_of_a_mean(rows, own):
