@@ -79,7 +79,7 @@ struct GeluTanh {
 struct Silu {
   static Vec value(Vec z) { return z * Sigmoid(z).value; }
   static Vec gradient(Vec grad, Vec z) {
-    z = within(z, 100.0f);
+    z = within(z, 110.0f);
     const Sigmoid s(z);
     return grad * s.value * (z * s.complement + 1.0f);
   }

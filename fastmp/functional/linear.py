@@ -23,8 +23,10 @@ class _Linear(torch.autograd.Function):
         y, z = torch.ops.fastmp.linear(input, weight, bias, activation, True)
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         saved = y if activation == "relu" else z
+        # The second derivative of a nonlinear layer needs both; a parameter costs no memory.
+        keep_weight = needs_input or (needs_weight and activation != "none")
         ctx.save_for_backward(
-            input if needs_weight else None, weight if needs_input else None, bias, saved
+            input if needs_weight else None, weight if keep_weight else None, bias, saved
         )
         ctx.activation = activation
         ctx.shapes = input.shape, weight.shape
@@ -57,7 +59,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[
     if input is None or weight is None:
         raise RuntimeError(
             f"the second derivative of fastmp's linear with activation {ctx.activation!r} needs "
-            "both input and weight, but one of them had requires_grad=False and was not kept; "
+            "the input, which was not kept because the weight has requires_grad=False; "
             "use torch.nn.functional.linear and the activation here"
         )
     with torch.enable_grad():
@@ -75,8 +77,9 @@ def linear(
 ) -> Tensor:
     """``torch.nn.functional.linear`` and an activation in one operation.
 
-    Sums are formed in fp32 and bias and activation applied to them before the one rounding.
-    Follows ``torch.autocast`` as torch's linear does.
+    Sums are formed in fp32 and bias and activation applied to them before the one rounding;
+    problems too small to gain from that go to torch's linear and activation. Follows
+    ``torch.autocast`` as torch's linear does.
 
     Args:
         input: (..., in_features), fp32, bf16, fp16 or fp64, of any strides.
@@ -91,7 +94,7 @@ def linear(
     Raises:
         ValueError: an unknown activation.
         RuntimeError: shapes, dtypes or devices that do not fit together; a second derivative
-            through a nonlinear activation whose input or weight needs no gradient.
+            through a nonlinear activation whose weight needs no gradient.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
