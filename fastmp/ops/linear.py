@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends import cpu
+from fastmp.backends.cpu import linear as cpu_linear
 from fastmp.backends.table import DTYPE_CODES, Activation
 
 ACTIVATIONS = tuple(a.name.lower() for a in Activation)
@@ -141,50 +142,6 @@ def backward_reference(
 # ---- CPU: the native library ----
 
 
-def _side_by_side(matrix: Tensor) -> Tensor:
-    """The matrix itself if its rows or its columns are dense, else a copy."""
-    # Not contiguous(): that leaves a 1 x 1 matrix the strides it has.
-    return matrix if 1 in matrix.stride() else matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _product(
-    a: Tensor,
-    b: Tensor,
-    shape: tuple[int, ...],
-    bias: Tensor | None = None,
-    activation: str = "none",
-    z: Tensor | None = None,
-) -> Tensor:
-    """act(a @ b + bias) on the native library; the sum before act goes to z, if given.
-
-    The result is no view, which is why it has its shape from the start.
-    """
-    a, b = _side_by_side(a), _side_by_side(b)
-    out = a.new_empty(shape)
-    if out.numel() == 0:
-        return out
-    bias = None if bias is None else bias.contiguous()
-    args = cpu.GemmArgs(
-        a=a.data_ptr(),
-        a_stride=a.stride(0),
-        a_k_stride=a.stride(1),
-        b=b.data_ptr(),
-        b_stride=b.stride(1),
-        b_k_stride=b.stride(0),
-        rows=a.shape[0],
-        columns=b.shape[1],
-        depth=a.shape[1],
-        dtype=DTYPE_CODES[a.dtype],
-        activation=Activation[activation.upper()],
-        bias=None if bias is None else bias.data_ptr(),
-        preactivation=None if z is None else z.data_ptr(),
-        out=out.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
-    cpu.call("fastmp_gemm", args)
-    return out
-
-
 def linear_cpu(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -195,44 +152,14 @@ def linear_cpu(
     save = save and saves_preactivation(activation)
     if cpu.multiplies(input.dtype):
         z = input.new_empty(shape if save else 0)
-        y = _product(_rows(input), weight.t(), shape, bias, activation, z if save else None)
+        kept = z if save else None
+        y = cpu_linear.product(_rows(input), weight.t(), shape, bias, activation, kept)
         return y, z
     z = _sums(input, weight, bias).contiguous()
     if activation == "none":
         return z, input.new_empty(0)
-    y = torch.empty_like(z) if save else z
-    args = cpu.ActivationArgs(
-        saved=z.data_ptr(),
-        out=y.data_ptr(),
-        rows=z.shape[:-1].numel(),
-        columns=z.shape[-1],
-        dtype=DTYPE_CODES[z.dtype],
-        activation=Activation[activation.upper()],
-    )
-    cpu.call("fastmp_activation", args)
+    y = cpu_linear.activate(z, activation, in_place=not save)
     return y, z if save else input.new_empty(0)
-
-
-def _activation_backward(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """dz and db of dense matrices, in one pass over them."""
-    dz = grad if activation == "none" else torch.empty_like(grad)
-    db = grad.new_empty(grad.shape[1] if needs_bias else 0)
-    if activation == "none" and not needs_bias:
-        return dz, db
-    args = cpu.ActivationArgs(
-        saved=None if activation == "none" else saved.data_ptr(),
-        grad_output=grad.data_ptr(),
-        out=None if activation == "none" else dz.data_ptr(),
-        grad_bias=db.data_ptr() if needs_bias else None,
-        rows=grad.shape[0],
-        columns=grad.shape[1],
-        dtype=DTYPE_CODES[grad.dtype],
-        activation=Activation[activation.upper()],
-    )
-    cpu.call("fastmp_activation_backward", args)
-    return dz, db
 
 
 def backward_cpu(
@@ -246,11 +173,14 @@ def backward_cpu(
     """``fastmp::linear_backward`` on the native library; arguments as ``backward_reference``."""
     if grad.dtype not in DTYPE_CODES:
         return backward_reference(grad, saved, input, weight, activation, needs)
-    rows = _rows(grad).contiguous()
-    dz, db = _activation_backward(rows, saved.contiguous(), activation, needs[2])
+    dz, db = cpu_linear.activation_backward(_rows(grad), saved, activation, needs[2])
     if cpu.multiplies(grad.dtype):
-        dx = _product(dz, weight, input.shape) if needs[0] else grad.new_empty(0)
-        dw = _product(dz.t(), _rows(input), weight.shape) if needs[1] else grad.new_empty(0)
+        dx = cpu_linear.product(dz, weight, input.shape) if needs[0] else grad.new_empty(0)
+        dw = (
+            cpu_linear.product(dz.t(), _rows(input), weight.shape)
+            if needs[1]
+            else grad.new_empty(0)
+        )
     else:
         dx = (dz @ weight).view(input.shape) if needs[0] else grad.new_empty(0)
         dw = dz.t() @ _rows(input) if needs[1] else grad.new_empty(0)

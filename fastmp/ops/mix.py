@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cpu
+from fastmp.backends.cpu import mix as cpu_mix
 from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_device, check_lam, lam_of_rows, wide_dtype
 
@@ -103,29 +104,7 @@ def mix_cpu(
     if input.dtype not in DTYPE_CODES or dtype not in DTYPE_CODES:
         return mix_reference(input, lam, index, box, scale, shift, dtype)
     _check_values(input, lam, index, box)
-    output = torch.empty(input.shape, dtype=dtype)
-    if output.numel() == 0:
-        return output
-    batch, channels, height, width = input.shape
-    floats = [None if t is None else t.to(torch.float32).contiguous() for t in (lam, scale, shift)]
-    integers = [None if t is None else t.contiguous() for t in (index, box)]
-    input = input.contiguous()
-    args = cpu.MixArgs(
-        input=input.data_ptr(),
-        output=output.data_ptr(),
-        input_dtype=DTYPE_CODES[input.dtype],
-        output_dtype=DTYPE_CODES[dtype],
-        batch=batch,
-        channels=channels,
-        height=height,
-        width=width,
-        lam_stride=0 if lam is None else lam.dim(),
-        box_stride=4 if box is not None and box.dim() == 2 else 0,
-    )
-    addresses = [None if t is None else t.data_ptr() for t in floats + integers]
-    args.lam, args.scale, args.shift, args.index, args.box = addresses
-    cpu.call("fastmp_mix", args)
-    return output
+    return cpu_mix.mix(input, lam, index, box, scale, shift, dtype)
 
 
 def _mix_fake(
