@@ -1,8 +1,14 @@
 """One seed, one hypothesis profile: every run of the suite tries the same cases."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("fastmp", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("fastmp")

@@ -2,7 +2,8 @@
 
 Each backend registers its kernels against the operations that ``fastmp.ops`` defines; what no
 backend serves runs on the reference implementation in plain PyTorch. ``FASTMP_BACKEND=cpu`` turns
-a missing library into an error, for those who want to be sure.
+a missing library into an error and ``FASTMP_BACKEND=triton`` GPU kernels that cannot run, for those
+who want to be sure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 DEVICES = ("cpu", "cuda")
 
 

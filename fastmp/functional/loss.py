@@ -8,15 +8,11 @@ import torch
 from torch import Tensor
 
 from fastmp.ops.checks import check_device, lam_of_rows, wide_dtype
-from fastmp.ops.loss import REDUCTIONS, MixedTarget
+from fastmp.ops.loss import REDUCTIONS, MixedTarget, writes_ahead
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is written by the forward where the incoming gradient can be foretold.
-
-    On the CPU comparing it with the foretold one is free. Elsewhere it would wait for the device,
-    and a compiled graph cannot branch on it: there the backward computes the gradient.
-    """
+    """The gradient is written by the forward where the incoming gradient can be foretold."""
 
     @staticmethod
     def forward(
@@ -31,20 +27,14 @@ class _CrossEntropy(torch.autograd.Function):
         smoothing: float,
         grad_scale: Tensor | None,
     ) -> Tensor:
-        ahead = (
-            reduction != REDUCTIONS["none"]
-            and logits.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        )
+        ahead = writes_ahead(logits, reduction, grad_scale)
         loss, stats, grad = torch.ops.fastmp.loss_forward(
             logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
             grad_scale, ahead,
         )  # fmt: skip
-        ctx.save_for_backward(logits, target, target_b, lam, weight, stats)
+        ctx.save_for_backward(logits, target, target_b, lam, weight, stats, grad_scale)
         ctx.options = (ignore_index, reduction, smoothing)
         ctx.ahead = grad if ahead else None
-        if ahead:
-            ctx.expected = 1.0 if grad_scale is None else grad_scale.item()
         return cast(Tensor, loss)
 
     @staticmethod
@@ -57,13 +47,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+        *arguments, expected = ctx.saved_tensors
         ahead = ctx.ahead
-        if ahead is not None:
-            ctx.ahead = None  # given away once: autograd may then keep it without a copy
-            if grad_output.item() == ctx.expected:
-                return cast(Tensor, ahead)
-        grad = torch.ops.fastmp.loss_backward(grad_output, *ctx.saved_tensors, *ctx.options)
-        return cast(Tensor, grad)
+        if ahead is None:
+            return cast(
+                Tensor, torch.ops.fastmp.loss_backward(grad_output, *arguments, *ctx.options)
+            )
+        ctx.ahead = None  # given away once: autograd may then keep it without a copy
+        torch.ops.fastmp.loss_settle_(ahead, expected, grad_output, *arguments, *ctx.options)
+        return cast(Tensor, ahead)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -249,4 +241,5 @@ def _expected_gradient(
         raise ValueError(
             f"grad_scale must be a number or hold one value, got shape {tuple(grad_scale.shape)}"
         )
-    return grad_scale.detach().to(device, dtype).reshape(())
+    # A copy: the scale may be updated between the forward and the backward.
+    return grad_scale.detach().to(device, dtype, copy=True).reshape(())

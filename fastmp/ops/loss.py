@@ -9,19 +9,20 @@ with the reductions and ``ignore_index`` of ``torch.nn.functional.cross_entropy`
 two. No one-hot and no soft target is built. The smoothing is that of Szegedy et al. 2016
 (arXiv:1512.00567), the pair that of Zhang et al. 2018 (mixup, arXiv:1710.09412).
 
-On the CPU the forward writes the gradient in the same pass over the logits, for the incoming
-gradient that is expected: 1, or the announced ``grad_scale``. If another one comes the backward
-computes it anew from the logits, so what comes out is exact either way.
+The forward can write the gradient in the same pass over the logits, for the incoming gradient that
+is expected: 1, or the announced ``grad_scale``. If another one comes, ``loss_settle_`` computes it
+anew from the logits, so what comes out is exact either way.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
+from fastmp.backends import cpu, triton
+from fastmp.backends.cpu import loss as cpu_loss
 from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_lam, wide_dtype
 
@@ -40,11 +41,11 @@ class MixedTarget(NamedTuple):
 # ---- reference: plain PyTorch, any floating dtype, any device ----
 
 
-def _raise_bad_target(name: str, row: int, value: int, classes: int, ignore_index: int) -> None:
+def _raise_bad_target(name: str, row: int, value: int, classes: int, ignore_index: int) -> NoReturn:
     raise IndexError(
         f"Target {value} is out of bounds: expected class indices in [0, {classes}) or "
         f"ignore_index ({ignore_index}), got {value} in row {row} of {name}"
-    )
+    ) from None  # a BadTarget of the library would say less
 
 
 def _check_values(
@@ -190,56 +191,33 @@ def backward_reference(
     return grad.to(logits.dtype)
 
 
+def settle_reference(
+    grad: Tensor, expected: Tensor | None, grad_output: Tensor, logits: Tensor, *others: Any
+) -> None:
+    """``fastmp::loss_settle_`` in plain PyTorch: make ``grad`` that of the gradient that came.
+
+    Args:
+        grad: (N, C), as ``loss_forward`` wrote it for ``expected``; overwritten if need be.
+        expected: (), the ``grad_scale`` of the forward; None: 1.
+        grad_output: (), the incoming gradient.
+        logits and others: as ``backward_reference``.
+    """
+    foretold = grad_output == (1 if expected is None else expected)
+    if grad_output.device.type != "cpu":  # to look would be to wait
+        anew = torch.ops.fastmp.loss_backward(grad_output, logits, *others)
+        grad.copy_(torch.where(foretold, grad, anew))
+    elif not foretold:
+        grad.copy_(torch.ops.fastmp.loss_backward(grad_output, logits, *others))
+
+
 # ---- native: fp32, fp16 and bf16 on the CPU ----
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _run(name: str, args: cpu.LossArgs, target: Tensor) -> None:
-    if cpu.call(name, args) == cpu.BAD_TARGET:
-        row, value = int(args.bad_row), int(args.bad_target)
-        which = "target" if int(target[row]) == value else "target_b"
-        _raise_bad_target(which, row, value, int(args.classes), int(args.ignore_index))
-
-
-def _native_args(
-    logits: Tensor,
-    target: Tensor,
-    target_b: Tensor | None,
-    lam: Tensor | None,
-    weight: Tensor | None,
-    incoming: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    smoothing: float,
-) -> tuple[cpu.LossArgs, list[Tensor | None]]:
-    """The struct of a call, and the tensors that must stay alive until it returns."""
-    rows, classes = logits.shape
-    if logits.stride(1) != 1 and classes > 1:
-        logits = logits.contiguous()
-    kept: list[Tensor | None] = [logits, target.contiguous()]
-    kept.append(None if target_b is None else target_b.contiguous())
-    kept += [
-        None if values is None else values.to(torch.float32).contiguous()
-        for values in (lam, weight, incoming)
-    ]
-    args = cpu.LossArgs(
-        dtype=DTYPE_CODES[logits.dtype],
-        reduction=reduction,
-        rows=rows,
-        classes=classes,
-        row_stride=logits.stride(0),
-        ignore_index=ignore_index,
-        smoothing=smoothing,
-        lam_stride=0 if lam is None else lam.dim(),
-        grad_stride=0 if incoming is None else incoming.dim(),
-    )
-    fields = ("logits", "target_a", "target_b", "lam", "weight", "grad_output")
-    for field, tensor in zip(fields, kept, strict=True):
-        setattr(args, field, _address(tensor))
-    return args, kept
+def _name_bad_target(
+    bad: cpu_loss.BadTarget, target: Tensor, classes: int, ignore_index: int
+) -> NoReturn:
+    name = "target" if int(target[bad.row]) == bad.value else "target_b"
+    _raise_bad_target(name, bad.row, bad.value, classes, ignore_index)
 
 
 def forward_cpu(
@@ -261,18 +239,13 @@ def forward_cpu(
             grad_scale, with_grad,
         )  # fmt: skip
     check_lam(lam)
-    rows, classes = logits.shape
-    args, _kept = _native_args(
-        logits, target, target_b, lam, weight, grad_scale, ignore_index, reduction, smoothing
-    )
-    loss = torch.empty(rows if reduction == _NONE else (), dtype=torch.float32)
-    stats = torch.empty((rows, 2), dtype=torch.float32)
-    grad = torch.empty((rows, classes) if with_grad else 0, dtype=logits.dtype)
-    args.loss, args.stats = loss.data_ptr(), stats.data_ptr()
-    if with_grad and grad.numel():
-        args.grad = grad.data_ptr()
-    _run("fastmp_loss_forward", args, target)
-    return loss, stats, grad
+    try:
+        return cpu_loss.forward(
+            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
+            grad_scale, with_grad,
+        )  # fmt: skip
+    except cpu_loss.BadTarget as bad:
+        _name_bad_target(bad, target, logits.shape[1], ignore_index)
 
 
 def backward_cpu(
@@ -293,14 +266,66 @@ def backward_cpu(
             grad_output, logits, target, target_b, lam, weight, stats, ignore_index, reduction,
             smoothing,
         )  # fmt: skip
-    args, _kept = _native_args(
-        logits, target, target_b, lam, weight, grad_output, ignore_index, reduction, smoothing
-    )
-    stats = stats.contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
-    args.stats, args.grad = stats.data_ptr(), grad.data_ptr()
-    _run("fastmp_loss_backward", args, target)
-    return grad
+    try:
+        return cpu_loss.backward(
+            grad_output, logits, target, target_b, lam, weight, stats, ignore_index, reduction,
+            smoothing,
+        )  # fmt: skip
+    except cpu_loss.BadTarget as bad:
+        _name_bad_target(bad, target, logits.shape[1], ignore_index)
+
+
+# ---- Triton: fp32, fp16 and bf16 on NVIDIA GPUs ----
+
+
+def _on_triton(logits: Tensor) -> bool:
+    return logits.dtype in DTYPE_CODES and logits.numel() > 0 and triton.runs_on(logits.device)
+
+
+def forward_cuda(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::loss_forward`` on the Triton kernels; arguments as ``forward_reference``."""
+    if not _on_triton(logits):
+        return forward_reference(logits, *others)
+    from fastmp.backends.triton import loss
+
+    with torch.cuda.device_of(logits):
+        return loss.forward(logits, *others)
+
+
+def backward_cuda(grad_output: Tensor, logits: Tensor, *others: Any) -> Tensor:
+    """``fastmp::loss_backward`` on the Triton kernels; arguments as ``backward_reference``."""
+    if not _on_triton(logits):
+        return backward_reference(grad_output, logits, *others)
+    from fastmp.backends.triton import loss
+
+    with torch.cuda.device_of(logits):
+        return loss.backward(grad_output, logits, *others)
+
+
+def settle_cuda(
+    grad: Tensor, expected: Tensor | None, grad_output: Tensor, logits: Tensor, *others: Any
+) -> None:
+    """``fastmp::loss_settle_`` on the Triton kernels; arguments as ``settle_reference``."""
+    if not _on_triton(logits):
+        return settle_reference(grad, expected, grad_output, logits, *others)
+    from fastmp.backends.triton import loss
+
+    with torch.cuda.device_of(logits):
+        loss.settle(grad, expected, grad_output, logits, *others)
+
+
+def writes_ahead(logits: Tensor, reduction: int, grad_scale: Tensor | None) -> bool:
+    """Whether the forward should write the gradient, for the incoming gradient it can foretell.
+
+    A wrong guess costs a pass over the logits. It is sure to be wrong for fp16 on a GPU without
+    ``grad_scale``: a loss scale will come. A compiled graph has nowhere to keep the gradient.
+    """
+    if reduction == _NONE or torch.compiler.is_compiling():
+        return False
+    if logits.device.type != "cuda":
+        return logits.device.type == "cpu"
+    foreseeable = grad_scale is not None or logits.dtype != torch.float16
+    return foreseeable and triton.load()[0] is not None and _on_triton(logits)
 
 
 # ---- schema, fakes, registration ----
@@ -342,11 +367,24 @@ _library.define(
     "float smoothing) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "loss_settle_(Tensor(a!) grad, Tensor? expected, Tensor grad_output, Tensor logits, "
+    "Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor stats, "
+    "int ignore_index, int reduction, float smoothing) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.impl("loss_forward", forward_reference, "CompositeExplicitAutograd")
+_library.impl("loss_settle_", settle_reference, "CompositeExplicitAutograd")
 _library.impl("loss_backward", backward_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("fastmp::loss_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastmp::loss_backward", _backward_fake, lib=_library)
+torch.library.register_fake("fastmp::loss_settle_", lambda *_: None, lib=_library)
 
 if cpu.serves("loss"):
     _library.impl("loss_forward", forward_cpu, "CPU")
     _library.impl("loss_backward", backward_cpu, "CPU")
+
+if triton.serves("loss"):
+    _library.impl("loss_forward", forward_cuda, "CUDA")
+    _library.impl("loss_backward", backward_cuda, "CUDA")
+    _library.impl("loss_settle_", settle_cuda, "CUDA")

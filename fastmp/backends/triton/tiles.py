@@ -1,0 +1,185 @@
+"""Every tile choice of the Triton kernels, as plain data with the reason for it.
+
+Nothing is tuned at run time: an autotuner times a dozen variants of each kernel at the first call
+of every shape, and picks another one on a busy machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LossTile(NamedTuple):
+    """How one program of the loss kernel takes rows of logits."""
+
+    rows: int  # at a time
+    block: int  # logits of a row at a time, a power of 2
+    warps: int
+    programs: int  # on each multiprocessor
+    on_chip: bool  # the whole row is one block and stays in registers
+
+
+# A thread holds 32 logits, which takes about 80 registers: 24 warps fill the 65,536 registers of a
+# multiprocessor. 64 logits a thread would keep rows of 32,768 in registers too, but spill.
+_LOGITS_A_WARP = 1024
+_LONGEST_ROW_ON_CHIP = 16384
+# Shorter rows share four warps. Each thread then keeps what belongs to the row for 8 rows of 10
+# logits; 32 rows a thread spill.
+_SHORTEST_ROW_OF_ITS_OWN = 256
+# A longer row comes in blocks of 8 KB, three in flight, and a second time from the caches: two or
+# three rows of 128,256 fp16 logits on each of 132 multiprocessors are 68 or 101 MB, of which the
+# half read last comes first the second time, and 60 MB of L2 hold it.
+_LONG_ROW_BLOCK = 8192
+_ROWS_IN_CACHE = 256 << 10
+
+
+def loss_tile(classes: int, itemsize: int) -> LossTile:
+    """The tile for rows of so many classes of so many bytes each."""
+    if classes > _LONGEST_ROW_ON_CHIP:
+        programs = min(max(_ROWS_IN_CACHE // (classes * itemsize), 2), 3)
+        return LossTile(1, _LONG_ROW_BLOCK // itemsize, 8, programs, on_chip=False)
+    block = max(1 << (classes - 1).bit_length(), 16)
+    if block < _SHORTEST_ROW_OF_ITS_OWN:
+        return LossTile(1024 // block, block, 4, 6, on_chip=True)
+    warps = max(block // _LOGITS_A_WARP, 1)
+    return LossTile(1, block, warps, 24 // warps, on_chip=True)
+
+
+class LinearTile(NamedTuple):
+    """How one program of the linear kernels takes y = x Wᵀ."""
+
+    rows: int  # of x and y
+    columns: int  # of y, rows of W
+    depth: int  # taken at a time
+    warps: int
+    stages: int  # of operands on their way to shared memory
+    programs: int  # that fit on a multiprocessor
+    tma: bool  # whether the tensor memory accelerator moves the tiles
+
+
+class _LinearTiles(NamedTuple):
+    few_rows: LinearTile
+    shallow: LinearTile
+    deep: LinearTile
+
+
+# Up to 64 rows the weights are nearly all the traffic, and the product waits for them: small tiles,
+# so that more multiprocessors take part, and many bytes on their way to each.
+_FEW_ROWS = 64
+# Up to this depth the epilogue is a large part of a tile's time. It takes about 25 instructions for
+# each element, 3,200 cycles for 128x128 on the 128 lanes of a multiprocessor; the tensor cores of
+# sm_90 take 4 cycles there for each step of the depth, 8,192 for 2,048 steps. Two programs on each
+# multiprocessor hide one's epilogue behind the other's product. A tile twice as wide reads a
+# quarter less from L2, 48 KB in 1,024 cycles instead of 32 in 512, but there is room for one only.
+_SHALLOW = 2048
+
+# From which architecture on. A 128x128 tile and its copies on the way fit twice into 164 KB, and
+# into the 100 KB of consumer cards (sm_86, sm_89, sm_120) if the steps are 32 deep. There sm_120
+# has TMA but nothing to feed with it: its tensor cores take operands from registers, like sm_80's.
+_COPYING_THREADS = _LinearTiles(
+    few_rows=LinearTile(64, 64, 64, warps=4, stages=4, programs=2, tma=False),
+    shallow=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
+    deep=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
+)
+_LINEAR_TILES = {
+    80: _COPYING_THREADS,
+    90: _LinearTiles(
+        few_rows=LinearTile(64, 64, 128, warps=4, stages=3, programs=2, tma=True),
+        shallow=LinearTile(128, 128, 64, warps=4, stages=3, programs=2, tma=True),
+        deep=LinearTile(128, 256, 64, warps=8, stages=4, programs=1, tma=True),
+    ),
+    # Triton before 3.9 keeps y and z apart in shared memory here: one stage less. A product of 64
+    # rows would spill; half of 128 rows are none, and cost the tensor cores, not the memory.
+    100: _LinearTiles(
+        few_rows=LinearTile(128, 64, 64, warps=4, stages=4, programs=2, tma=True),
+        shallow=LinearTile(128, 128, 64, warps=4, stages=2, programs=2, tma=True),
+        deep=LinearTile(128, 256, 64, warps=8, stages=3, programs=1, tma=True),
+    ),
+    120: _COPYING_THREADS,
+}
+
+# Rows of tiles that are taken together: 8 of 128 rows by 16 of 128 columns are what 132
+# multiprocessors work on at a time, 24 strips of operands for 128 tiles.
+LINEAR_GROUP = 8
+
+
+def linear_tile(rows: int, depth: int, architecture: int) -> LinearTile:
+    """The tile for x of so many rows and columns."""
+    tiles = _LINEAR_TILES[max(known for known in _LINEAR_TILES if known <= architecture)]
+    if rows <= _FEW_ROWS:
+        return tiles.few_rows
+    return tiles.shallow if depth <= _SHALLOW else tiles.deep
+
+
+# A prediction that no GPU has confirmed yet, in units of K. What fusing saves is a pass that reads z
+# and writes y: 4 bytes at 4.3 TB/s for each element. Our product is assumed to be 5% slower than
+# cuBLAS at 700 TFLOP/s: 0.05 · 2 K / 700e12 = 4 / 4.3e12 at K = 6,500. That holds for relu, which
+# is one instruction. The others take up to 20, and where nothing hides them, which is beyond
+# _SHALLOW, 20 / (132 · 128 · 1.7e9) s are 0.75 of the pass: not worth it any more.
+DEEPEST_FUSED = {
+    "none": 0,
+    "relu": 6500,
+    "gelu": _SHALLOW,
+    "gelu_tanh": _SHALLOW,
+    "silu": _SHALLOW,
+}
+
+
+class ActivationTile(NamedTuple):
+    """How one program of the activation gradient takes its strip of rows."""
+
+    rows: int  # at a time
+    columns: int
+    strip: int  # rows in all, a multiple of the above
+    warps: int
+
+
+# 16 programs for each multiprocessor, on which 4 or 5 fit: the last ones to finish are 1/16.
+_STRIP_PROGRAMS = 16
+# More strips would make adding them the longer part where the columns are few.
+_MOST_STRIPS = 512
+# Rows, columns and warps of the kernel that adds the strips: 512 of them are 4 loads in a row.
+STRIPS_TILE = (128, 32, 8)
+
+
+# 16-bit elements of a tile, 32 for each thread. Fewer in fp32, which is as many bytes, and where
+# each is a load of its own with an address of its own.
+_ELEMENTS = 4096
+
+
+def activation_tile(rows: int, columns: int, vector: int, processors: int) -> ActivationTile:
+    """The tile for matrices of this size, of which a load takes so many elements."""
+    width = min(128, max(16, 1 << (columns - 1).bit_length()))
+    height = (_ELEMENTS if vector == 8 else _ELEMENTS // 2) // width
+    programs = -(-_STRIP_PROGRAMS * processors * width // columns)
+    strips = min(programs, _MOST_STRIPS, -(-rows // height))
+    return ActivationTile(height, width, -(-rows // strips // height) * height, warps=4)
+
+
+class MixTile(NamedTuple):
+    """How one program of mix takes stretches of planes."""
+
+    rows: int  # stretches, each of one plane
+    block: int  # elements of a stretch, a power of 2
+    warps: int
+
+
+# Four warps with 8 to 16 programs on a multiprocessor have 32 KB in flight or more for each image
+# that is read, which covers the latency (4.8 TB/s · 0.8 us / 132 = 29 KB). 32 elements spread what
+# a stretch has to look up and divide, some 40 instructions of each thread; of fp32, 16 fill the
+# registers as much.
+_MIX_WARPS = 4
+_MIX_ELEMENTS = {1: 32, 2: 32, 4: 16}
+# Each access has an address and, with a box, a place in the image: 32 of them are 167 registers.
+_MIX_ACCESSES = 8
+# Stretches below a quarter of a program's lanes cost more in looking up than idle lanes would.
+_MIX_SHORTEST = 128
+
+
+def mix_tile(plane: int, itemsize: int, vector: int) -> MixTile:
+    """The tile for planes of so many elements; shorter stretches until 3 of 4 lanes have work."""
+    tile = _MIX_WARPS * 32 * min(_MIX_ELEMENTS[itemsize], _MIX_ACCESSES * vector)
+    block = min(tile, 1 << (plane - 1).bit_length())
+    while block > _MIX_SHORTEST and 3 * -(-plane // block) * block > 4 * plane:
+        block //= 2
+    return MixTile(tile // block, block, _MIX_WARPS)

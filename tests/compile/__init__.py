@@ -1,0 +1,1 @@
+"""Every Triton kernel compiled for every architecture, and its machine code looked at."""

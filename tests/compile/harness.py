@@ -1,0 +1,127 @@
+"""Compiles what a launch would compile, for a GPU that is not there, and reads the machine code.
+
+The launchers run as they are, on tensors in main memory. A stand-in for Triton's driver names the
+architecture, and a launch stops once the kernel is compiled: the arguments, their alignment and so
+the machine code are those of a real call.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = (80, 90, 100, 120)
+#: Shared memory of a block and of a multiprocessor in bytes; warps of a multiprocessor.
+BLOCK_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SM_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+SM_WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel: its resources, and how often each machine instruction stands in it."""
+
+    name: str
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    spills: int
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match, e.g. ``r"LDG.*\\.128"``."""
+        return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+    def occupancy(self) -> float:
+        """Resident warps over possible warps, by registers, shared memory and blocks."""
+        a_warp = -(-self.registers // 8) * 8 * 32
+        by_registers = 65536 // a_warp // self.warps
+        by_shared = SM_SHARED[self.arch] // (self.shared + 1024)
+        blocks = min(by_registers, by_shared, SM_WARPS[self.arch] // self.warps, 32)
+        return blocks * self.warps / SM_WARPS[self.arch]
+
+
+class _Driver:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def without_interpreter() -> None:
+    """Prepare a process for compiling; before it imports Triton."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # today's default, said so that 3.9 does not warn
+
+
+def compile_for(
+    arch: int, launch: Callable[..., object], arguments: tuple[Any, ...]
+) -> list[Kernel]:
+    """The kernels that ``launch(*arguments)`` launches, compiled for one architecture."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    triton.runtime.driver.set_active(_Driver(arch))
+    kernels: list[Kernel] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = run(self, *args, **{**kwargs, "warmup": True})
+        kernels.append(_look_at(self.__name__, arch, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    try:
+        launch(*arguments)
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def _look_at(name: str, arch: int, compiled: Any) -> Kernel:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    # An address in a comment, perhaps a predicate, and the instruction with its modifiers.
+    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)"
+    instructions = Counter(re.findall(line, code, re.MULTILINE))
+    return Kernel(
+        name,
+        arch,
+        compiled.metadata.num_warps,
+        int(found["REG"]),
+        int(found["STACK"]),
+        int(found["LOCAL"]),
+        compiled.metadata.shared,
+        sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
+        instructions,
+    )

@@ -1,0 +1,88 @@
+"""The loss kernels on every architecture: vector accesses, one exponential a logit, no spills."""
+
+import pytest
+import torch
+
+from fastmp.backends.triton.tiles import loss_tile
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# One for each tile: packed rows, one to sixteen warps, blocks; and odd ones with edges.
+CLASSES = [10, 100, 512, 1000, 1001, 2048, 4096, 8192, 16384, 32000, 50257, 128256]
+
+
+def forward(classes, dtype, weighted=False, reduction=1, pair=True, offset=0, stride=None):
+    """Launches what a training step does; the memory is never touched."""
+    from fastmp.backends.triton import loss
+
+    rows = 64
+    stride = stride or classes
+    logits = torch.empty(rows * stride + offset, dtype=dtype)[offset:]
+    logits = logits.view(rows, stride)[:, :classes]
+    target = torch.zeros(rows, dtype=torch.int64)
+    lam = torch.zeros(rows)
+    loss.forward(
+        logits, target, target if pair else None, lam if pair else None,
+        torch.ones(classes, dtype=dtype) if weighted else None, -100, reduction, 0.1,
+        torch.ones(()), True,
+    )  # fmt: skip
+
+
+def settle(classes, dtype):
+    from fastmp.backends.triton import loss
+
+    logits = torch.empty(64, classes, dtype=dtype)
+    target = torch.zeros(64, dtype=torch.int64)
+    one = torch.ones(())
+    stats = torch.ones(64, 2)
+    loss.settle(logits, one, one, logits, target, target, one, None, stats, -100, 1, 0.1)
+
+
+def main_kernels(kernels):
+    return [kernel for kernel in kernels if kernel.name == "_loss_kernel"]
+
+
+def accesses(kernel, width):
+    loads = kernel.count(rf"LDG\.E(\.\w+)*\.{width}|LDGSTS\.E(\.\w+)*\.{width}")
+    return loads, kernel.count(rf"STG\.E(\.\w+)*\.{width}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("classes", CLASSES)
+def test_tiles(compiled, classes, dtype):
+    tile = loss_tile(classes, dtype.itemsize)
+    for kernel in main_kernels(compiled(forward, classes, dtype)):
+        assert kernel.warps == tile.warps
+        if tile.rows > 1:
+            continue  # rows of 10 and 100 logits start where they like
+        lanes = kernel.warps * 32
+        each = tile.block * dtype.itemsize // 16 // lanes  # accesses of 16 bytes in a thread
+        loads, stores = accesses(kernel, 128)
+        assert loads >= each
+        assert stores == each
+
+
+@pytest.mark.parametrize("classes", [10, 1001, 32000])
+def test_class_weights(compiled, classes):
+    compiled(forward, classes, torch.float16, True)
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 50257])
+def test_settling(compiled, classes):
+    compiled(settle, classes, torch.float16)
+
+
+def test_a_single_target(compiled):
+    for kernel in main_kernels(compiled(forward, 1000, torch.float16, False, 2, False)):
+        assert accesses(kernel, 128) == (4, 4)
+
+
+@pytest.mark.parametrize(("offset", "stride"), [(1, 1000), (0, 1001)])
+def test_rows_that_are_aligned_nowhere_are_not_read_as_if_they_were(compiled, offset, stride):
+    arguments = (forward, 1000, torch.float16, False, 1, True, offset, stride)
+    for kernel in main_kernels(compiled(*arguments)):
+        assert accesses(kernel, 128) == (0, 0)
+
+
+def test_one_exponential_a_logit_where_the_row_is_kept(compiled):
+    for kernel in main_kernels(compiled(forward, 4096, torch.float16)):
+        assert kernel.count(r"MUFU\.EX2") <= 32 + 6  # 32 logits a thread, a few for the row
