@@ -1,11 +1,11 @@
-# The commands to remember: make train, make test, make bench, make lint.
+# The commands to remember: make train, make test, make bench, make gpu-check, make lint.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test bench lint format clean
+.PHONY: train test bench gpu-check lint format clean
 
 train: $(STAMP)
 	$(BIN)/fastmp train $(ARGS)
@@ -15,6 +15,11 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# On a machine with a GPU, which may have no network: with its own python, torch and Triton.
+RESULTS ?= build/gpu-check-results
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(RESULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
