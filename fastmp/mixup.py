@@ -101,9 +101,10 @@ class Mixup:
             box, lam = self._box(lam, x.shape[2], x.shape[3])
         if not self.per_sample:
             lam, box = lam[0], None if box is None else box[0]
-        index = torch.randperm(x.shape[0], generator=self.generator).to(x.device)
-        lam = lam.float().to(x.device)
-        box = None if box is None else box.to(x.device)
+        index = torch.randperm(x.shape[0], generator=self.generator)
+        # From pageable memory CUDA takes its copy before it returns: no need to wait for more.
+        index, lam = (t.to(x.device, non_blocking=True) for t in (index, lam.float()))
+        box = None if box is None else box.to(x.device, non_blocking=True)
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)
         return out, MixedTarget(y, y[index], lam)
 

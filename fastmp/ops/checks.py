@@ -51,7 +51,7 @@ def lam_of_rows(
         raise TypeError(f"lam must be floating-point, got {lam.dtype}; call .float()")
     if lam.dim() > 0:
         check_device("lam", lam, device)
-    lam = lam.to(device, dtype)
+    lam = lam.to(device, dtype, non_blocking=True)  # a number from the host is copied at once
     if lam.dim() == 0:
         return lam
     if lam.shape == target.shape:

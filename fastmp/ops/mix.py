@@ -12,12 +12,13 @@ Zhang et al. 2018 (mixup, arXiv:1710.09412), Yun et al. 2019 (CutMix, arXiv:1905
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
+from fastmp.backends import cpu, triton
 from fastmp.backends.cpu import mix as cpu_mix
 from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_device, check_lam, lam_of_rows, wide_dtype
@@ -107,6 +108,25 @@ def mix_cpu(
     return cpu_mix.mix(input, lam, index, box, scale, shift, dtype)
 
 
+def mix_cuda(
+    input: Tensor,
+    lam: Tensor | None,
+    index: Tensor | None,
+    box: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fastmp::mix`` on the Triton kernel; arguments as ``mix_reference``."""
+    known = input.dtype in DTYPE_CODES and dtype in DTYPE_CODES
+    if not known or not triton.runs_on(input.device):
+        return mix_reference(input, lam, index, box, scale, shift, dtype)
+    from fastmp.backends.triton import mix as kernels
+
+    with torch.cuda.device_of(input):
+        return kernels.mix(input, lam, index, box, scale, shift, dtype)
+
+
 def _mix_fake(
     input: Tensor, lam: Any, index: Any, box: Any, scale: Any, shift: Any, dtype: Any
 ) -> Tensor:
@@ -124,6 +144,8 @@ torch.library.register_fake("fastmp::mix", _mix_fake, lib=_library)
 
 if cpu.serves("mix"):
     _library.impl("mix", mix_cpu, "CPU")
+if triton.serves("mix"):
+    _library.impl("mix", mix_cuda, "CUDA")
 
 
 # ---- the public function ----
@@ -158,7 +180,7 @@ def mix(
         A new contiguous tensor in the shape of ``input``, differentiable with respect to it.
 
     Raises:
-        IndexError: ``index`` is out of range (CPU).
+        IndexError: ``index`` is out of range (CPU; on a GPU that sample becomes NaN).
         ValueError, TypeError, RuntimeError: another argument is, or has a wrong type or device.
     """
     if input.dim() == 0:
@@ -220,11 +242,25 @@ def _affine(
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     if mean is None and std is None and unit == 1.0:
         return None, None
-    channels = images.shape[1]
+    options = (unit, images.shape[1], images.device, wide_dtype(images.dtype))
+    if isinstance(mean, Tensor) or isinstance(std, Tensor) or torch.compiler.is_compiling():
+        return _scale_and_shift(mean, std, *options)
+    mean_of, std_of = (None if values is None else tuple(values) for values in (mean, std))
+    return _scale_and_shift_once(mean_of, std_of, *options)
+
+
+def _scale_and_shift(
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    unit: float,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     mean_of, std_of = (
-        torch.full((channels,), default, dtype=torch.float64, device=images.device)
+        torch.full((channels,), default, dtype=torch.float64)
         if values is None
-        else torch.as_tensor(values, dtype=torch.float64, device=images.device)
+        else torch.as_tensor(values, dtype=torch.float64)
         for values, default in ((mean, 0.0), (std, 1.0))
     )
     for name, values in (("mean", mean_of), ("std", std_of)):
@@ -235,5 +271,9 @@ def _affine(
             )
     if std_of.device.type == "cpu" and not torch.compiler.is_compiling() and (std_of == 0).any():
         raise ValueError(f"std must not be 0, got {std_of.tolist()}")
-    wide = wide_dtype(images.dtype)
-    return (1 / (unit * std_of)).to(wide), (-mean_of / std_of).to(wide)
+    mean_of, std_of = mean_of.to(device), std_of.to(device)
+    return (1 / (unit * std_of)).to(dtype), (-mean_of / std_of).to(dtype)
+
+
+# Numbers go to a device once: each copy would wait for it, and cannot be captured in a CUDA graph.
+_scale_and_shift_once = cache(_scale_and_shift)
