@@ -17,3 +17,10 @@ hypothesis.settings.load_profile("fastmp")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def opcheck():
+    """``torch.library.opcheck``, where the test tools that it imports can be imported."""
+    pytest.importorskip("expecttest", reason="expecttest is not installed: opcheck needs it")
+    return torch.library.opcheck

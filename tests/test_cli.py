@@ -16,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("tyro", reason="tyro is not installed: no command line to test")
+
 from fastmp import checkpoint, cli, curves, data, metrics, models, recipe
 from fastmp.recipe import ConfigError, TrainConfig
 from fastmp.schedule import Constant, OneCycle, Warmup

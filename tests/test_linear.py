@@ -31,7 +31,7 @@ WORTHWHILE = operation.worthwhile
 def every_size():
     """The operation, however small the problem."""
 
-    def always(input, weight):
+    def always(input, weight, activation):
         return True
 
     with mock.patch.object(operation, "worthwhile", always):

@@ -171,15 +171,15 @@ def test_arguments_are_not_written_to(own):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
-def test_opcheck(activation, dtype):
+def test_opcheck(opcheck, activation, dtype):
     x, w, b, grad = operands(6, 5, 3, dtype)
     for shape, bias, save in (((6, 5), b, True), ((2, 3, 5), None, True), ((6, 5), b, False)):
         arguments = (x.view(shape), w, bias, activation, save)
-        torch.library.opcheck(torch.ops.fastmp.linear.default, arguments)
+        opcheck(torch.ops.fastmp.linear.default, arguments)
     for shape, needs in (((6,), (1, 1, 1)), ((2, 3), (1, 0, 1)), ((6,), (0, 0, 1))):
         x, grad, needs = x.view(*shape, 5), grad.view(*shape, 3), [bool(need) for need in needs]
         arguments = (grad, torch.randn_like(grad), x, w, activation, needs)
-        torch.library.opcheck(torch.ops.fastmp.linear_backward.default, arguments)
+        opcheck(torch.ops.fastmp.linear_backward.default, arguments)
 
 
 def test_who_serves_is_on_record():

@@ -283,16 +283,18 @@ def op_arguments(dtype, reduction, with_b):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("with_b", [False, True])
-def test_opcheck(dtype, reduction, with_b):
+def test_opcheck(opcheck, dtype, reduction, with_b):
     tensors, options = op_arguments(dtype, reduction, with_b)
+    scale = torch.tensor(2.0)
     for with_grad in (False, True):
-        torch.library.opcheck(
-            torch.ops.fastmp.loss_forward, (*tensors, *options, torch.tensor(2.0), with_grad)
-        )
-    loss, stats, _ = torch.ops.fastmp.loss_forward(*tensors, *options, None, False)
-    torch.library.opcheck(
-        torch.ops.fastmp.loss_backward, (torch.ones_like(loss), *tensors, stats, *options)
-    )
+        opcheck(torch.ops.fastmp.loss_forward, (*tensors, *options, scale, with_grad))
+    loss, stats, ahead = torch.ops.fastmp.loss_forward(*tensors, *options, scale, True)
+    saved = (*tensors, stats, *options)
+    opcheck(torch.ops.fastmp.loss_backward, (torch.ones_like(loss), *saved))
+    if reduction == 0:
+        return  # never written ahead
+    for expected, came in ((scale, scale), (scale, torch.tensor(8.0)), (None, torch.ones(()))):
+        opcheck(torch.ops.fastmp.loss_settle_, (ahead.clone(), expected, came, *saved))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

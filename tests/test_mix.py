@@ -152,7 +152,7 @@ def test_the_same_bits_for_any_number_of_threads():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64])
 @pytest.mark.parametrize("cut", [False, True])
-def test_opcheck_and_reference(dtype, cut):
+def test_opcheck_and_reference(opcheck, dtype, cut):
     x = batch((3, 2, 5, 4), dtype, torch.Generator().manual_seed(0))
     index, lam = torch.tensor([2, 2, 0]), torch.tensor([0.0, 0.5, 1.0])
     box = torch.tensor([[0, 5, 1, 3], [1, 2, 0, 4], [0, 0, 0, 0]]) if cut else None
@@ -162,7 +162,7 @@ def test_opcheck_and_reference(dtype, cut):
         (x, None, None, None, None, None, torch.bfloat16),
         (x, lam, index, box, None, None, torch.float64),
     ):
-        torch.library.opcheck(torch.ops.fastmp.mix, arguments)
+        opcheck(torch.ops.fastmp.mix, arguments)
         torch.testing.assert_close(torch.ops.fastmp.mix(*arguments), mix_reference(*arguments))
 
 

@@ -113,7 +113,7 @@ def linear(
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     _check(input, weight, bias)
-    if not operation.worthwhile(input, weight):
+    if not operation.worthwhile(input, weight, activation):
         return activate(F.linear(input, weight, bias), activation)
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -106,13 +106,14 @@ def cross_entropy(
         lam: weight of the first target in [0, 1]: a number, a 0-d tensor, (N), or shaped as
             ``target``.
         grad_scale: the incoming gradient to expect in the backward, e.g. the loss scale. It changes
-            no result; the backward is faster when it was foretold. Default: 1.
+            no result; the backward is faster when it was foretold. Default: 1 (on a GPU for fp16:
+            none, for a scale will come).
 
     Returns:
         The loss, not scaled, in fp32 (fp64 for fp64 logits).
 
     Raises:
-        IndexError: a target is out of range (CPU).
+        IndexError: a target is out of range (CPU; on a GPU loss and gradient of its row are NaN).
         ValueError, TypeError, RuntimeError: as torch's, and for a ``lam`` outside [0, 1].
     """
     if isinstance(target, MixedTarget):

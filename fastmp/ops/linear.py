@@ -8,9 +8,10 @@
 act is none, relu, gelu, gelu_tanh or silu, as ``torch.nn.functional`` defines them. The backward
 needs z for the last three and y for relu; z is computed and kept only then.
 
-On the CPU the product is fastmp's own where it is the fastest one (``csrc/cpu/gemm.h``), with bias
-and activation applied to the sums in fp32 before they are rounded; elsewhere torch's, followed by
-one native pass. The backward of activation and bias is one native pass in both cases.
+The product is fastmp's own where it is the fastest one (on the CPU ``csrc/cpu/gemm.h``, on NVIDIA
+GPUs ``backends/triton/linear.py``), with bias and activation applied to the sums in fp32 before they
+are rounded; elsewhere torch's, followed by a pass for the activation. The backward of activation
+and bias is one pass of ours in both cases, its two products are whoever's are faster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmp.backends import cpu
+from fastmp.backends import cpu, triton
 from fastmp.backends.cpu import linear as cpu_linear
 from fastmp.backends.table import DTYPE_CODES, Activation
 
@@ -30,19 +31,26 @@ ACTIVATIONS = tuple(a.name.lower() for a in Activation)
 
 # Multiply-adds from which on a call on the CPU gains more than its 15 us, forward and backward 60.
 _WORTH_A_CALL = {torch.float32: 1 << 22, torch.bfloat16: 300_000_000}
+# On a GPU the same calls take the host 50 us longer than torch's own: the forward and the backward
+# of so many take the device as long, at 500 TFLOP/s. A prediction, not yet measured.
+_WORTH_A_CALL_ON_GPU = 1 << 32
 
 
-def worthwhile(input: Tensor, weight: Tensor) -> bool:
+def worthwhile(input: Tensor, weight: Tensor, activation: str) -> bool:
     """Whether the operation beats torch's linear followed by the activation.
 
     On the CPU torch multiplies fp32 at 0.7 and bf16 at 0.95 of our rate, and knows better than to
-    pack a matrix for a few rows or columns. Its fp16 is too slow for any of this.
+    pack a matrix for a few rows or columns. Its fp16 is too slow for any of this. On a GPU nothing
+    beats the vendor's product where there is no activation to fuse with it.
     """
+    rows, (columns, depth) = input.shape[:-1].numel(), weight.shape
+    products = rows * columns * depth
+    if input.device.type == "cuda":
+        return activation != "none" and products >= _WORTH_A_CALL_ON_GPU
     threshold = _WORTH_A_CALL.get(input.dtype)
     if threshold is None or input.device.type != "cpu":
         return True
-    rows, (columns, depth) = input.shape[:-1].numel(), weight.shape
-    return min(rows, columns) >= 4 and rows * columns * depth >= threshold
+    return min(rows, columns) >= 4 and products >= threshold
 
 
 def saves_preactivation(activation: str) -> bool:
@@ -187,6 +195,49 @@ def backward_cpu(
     return dx, dw, db
 
 
+# ---- Triton: NVIDIA GPUs ----
+
+
+def linear_cuda(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::linear`` on the Triton kernels; arguments as ``linear_reference``."""
+    if triton.runs_on(input.device):
+        from fastmp.backends.triton import linear as kernels
+
+        rows = _rows(input)
+        if kernels.serves(rows, weight) and kernels.fused_is_faster(weight.shape[1], activation):
+            shape = (*input.shape[:-1], weight.shape[0])
+            with torch.cuda.device_of(input):
+                y, z = kernels.linear(rows, weight, bias, activation, save)
+            view = torch.ops.aten._unsafe_view
+            return view(y, shape), view(z, shape) if z.numel() else z
+    return linear_reference(input, weight, bias, activation, save)
+
+
+def backward_cuda(
+    grad: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::linear_backward`` on the Triton kernels; arguments as ``backward_reference``."""
+    if grad.dtype not in DTYPE_CODES or grad.numel() == 0 or not triton.runs_on(grad.device):
+        return backward_reference(grad, saved, input, weight, activation, needs)
+    from fastmp.backends.triton.activation import activation_backward
+
+    rows = _rows(grad).contiguous()
+    with torch.cuda.device_of(grad):
+        dz, db = activation_backward(
+            rows, saved.contiguous().view(-1, rows.shape[1]), activation, needs[2]
+        )
+    dx = (dz @ weight).view(input.shape) if needs[0] else grad.new_empty(0)
+    dw = dz.t() @ _rows(input) if needs[1] else grad.new_empty(0)
+    return dx, dw, db
+
+
 # ---- schema, fakes, registration ----
 
 
@@ -228,3 +279,7 @@ _own = [str(d).removeprefix("torch.") for d in DTYPE_CODES if cpu.multiplies(d)]
 if cpu.serves("linear", f"products of its own in {', '.join(_own)}"):
     _library.impl("linear", linear_cpu, "CPU")
     _library.impl("linear_backward", backward_cpu, "CPU")
+
+if triton.serves("linear", "products in fp16 and bf16, with an activation; others are torch's"):
+    _library.impl("linear", linear_cuda, "CUDA")
+    _library.impl("linear_backward", backward_cuda, "CUDA")

@@ -69,7 +69,7 @@ def _divisor_kernel(target_a, target_b, weight, parts, rows, classes, ignore_ind
     if target_b is not None:
         target = target_a if tl.program_id(1) == 0 else target_b
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, rows, PARTS * BLOCK):
+    for start in tl.range(tl.program_id(0) * BLOCK, rows, PARTS * BLOCK):
         row = start + tl.arange(0, BLOCK)
         y = tl.load(target + row, mask=row < rows, other=ignore_index)
         counts = y != ignore_index
@@ -107,7 +107,7 @@ def _loss_kernel(
     all_weights = 1.0 * classes if weight is None else tl.load(weight_sum)
     tiles = tl.cdiv(rows, ROWS)
     needed = tl.where(is_needed(incoming, expected, CHECK), tiles, 0)
-    for tile in range(tl.program_id(0), needed, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), needed, tl.num_programs(0)):
         row = (tiles - 1 - tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         there = row < rows
         start, first, body = span(row, row_stride, classes, VECTOR, EDGES)

@@ -73,14 +73,16 @@ _FEW_ROWS = 64
 # quarter less from L2, 48 KB in 1,024 cycles instead of 32 in 512, but there is room for one only.
 _SHALLOW = 2048
 
-# From which architecture on. A 128x128 tile and its copies on the way fit twice into 164 KB, and
-# into the 100 KB of consumer cards (sm_86, sm_89, sm_120) if the steps are 32 deep. There sm_120
-# has TMA but nothing to feed with it: its tensor cores take operands from registers, like sm_80's.
+# Threads copy where tensor cores take their operands from registers. Two programs of 128x128 with
+# three steps of 32 on their way, 48 KB each, fit into 164 KB of sm_80 and into the 100 KB of sm_86,
+# sm_89 and sm_120; the last has TMA, but with its buffers for results only one would fit. With few
+# rows 8 warps, because ptxas for sm_120 gives 4 of them no more than 80 registers, and spills.
 _COPYING_THREADS = _LinearTiles(
-    few_rows=LinearTile(64, 64, 64, warps=4, stages=4, programs=2, tma=False),
+    few_rows=LinearTile(64, 64, 64, warps=8, stages=4, programs=2, tma=False),
     shallow=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
     deep=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
 )
+# From which architecture on.
 _LINEAR_TILES = {
     80: _COPYING_THREADS,
     90: _LinearTiles(
@@ -111,11 +113,11 @@ def linear_tile(rows: int, depth: int, architecture: int) -> LinearTile:
     return tiles.shallow if depth <= _SHALLOW else tiles.deep
 
 
-# A prediction that no GPU has confirmed yet, in units of K. What fusing saves is a pass that reads z
-# and writes y: 4 bytes at 4.3 TB/s for each element. Our product is assumed to be 5% slower than
-# cuBLAS at 700 TFLOP/s: 0.05 · 2 K / 700e12 = 4 / 4.3e12 at K = 6,500. That holds for relu, which
-# is one instruction. The others take up to 20, and where nothing hides them, which is beyond
-# _SHALLOW, 20 / (132 · 128 · 1.7e9) s are 0.75 of the pass: not worth it any more.
+# A prediction that no GPU has confirmed yet: up to which K fusing pays. It saves a pass that reads
+# z and writes y, 4 bytes at 4.3 TB/s for each element. Our product is assumed to be 5% slower than
+# cuBLAS at 700 TFLOP/s: 0.05 · 2 K / 700e12 = 4 / 4.3e12 at K = 6,500. That holds for relu, one
+# instruction. The others take 10 to 20, and where nothing hides them, beyond _SHALLOW, that is
+# up to 20 / (132 · 128 · 1.7e9) s, 0.75 of the pass.
 DEEPEST_FUSED = {
     "none": 0,
     "relu": 6500,
