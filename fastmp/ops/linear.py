@@ -9,9 +9,9 @@ act is none, relu, gelu, gelu_tanh or silu, as ``torch.nn.functional`` defines t
 needs z for the last three and y for relu; z is computed and kept only then.
 
 The product is fastmp's own where it is the fastest one (on the CPU ``csrc/cpu/gemm.h``, on NVIDIA
-GPUs ``backends/triton/linear.py``), with bias and activation applied to the sums in fp32 before they
-are rounded; elsewhere torch's, followed by a pass for the activation. The backward of activation
-and bias is one pass of ours in both cases, its two products are whoever's are faster.
+GPUs ``backends/triton/linear.py``): bias and activation are applied to the sums in fp32 before they
+are rounded. Elsewhere it is torch's, followed by a pass for the activation. The backward of
+activation and bias is one pass of ours in both cases, its two products are whoever's are faster.
 """
 
 from __future__ import annotations

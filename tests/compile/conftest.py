@@ -49,13 +49,14 @@ def pytest_terminal_summary(terminalreporter):
     """Registers, shared memory and occupancy of each kernel; what is all the same, once."""
     rows = defaultdict(dict)
     for case, kernel in _made:
-        rows[kernel.name, case][kernel.arch] = kernel
+        name = kernel.name.removeprefix("_").removesuffix("_kernel")
+        rows[name, case][kernel.arch] = kernel
     if not rows:
         return
     write = terminalreporter.write_line
     terminalreporter.section("kernels on sm_" + ", ".join(map(str, ARCHITECTURES)))
     columns = ("registers", "shared KiB", "occupancy %")
-    write(f"{'kernel':24}{'first case':32}{'warps':>6}" + "".join(f"{c:>18}" for c in columns))
+    write(f"{'kernel':20}{'first case':46}{'warps':>6}" + "".join(f"{c:>18}" for c in columns))
     seen = set()
     for (name, case), kernels in rows.items():
         made = [kernels[arch] for arch in ARCHITECTURES if arch in kernels]
@@ -67,4 +68,7 @@ def pytest_terminal_summary(terminalreporter):
         if (name, made[0].warps, columns) in seen:
             continue
         seen.add((name, made[0].warps, columns))
-        write(f"{name:24}{case:32}{made[0].warps:6}" + "".join(f"{c:>18}" for c in columns))
+        write(
+            f"{name:20}{case.removeprefix('test_'):46}{made[0].warps:6}"
+            + "".join(f"{c:>18}" for c in columns)
+        )

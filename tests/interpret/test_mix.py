@@ -5,14 +5,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastmp.ops.mix import mix_reference
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from fastmp.backends.triton import tiles
 from fastmp.backends.triton.mix import mix
+from fastmp.ops.mix import mix_reference
+from interpret.conftest import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 INPUTS = [torch.uint8, *FLOATS]
 KINDS = ["plain", "mixup", "mixup rows", "cutmix", "cutmix rows"]
@@ -22,35 +19,6 @@ SHAPES = [
     (1, 1, 1, 1), (5, 3, 7, 11), (4, 2, 28, 28), (3, 4, 6, 4), (2, 3, 32, 32), (9, 1, 3, 3),
     (2, 3, 40, 53), (3, 1, 1, 4104), (2, 2, 72, 72), (1, 4, 5, 16), (7, 3, 2, 1), (3, 2, 1, 1),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _exact_bf16(monkeypatch):
-    """The interpreter's rounding to bf16 loses the carry into the exponent; a GPU's does not."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def exact(values, source, target, rounding):
-        if (source.primitive_bitwidth, target.name) == (32, "bf16"):
-            rounded = torch.from_numpy(values.view("float32")).bfloat16()
-            return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)
-        return convert(values, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", exact)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What nothing writes to stays NaN."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        return empty(*args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr("fastmp.backends.triton.mix.torch.empty", poisoned)
 
 
 def batch(shape, dtype, generator):
