@@ -1,8 +1,10 @@
 """What happens without the native library, and what is said about it."""
 
 import pytest
+import torch
 
-from fastmp.backends import cpu
+from fastmp import backends
+from fastmp.backends import cpu, triton
 
 
 @pytest.fixture
@@ -28,3 +30,30 @@ def test_a_file_that_is_no_library_is_not_loaded(no_library, tmp_path):
     (tmp_path / "libfastmp_cpu.so").write_bytes(b"not an ELF file")
     with pytest.warns(RuntimeWarning, match="slow reference backend"):
         assert no_library()[0] is None
+
+
+def test_kernels_that_cannot_run_are_on_record(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    version, reason = triton.load.__wrapped__()
+    assert version is None
+    assert reason == "this PyTorch is built without CUDA"
+    monkeypatch.setenv("FASTMP_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="FASTMP_BACKEND=triton, but this PyTorch is built"):
+        triton.load.__wrapped__()
+
+
+def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    served = dict(backends._served)
+    monkeypatch.setattr(backends, "_served", served)
+    backends.record("loss", "cuda", "triton", "there it is")
+    runs_on = triton.runs_on.__wrapped__
+    with pytest.warns(RuntimeWarning, match="Tesla T4 has compute capability 7.5, the kernels"):
+        assert not runs_on(torch.device("cuda", 0))
+    (row,) = [row for row in backends.report() if (row.op, row.device) == ("loss", "cuda")]
+    assert row.backend == "reference"
+    assert "7.5" in row.reason
+    monkeypatch.setenv("FASTMP_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="Tesla T4"):
+        runs_on(torch.device("cuda", 0))

@@ -10,11 +10,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CLASSES = [10, 100, 512, 1000, 1001, 2048, 4096, 8192, 16384, 32000, 50257, 128256]
 
 
-def forward(classes, dtype, weighted=False, reduction=1, pair=True, offset=0, stride=None):
+def forward(classes, dtype, weighted=False, reduction=1, pair=True, offset=0, stride=None, rows=64):
     """Launches what a training step does; the memory is never touched."""
     from fastmp.backends.triton import loss
 
-    rows = 64
     stride = stride or classes
     logits = torch.empty(rows * stride + offset, dtype=dtype)[offset:]
     logits = logits.view(rows, stride)[:, :classes]
@@ -69,6 +68,12 @@ def test_class_weights(compiled, classes):
 @pytest.mark.parametrize("classes", [10, 1000, 50257])
 def test_settling(compiled, classes):
     compiled(settle, classes, torch.float16)
+
+
+@pytest.mark.parametrize("classes", [1, 10, 1000])
+def test_one_row(compiled, classes):
+    """Triton turns arguments that are 1 into constants, with other types than a tensor's."""
+    compiled(forward, classes, torch.float32, False, 1, True, 0, None, 1)
 
 
 def test_a_single_target(compiled):

@@ -101,6 +101,28 @@ def test_an_ignored_row_may_hold_anything():
     assert z.grad.isfinite().all()
 
 
+def test_values_for_the_rows_may_lie_anywhere():
+    z, a, b, _, *rest = arguments()
+    lam = torch.rand(5, 3, device=DEVICE)[:, 1]
+    z = z.requires_grad_()
+    grads = []
+    for share in (lam, lam.clone()):
+        loss = cross_entropy(z, a, target_b=b, lam=share, reduction="none")
+        grads += torch.autograd.grad(loss.sum(), z)  # an incoming gradient of stride 0
+    assert torch.equal(*grads)
+    _, stats, _ = kernels.forward(z.detach(), a, b, lam, *rest, None, False)
+    incoming = torch.rand(5, 2, device=DEVICE)[:, 0]
+    args = (z.detach(), a, b, lam, None, stats, -100, 0, 0.1)
+    assert torch.equal(kernels.backward(incoming, *args), kernels.backward(incoming.clone(), *args))
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (1, 10), (3, 1), (1, 1000)])
+def test_one_row_and_one_class(rows, classes):
+    z = torch.randn(rows, classes)
+    y = torch.zeros(rows, dtype=torch.int64)
+    check((z, y, None, None, None, -100, "mean", 0.1, 1.0), scales=(None,), device=DEVICE)
+
+
 def test_two_runs_give_the_same_bits():
     z, *others = arguments(rows=70, classes=10, dtype=torch.float32)
     first, second = (kernels.forward(z, *others, None, True) for _ in range(2))

@@ -213,6 +213,11 @@ def _vector(logits: Tensor) -> tuple[int, bool]:
     return 1, False
 
 
+def _stride(values: Tensor | None) -> int:
+    """From one row's value to the next one's: 0 for one value for all."""
+    return values.stride(0) if values is not None and values.dim() else 0
+
+
 def _launch(
     logits: Tensor,
     target: Tensor,
@@ -248,9 +253,9 @@ def _launch(
     vector, edges = _vector(logits)
     programs = min(triton.cdiv(rows, tile.rows), tile.programs * processors(logits.device))
     _loss_kernel[(programs,)](
-        logits, logits.stride(0), target, target_b, lam, 0 if lam is None else lam.dim(), weight,
+        logits, logits.stride(0), target, target_b, lam, _stride(lam), weight,
         None if weight is None else weight.sum(dtype=torch.float32), incoming,
-        0 if incoming is None else incoming.dim(), expected, parts, loss, stats, grad, rows,
+        _stride(incoming), expected, parts, loss, stats, grad, rows,
         classes, ignore_index, 1.0 - smoothing, smoothing / classes, SMOOTH=smoothing > 0,
         CHECK=check, ROWS=tile.rows, BLOCK=tile.block, VECTOR=vector, EDGES=edges,
         ON_CHIP=tile.on_chip, PARTS=_PARTS, num_warps=tile.warps,
