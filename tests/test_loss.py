@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from loss_cases import DTYPES, assert_close, check, pair, problems, value_and_grad
+from loss_cases import DTYPES, check, pair, problems, value_and_grad
 
 from fastmp import backends
 from fastmp.backends import cpu
