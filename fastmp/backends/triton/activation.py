@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastmp.backends.table import Activation
 from fastmp.backends.triton import processors
+from fastmp.backends.triton.numerics import exp
 from fastmp.backends.triton.tiles import STRIPS_TILE, activation_tile
 
 # Kernels read no globals but these.
@@ -41,12 +42,6 @@ _GELU = tl.constexpr(int(Activation.GELU))
 _GELU_TANH = tl.constexpr(int(Activation.GELU_TANH))
 _TANH_SCALE = tl.constexpr(1.59576912)  # 2 √(2/π)
 _TANH_CUBIC = tl.constexpr(0.044715)
-
-
-@triton.jit
-def _exp(x):
-    """e^x: 2^x is one instruction, and flushes what is below 2^-126."""
-    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -85,7 +80,7 @@ def _normal(z):
 @triton.jit
 def _sigmoid(x):
     """σ(x) and its complement, from one exponential of -|x|: both keep their relative precision."""
-    e = _exp(-tl.abs(x))
+    e = exp(-tl.abs(x))
     near_one = _reciprocal(1.0 + e)
     near_zero = e * near_one
     return tl.where(x < 0, near_zero, near_one), tl.where(x < 0, near_one, near_zero)

@@ -42,7 +42,6 @@ from fastmp.backends.triton.loss_row import (
     absorb,
     absorb_part,
     edges,
-    exp,
     gradient,
     gradient_part,
     is_needed,
@@ -54,6 +53,7 @@ from fastmp.backends.triton.loss_row import (
     store_at_target,
     term,
 )
+from fastmp.backends.triton.numerics import exp
 from fastmp.backends.triton.tiles import loss_tile
 
 _NONE, _MEAN = 0, 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmp.backends.triton.numerics import exp
+
 
 @triton.jit
 def read_target(target, weight, row, there, classes, ignore_index):
@@ -93,12 +95,6 @@ def read_class_weights(weight, column, inside):
         return tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     else:
         return 1.0
-
-
-@triton.jit
-def exp(x):
-    """e^x as 2^(x log2 e): one instruction, which flushes what is below 2^-126 to 0."""
-    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
