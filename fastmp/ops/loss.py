@@ -227,23 +227,15 @@ def forward_cpu(
     lam: Tensor | None,
     weight: Tensor | None,
     ignore_index: int,
-    reduction: int,
-    smoothing: float,
-    grad_scale: Tensor | None,
-    with_grad: bool,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::loss_forward`` on the native library; arguments as ``forward_reference``."""
+    arguments = (logits, target, target_b, lam, weight, ignore_index, *others)
     if logits.dtype not in DTYPE_CODES:
-        return forward_reference(
-            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
-            grad_scale, with_grad,
-        )  # fmt: skip
+        return forward_reference(*arguments)
     check_lam(lam)
     try:
-        return cpu_loss.forward(
-            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
-            grad_scale, with_grad,
-        )  # fmt: skip
+        return cpu_loss.forward(*arguments)
     except cpu_loss.BadTarget as bad:
         _name_bad_target(bad, target, logits.shape[1], ignore_index)
 
@@ -257,20 +249,14 @@ def backward_cpu(
     weight: Tensor | None,
     stats: Tensor,
     ignore_index: int,
-    reduction: int,
-    smoothing: float,
+    *others: Any,
 ) -> Tensor:
     """``fastmp::loss_backward`` on the native library; arguments as ``backward_reference``."""
+    arguments = (logits, target, target_b, lam, weight, stats, ignore_index, *others)
     if logits.dtype not in DTYPE_CODES:
-        return backward_reference(
-            grad_output, logits, target, target_b, lam, weight, stats, ignore_index, reduction,
-            smoothing,
-        )  # fmt: skip
+        return backward_reference(grad_output, *arguments)
     try:
-        return cpu_loss.backward(
-            grad_output, logits, target, target_b, lam, weight, stats, ignore_index, reduction,
-            smoothing,
-        )  # fmt: skip
+        return cpu_loss.backward(grad_output, *arguments)
     except cpu_loss.BadTarget as bad:
         _name_bad_target(bad, target, logits.shape[1], ignore_index)
 
