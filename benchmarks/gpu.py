@@ -103,8 +103,11 @@ def operands(shape: tuple[int, int, int]) -> tuple[Tensor, ...]:
     """x, w, b and the incoming gradient in bf16; outputs of unit size."""
     rows, depth, columns = shape
     torch.manual_seed(0)
-    make = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    return make(rows, depth), make(columns, depth) / depth**0.5, make(columns), make(rows, columns)
+    x, w, b, grad = (
+        torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        for size in ((rows, depth), (columns, depth), (columns,), (rows, columns))
+    )
+    return x, w / depth**0.5, b, grad
 
 
 def check_rows(y: Tensor, theirs: Tensor, x: Tensor, w: Tensor, b: Tensor, act: str) -> None:

@@ -181,12 +181,12 @@ def _loss_kernel(
                 for block in tl.range(0, blocks, num_stages=3):
                     column = (blocks - 1 - block) * BLOCK + lane
                     gradient_part(place + column, out_place + column, weight,
-                                   head[:, None] + column, column < body[:, None], largest, scale,
-                                   even, counts, SMOOTH)  # fmt: skip
+                                  head[:, None] + column, column < body[:, None], largest, scale,
+                                  even, counts, SMOOTH)  # fmt: skip
             if EDGES:
                 edge, on_edge = edges(head, body, classes, VECTOR)
                 gradient_part(base[:, None] + edge, out[:, None] + edge, weight, edge, on_edge,
-                               largest, scale, even, counts, SMOOTH)  # fmt: skip
+                              largest, scale, even, counts, SMOOTH)  # fmt: skip
             # The targets once more: to find them among all the others takes three instructions a
             # logit for each. The barrier puts one thread's store after another's to its place.
             tl.debug_barrier()
@@ -250,14 +250,14 @@ def _launch(
             PARTS=_PARTS, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     tile = loss_tile(classes, logits.element_size())
-    vector, edges = _vector(logits)
+    vector, has_edges = _vector(logits)
     programs = min(triton.cdiv(rows, tile.rows), tile.programs * processors(logits.device))
     _loss_kernel[(programs,)](
         logits, logits.stride(0), target, target_b, lam, _stride(lam), weight,
         None if weight is None else weight.sum(dtype=torch.float32), incoming,
         _stride(incoming), expected, parts, loss, stats, grad, rows,
         classes, ignore_index, 1.0 - smoothing, smoothing / classes, SMOOTH=smoothing > 0,
-        CHECK=check, ROWS=tile.rows, BLOCK=tile.block, VECTOR=vector, EDGES=edges,
+        CHECK=check, ROWS=tile.rows, BLOCK=tile.block, VECTOR=vector, EDGES=has_edges,
         ON_CHIP=tile.on_chip, PARTS=_PARTS, num_warps=tile.warps,
     )  # fmt: skip
 
