@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 1
+#define FASTMP_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))
@@ -47,11 +47,7 @@ typedef struct {
   int64_t row_count;
   const fastmp_hyper* groups; /* indexed by fastmp_row.group */
   int64_t group_count;
-  const float* grad_scale; /* the loss scale the gradients carry; NULL: 1 */
-  const float* found_inf;  /* non-zero: somebody else saw an overflow; NULL: nobody looked */
-  double max_grad_norm;    /* clip the global norm to this; negative: do not clip */
-  int64_t unchecked;     /* 1: without a clip, no phase 1; a gradient that is not finite goes in */
-  fastmp_record* record; /* what the step decided */
+  fastmp_request request;
 } fastmp_update_args;
 FASTMP_EXPORT int32_t fastmp_update(const fastmp_update_args* args);
 

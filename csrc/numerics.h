@@ -10,9 +10,7 @@
 #define FASTMP_FN static inline __attribute__((always_inline))
 #endif
 
-#ifndef __CUDACC_RTC__
-#include <stdint.h>
-#endif
+#include "table.h"
 
 namespace fastmp {
 
@@ -48,6 +46,23 @@ FASTMP_FN float to_float(bf16 x) {
   return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
 }
 
+/* inf and NaN have the largest magnitudes. */
+FASTMP_FN bool is_finite(float x) {
+  return (bits_of(x) & 0x7fffffffu) < 0x7f800000u;
+}
+
+#ifdef __CUDA_ARCH__
+/* One instruction each; in PTX, because cuda_fp16.h would have to be found first. */
+FASTMP_FN float to_float(f16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+FASTMP_FN void store(float x, f16* out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+}
+#else
 /* Move exponent and mantissa into place, then rebias: +112 for normal numbers, +224 for inf and
  * NaN. A subnormal h is h * 2^-24, which a subtraction from 2^-14 turns into a normal float. */
 FASTMP_FN float to_float(f16 x) {
@@ -62,17 +77,6 @@ FASTMP_FN float to_float(f16 x) {
   return float_from_bits(sign | (exponent == 0x0f800000u ? special : finite));
 }
 
-FASTMP_FN void store(float x, float* out) {
-  *out = x;
-}
-
-FASTMP_FN void store(float x, bf16* out) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-}
-
 /* Normal results: round the 13 bits that go, by integer addition, a carry walking into the
  * exponent. Subnormal results: adding 0.5f leaves the rounded 10-bit mantissa in the low bits. */
 FASTMP_FN void store(float x, f16* out) {
@@ -85,6 +89,18 @@ FASTMP_FN void store(float x, f16* out) {
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t bounded = magnitude >= 0x477ff000u ? 0x7c00u : finite;
   out->bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? nan : bounded));
+}
+#endif
+
+FASTMP_FN void store(float x, float* out) {
+  *out = x;
+}
+
+FASTMP_FN void store(float x, bf16* out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 /* Split master: an fp32 value kept as a bf16 weight and a signed 16-bit remainder,

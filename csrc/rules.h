@@ -2,11 +2,12 @@
  * library and the CUDA kernel compile the same source.
  *
  * A rule is a struct with
+ *   number        by which Python's class names it (fastmp/optim.py) and fastmp_hyper carries it,
  *   states        how many fp32 states an element has,
  *   prepare()     the hyperparameters of a group at a step, reduced to a few fp32 numbers, in fp64,
  *   apply()       p, states <- one element's update, branch-free so that it vectorises.
  * grad_factor carries the unscaling, the clipping and the sign of maximize, in one multiplication.
- * A new rule is one struct and one line in FASTMP_RULES. */
+ * A new rule is one struct, listed in FASTMP_RULES, and one class in fastmp/optim.py. */
 #ifndef FASTMP_RULES_H
 #define FASTMP_RULES_H
 
@@ -25,6 +26,7 @@ namespace fastmp {
  * AMSGrad puts the running maximum of v under the root. */
 template <bool amsgrad>
 struct AdamRule {
+  static constexpr int number = amsgrad ? 1 : 0;
   static constexpr int states = amsgrad ? 3 : 2;
 
   struct Coefficients {
@@ -63,6 +65,7 @@ struct AdamRule {
  *   p -= lr (nesterov ? g + mu b : b) */
 template <bool momentum>
 struct SgdRule {
+  static constexpr int number = momentum ? 3 : 2;
   static constexpr int states = momentum ? 1 : 0;
 
   struct Coefficients {
@@ -93,12 +96,43 @@ struct SgdRule {
   }
 };
 
-/* Every rule with its number in table.h. */
-#define FASTMP_RULES(X)             \
-  X(FASTMP_ADAM, AdamRule<false>)   \
-  X(FASTMP_AMSGRAD, AdamRule<true>) \
-  X(FASTMP_SGD, SgdRule<false>)     \
-  X(FASTMP_MOMENTUM, SgdRule<true>)
+/* Lion (Chen et al. 2023, arXiv:2302.06675, algorithm 2):
+ *   p -= lr (sign(b1 m + (1 - b1) g) + wd p),  m = b2 m + (1 - b2) g */
+struct LionRule {
+  static constexpr int number = 4;
+  static constexpr int states = 1;
+
+  struct Coefficients {
+    float grad_factor, decay, beta1, rate1, beta2, rate2, lr;
+  };
+
+  FASTMP_FN Coefficients prepare(const fastmp_hyper& h, double, float grad_factor) {
+    Coefficients k;
+    k.grad_factor = h.maximize != 0.0 ? -grad_factor : grad_factor;
+    k.decay = static_cast<float>(1.0 - h.lr * h.weight_decay);
+    k.beta1 = static_cast<float>(h.beta1);
+    k.rate1 = static_cast<float>(1.0 - h.beta1);
+    k.beta2 = static_cast<float>(h.beta2);
+    k.rate2 = static_cast<float>(1.0 - h.beta2);
+    k.lr = static_cast<float>(h.lr);
+    return k;
+  }
+
+  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k) {
+    g = g * k.grad_factor;
+    const float direction = m * k.beta1 + g * k.rate1;
+    const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : 0.0f;
+    p = p * k.decay - sign * k.lr;
+    m = m * k.beta2 + g * k.rate2;
+  }
+};
+
+#define FASTMP_RULES(X) \
+  X(AdamRule<false>)    \
+  X(AdamRule<true>)     \
+  X(SgdRule<false>)     \
+  X(SgdRule<true>)      \
+  X(LionRule)
 
 }  // namespace fastmp
 #endif

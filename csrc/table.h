@@ -3,18 +3,21 @@
 #ifndef FASTMP_TABLE_H
 #define FASTMP_TABLE_H
 
-#ifndef __CUDACC_RTC__
+#ifdef __CUDACC_RTC__
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+typedef unsigned long long uintptr_t;
+#else
 #include <stdint.h>
 #endif
 
 enum fastmp_dtype { FASTMP_F32 = 0, FASTMP_F16 = 1, FASTMP_BF16 = 2, FASTMP_U8 = 3 };
-
-enum fastmp_rule {
-  FASTMP_ADAM = 0,     /* Adam and AdamW: states m, v */
-  FASTMP_AMSGRAD = 1,  /* the same with the running maximum of v as third state */
-  FASTMP_SGD = 2,      /* no state */
-  FASTMP_MOMENTUM = 3, /* SGD with a momentum buffer as first state */
-};
 
 /* How a parameter keeps its fp32 value. */
 enum fastmp_master {
@@ -39,14 +42,15 @@ typedef struct {
   uint8_t param_dtype; /* fastmp_dtype */
   uint8_t grad_dtype;
   uint8_t master_kind; /* fastmp_master */
-  uint8_t reserved[3];
+  uint8_t rule;        /* CUDA: the number of the group's rule */
+  uint8_t reserved[2];
 } fastmp_row;
 
 /* One parameter group's hyperparameters. All doubles, so that the groups of an optimizer are the
  * rows of one float64 matrix. */
 typedef struct {
-  double rule; /* fastmp_rule */
-  double lr;
+  double rule;  /* the number of a struct in rules.h */
+  double lr;    /* with a schedule: what its lr is multiplied by */
   double beta1; /* SGD: momentum */
   double beta2;
   double eps;
@@ -64,6 +68,45 @@ typedef struct {
   int64_t applied;  /* steps that changed the parameters */
   int64_t skipped;  /* steps that did not */
   int64_t offender; /* index of the first row with a non-finite gradient; -1: none seen yet */
+  uint32_t barrier; /* CUDA: blocks that came to the grid's barrier; see cuda/device.h */
+  uint32_t done;    /* CUDA: blocks that are through; 0 between launches */
 } fastmp_record;
+
+/* What is asked of one step. The pointers lead to where the parameters live. */
+typedef struct {
+  const float* grad_scale; /* the loss scale the gradients carry; NULL: 1 */
+  const float* found_inf;  /* non-zero: somebody else saw an overflow; NULL: nobody looked */
+  double max_grad_norm;    /* clip the global norm to this; negative: do not clip */
+  int64_t unchecked;      /* 1: without a clip, no phase 1; a gradient that is not finite goes in */
+  const double* schedule; /* schedule_rows of (lr, momentum, max_grad_norm), by applied steps, the
+                             last one for ever; NaN: as without a schedule. NULL: none */
+  int64_t schedule_rows;
+  float* scale;            /* the loss scale to update after the step; NULL: leave it */
+  int32_t* growth_tracker; /* steps since it last changed */
+  double growth_factor;
+  double backoff_factor;
+  int64_t growth_interval;
+  fastmp_record* record; /* what the step decided */
+} fastmp_request;
+
+/* CUDA: a unit of work, 1,024 elements of one row, the last one of a row perhaps fewer. */
+typedef struct {
+  int32_t row;
+  int32_t place; /* the unit's number within its row */
+} fastmp_unit;
+
+/* CUDA: the kernel's argument. */
+typedef struct {
+  const fastmp_row* rows;
+  const fastmp_hyper* groups;
+  const fastmp_unit* units;
+  double* sums;       /* a span's sum of squares; see cuda/update.cu */
+  int32_t* offenders; /* the first row of a span with a non-finite gradient */
+  int32_t row_count;
+  int32_t unit_count;
+  int32_t units_per_span;
+  int32_t span_count;
+  fastmp_request request;
+} fastmp_work;
 
 #endif

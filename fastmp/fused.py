@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -15,7 +15,8 @@ from fastmp import state
 from fastmp.backends.table import record_field
 from fastmp.ops import update
 from fastmp.ops.plan import Plan, Slot
-from fastmp.ops.update import Hyper
+from fastmp.ops.rules import Hyper
+from fastmp.ops.update import Growth, Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -30,13 +31,23 @@ class Fused(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf
     max_grad_norm: float | None
     skip_nonfinite: bool
-    _told: Tensor | None = None  # found_inf of whoever looked before us, during a step
+    # during a step: found_inf of whoever looked before us, and what becomes of the loss scale
+    _told: Tensor | None = None
+    _growth: Growth | None = None
+    _schedule: Tensor | None = None
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
         raise NotImplementedError
+
+    def _lr(self, group: dict[str, Any]) -> float:
+        """A group's lr, or its factor if there is a schedule; 0 if a GPU has it in its memory."""
+        if self._schedule is not None:
+            return float(group.get("lr_scale", 1.0))
+        lr = group["lr"]
+        return 0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
 
     def _init_fused(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
         if max_grad_norm is not None and not max_grad_norm >= 0:
@@ -47,7 +58,7 @@ class Fused(torch.optim.Optimizer):
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
-        self._plan_rules: list[tuple[str, ...]] = []
+        self._plan_rules: list[float] = []
         self._plan_state: list[Any] = []
         self._halves: list[Slot] = []
         self._versions: list[int] = []
@@ -97,22 +108,33 @@ class Fused(torch.optim.Optimizer):
             grads = [grad for grad in grads if grad is not None]
         if not params:
             return loss
+        hypers = [self._hyper(group) for group in self.param_groups]
+        rules = [hyper.rule for hyper in hypers]
         plan = self._plan
-        if plan is None or not self._is_current(plan, params) or not plan.point_at(grads):
-            plan = self._new_plan(grads)
+        current = plan is not None and rules == self._plan_rules and self._is_current(plan, params)
+        if plan is None or not current or not plan.point_at(grads):
+            plan = self._new_plan(grads, rules)
         self._adopt_changed_weights()
-        update.run(
-            plan,
-            torch.from_numpy(np.array([self._hyper(g) for g in self.param_groups], np.float64)),
-            self._record_for(params[0].device),
+        device = params[0].device
+        limit = update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm
+        options = Options(
+            limit,
             getattr(self, "grad_scale", None),
             self._told,
-            update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
             not self.skip_nonfinite,
+            self._schedule_on(device),
+            self._growth,
         )
+        lrs = [] if self._schedule is not None else self._lrs_on_gpu()
+        update.run(plan, np.array(hypers, np.float64), self._record_for(device), options, lrs)
         # the kernel wrote behind autograd's back: a backward through the old weights must raise
         torch.autograd.graph.increment_version(plan.params)
         return loss
+
+    def has_gradients_on(self, device: torch.device) -> bool:
+        """Whether a parameter on this device has a gradient."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return next((p.device == device for p in params if p.grad is not None), False)
 
     def _flat_state(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.state.values())))
@@ -123,11 +145,15 @@ class Fused(torch.optim.Optimizer):
         return (
             len(held) == len(self._plan_state)
             and all(map(is_, held, self._plan_state))
-            and [self._state_keys(group) for group in self.param_groups] == self._plan_rules
             and plan.fits(params)
         )
 
-    def _new_plan(self, grads: list[Tensor]) -> Plan:
+    def _lrs_on_gpu(self) -> list[tuple[int, Tensor]]:
+        """The groups whose lr is in a GPU's memory: read there when the step runs, not here."""
+        lrs = [(i, group["lr"]) for i, group in enumerate(self.param_groups)]
+        return [(i, lr) for i, lr in lrs if isinstance(lr, Tensor) and lr.is_cuda]
+
+    def _new_plan(self, grads: list[Tensor], rules: list[float]) -> Plan:
         slots: list[Slot] = []
         index = 0
         for number, group in enumerate(self.param_groups):
@@ -140,10 +166,11 @@ class Fused(torch.optim.Optimizer):
                     state.conform(own, param, keys)
                     master = own.get(state.MASTER_KEYS.get(param.dtype))
                     states = tuple(own[key] for key in keys)
-                    slots.append(Slot(param, master, states, own["step"], number, index))
+                    rule = int(rules[number])
+                    slots.append(Slot(param, master, states, own["step"], number, index, rule))
                 index += 1
         self._plan = Plan(slots, grads)
-        self._plan_rules = [self._state_keys(group) for group in self.param_groups]
+        self._plan_rules = rules
         self._plan_state = self._flat_state()
         self._halves = [slot for slot in slots if slot.param.dtype == torch.float16]
         self._versions = []
@@ -164,6 +191,59 @@ class Fused(torch.optim.Optimizer):
                 slot.master.copy_(torch.where(kept, slot.master, slot.param.float()))
         self._versions = [version + 1 for version in versions]  # as the step will leave them
 
+    # ---- the schedule ----
+
+    def follow(
+        self,
+        lr: Sequence[float],
+        momentum: Sequence[float] | None = None,
+        max_grad_norm: Sequence[float] | None = None,
+    ) -> None:
+        """Take hyperparameters from a table, by the number of applied steps.
+
+        The step after k applied ones takes entry k, the last one for ever. The table lies where the
+        parameters do, so a skipped step does not shift it and a CUDA graph follows it when it is
+        replayed. While there is a table, ``lr`` of the groups is not read: every group has the
+        table's, times its ``lr_scale`` if it has one. Capture graphs after this call.
+
+        Args:
+            lr: one for each step.
+            momentum: likewise, for SGD's momentum or the first of the betas; None: the groups' own.
+            max_grad_norm: likewise, the norm to clip to; None: the optimizer's own.
+
+        Raises:
+            ValueError: an empty table, columns of several lengths, a negative number or one that is
+                not finite, or a momentum that a group has no use for.
+        """
+        columns = {"lr": lr, "momentum": momentum, "max_grad_norm": max_grad_norm}
+        table = np.full((len(lr), 3), np.nan)
+        if len(lr) == 0:
+            raise ValueError("lr: expected at least one step, got none")
+        for i, (name, values) in enumerate(columns.items()):
+            if values is None:
+                continue
+            if len(values) != len(lr):
+                raise ValueError(f"{name}: expected {len(lr)} steps as for lr, got {len(values)}")
+            table[:, i] = values
+            if not (np.isfinite(table[:, i]) & (table[:, i] >= 0)).all():
+                raise ValueError(f"{name}: expected finite numbers >= 0, got {list(values)}")
+        for group in self.param_groups if momentum is not None else []:
+            if not group.get("betas") and not group.get("momentum"):
+                raise ValueError(
+                    "the table has a momentum, but a parameter group has none: give the optimizer "
+                    "one above 0, so that it keeps a buffer for it"
+                )
+        self._schedule = torch.from_numpy(table)
+
+    def unfollow(self) -> None:
+        """Go back to the hyperparameters of the groups."""
+        self._schedule = None
+
+    def _schedule_on(self, device: torch.device) -> Tensor | None:
+        if self._schedule is not None and self._schedule.device != device:
+            self._schedule = self._schedule.to(device)
+        return self._schedule
+
     # ---- saving and loading ----
 
     def _record_for(self, device: torch.device) -> Tensor:
@@ -173,7 +253,7 @@ class Fused(torch.optim.Optimizer):
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_grad_norm", "skip_nonfinite", "_record")
+        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule")
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         return {**super().__getstate__(), **own}
 
@@ -231,7 +311,7 @@ class Fused(torch.optim.Optimizer):
         return self._read("found_inf")
 
     @found_inf.setter
-    def found_inf(self, value: Tensor) -> None:
+    def found_inf(self, value: Tensor | None) -> None:
         self._told = value
 
     @found_inf.deleter

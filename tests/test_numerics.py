@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmp.backends import cpu
-from fastmp.backends.table import HYPER_FIELDS, RECORD, ROW, Rule, record_field
+from fastmp.backends.table import HYPER_FIELDS, RECORD, ROW, UNIT, Request, Work, record_field
 from fastmp.ops import update
 from fastmp.ops.plan import Plan, Slot
-from fastmp.ops.update import Hyper
+from fastmp.ops.rules import Hyper
 
 needs_library = pytest.mark.skipif(
     cpu.load()[0] is None, reason="there is no native library: it was built without a compiler"
@@ -28,11 +28,11 @@ def through_kernel(values, dtype):
         param, master = update.split_master(values)
     else:
         master = values.clone()
-    slot = Slot(param, master, (), torch.zeros(()), 0, 0)
+    slot = Slot(param, master, (), torch.zeros(()), 0, 0, 2)
     plan = Plan([slot], [torch.zeros(len(values), dtype=dtype)])
     assert plan.fallback is None
     record = update.new_record(torch.device("cpu"))
-    update.run(plan, torch.tensor([Hyper(Rule.SGD, lr=0.0)], dtype=torch.float64), record)
+    update.run(plan, np.array([Hyper(2, lr=0.0)]), record)
     assert record_field(record, "applied") == 1
     return slot.param, slot.master
 
@@ -72,10 +72,10 @@ def test_weights_written_past_the_caches_are_the_same(offset):
     """From 4 Mi parameters on the fp16 weights are streamed, where they are aligned."""
     values = torch.randn(2**22 + 37)
     weight = torch.full((len(values) + offset,), torch.nan, dtype=torch.float16)[offset:]
-    slot = Slot(weight, values.clone(), (), torch.zeros(()), 0, 0)
+    slot = Slot(weight, values.clone(), (), torch.zeros(()), 0, 0, 2)
     plan = Plan([slot], [torch.zeros_like(weight)])
     record = update.new_record(weight.device)
-    update.run(plan, torch.tensor([Hyper(Rule.SGD, lr=0.0)], dtype=torch.float64), record)
+    update.run(plan, np.array([Hyper(2, lr=0.0)]), record)
     assert torch.equal(weight, values.half())
 
 
@@ -85,9 +85,9 @@ def test_kernel_widens_every_16_bit_gradient_exactly(dtype):
     grads = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     grads = grads[grads.isfinite()]
     param = torch.zeros(len(grads))
-    plan = Plan([Slot(param, None, (), torch.zeros(()), 0, 0)], [grads])
+    plan = Plan([Slot(param, None, (), torch.zeros(()), 0, 0, 2)], [grads])
     record = update.new_record(param.device)
-    update.run(plan, torch.tensor([Hyper(Rule.SGD, lr=-1.0)], dtype=torch.float64), record)
+    update.run(plan, np.array([Hyper(2, lr=-1.0)]), record)
     assert torch.equal(param, grads.float())
 
 
@@ -119,13 +119,17 @@ def c_fields(struct):
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     body = re.search(r"typedef struct \{([^}]*)\} " + struct, source)[1]
     sizes = {"float": 4, "double": 8, "int64_t": 8, "uint16_t": 2, "uint8_t": 1}
+    sizes |= {"int32_t": 4, "uint32_t": 4, "fastmp_request": ctypes.sizeof(Request)}
     for kind, stars, name, count in re.findall(r"(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", body):
         yield name, (8 if stars else sizes[kind]) * int(count or 1)
 
 
 def test_python_and_c_agree_on_the_layouts():
-    for struct, dtype in (("fastmp_row", ROW), ("fastmp_record", RECORD)):
+    for struct, dtype in (("fastmp_row", ROW), ("fastmp_record", RECORD), ("fastmp_unit", UNIT)):
         expected = [(name, dtype[name].itemsize) for name in dtype.names]
+        assert list(c_fields(struct)) == expected
+    for struct, mirror in (("fastmp_request", Request), ("fastmp_work", Work)):
+        expected = [(name, ctypes.sizeof(kind)) for name, kind in mirror._fields_]
         assert list(c_fields(struct)) == expected
     assert list(c_fields("fastmp_hyper")) == [(name, 8) for name in HYPER_FIELDS]
     assert Hyper._fields == HYPER_FIELDS
@@ -148,9 +152,9 @@ def test_a_struct_of_another_size_is_refused():
 def test_the_library_refuses_rows_it_cannot_read(field, value):
     param, m, v = torch.ones(3, 20)
     before = param.clone()
-    plan = Plan([Slot(param, None, (m, v), torch.zeros(()), 0, 0)], [torch.ones(20)])
+    plan = Plan([Slot(param, None, (m, v), torch.zeros(()), 0, 0, 0)], [torch.ones(20)])
     plan.rows[field] = np.array(value).astype(ROW[field])
-    hypers = torch.tensor([Hyper(Rule.ADAM, lr=1.0)], dtype=torch.float64)
+    hypers = np.array([Hyper(0, lr=1.0)])
     record = update.new_record(param.device)
     with pytest.raises(RuntimeError, match="refused its arguments"):
         update.run(plan, hypers, record)

@@ -5,11 +5,11 @@ import torch
 
 from fastmp import backends
 from fastmp.backends import cpu
-from fastmp.backends.table import Rule, record_field
+from fastmp.backends.table import record_field
 from fastmp.ops import update
-from fastmp.ops.update import Hyper
+from fastmp.ops.rules import Hyper
 
-ADAM = Hyper(Rule.ADAM, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, decoupled=1)
+ADAM = Hyper(0, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, decoupled=1)
 
 
 def arguments(dtype=torch.float32, sizes=(5, 0, 300)):
@@ -68,7 +68,7 @@ def test_the_report_names_who_serves_update():
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"must be one of cpu, triton \(or unset\), got 'tpu'"):
+    with pytest.raises(ValueError, match=r"must be one of cpu, triton, cuda \(or unset\), got 'tpu'"):
         backends.required()
     monkeypatch.setenv("FASTMP_BACKEND", "CPU")
     assert backends.required() == "cpu"

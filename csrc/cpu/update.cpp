@@ -12,6 +12,7 @@
  * Every sum has a fixed order that no number of threads changes: vector lanes within a chunk, the
  * lanes in order, then the chunks in order, in fp64. */
 #include "../rules.h"
+#include "../step.h"
 #include "vec.h"
 
 namespace fastmp {
@@ -115,13 +116,14 @@ static ChunkScan scan_row(const fastmp_row& row, int64_t begin, int64_t end, flo
   }
 }
 
-struct Verdict {
-  float norm;
+/* What phase 1 saw. */
+struct Seen {
+  double sum_of_squares;
   int64_t first_bad_row; /* -1: every gradient is finite */
 };
 
 /* False if there was no memory for it. */
-static bool judge(const Chunks& chunks, float unscale, Verdict* verdict) {
+static bool look(const Chunks& chunks, float unscale, Seen* seen) {
   const int64_t count = chunks.first_chunk[chunks.row_count];
   Scratch<ChunkScan> scans(count);
   if (scans.data == nullptr) return false;
@@ -139,8 +141,7 @@ static bool judge(const Chunks& chunks, float unscale, Verdict* verdict) {
     sum_of_squares += scans.data[chunk].sum_of_squares;
     if (scans.data[chunk].not_finite && first_bad < 0) first_bad = chunk;
   }
-  verdict->norm = static_cast<float>(sqrt(sum_of_squares));
-  verdict->first_bad_row = first_bad < 0 ? -1 : chunks.row_of(first_bad);
+  *seen = {sum_of_squares, first_bad < 0 ? -1 : chunks.row_of(first_bad)};
   return true;
 }
 
@@ -191,6 +192,7 @@ static void apply_block(float* __restrict p, const float* __restrict g, float* _
 /* What the rows of a step share. */
 struct Step {
   const fastmp_hyper* groups;
+  Scheduled scheduled;
   float grad_factor; /* unscales and clips */
   bool stream;       /* the state is larger than the caches */
 };
@@ -212,7 +214,8 @@ static typename Rule::Coefficients coefficients_of(const fastmp_row& row, const 
     memcpy(&k, memo->coefficients, sizeof k);
     return k;
   }
-  k = Rule::prepare(step.groups[row.group], static_cast<double>(*row.step), step.grad_factor);
+  k = Rule::prepare(follow(step.groups[row.group], step.scheduled), static_cast<double>(*row.step),
+                    step.grad_factor);
   memcpy(memo->coefficients, &k, sizeof k);
   memo->group = row.group;
   memo->step = *row.step;
@@ -224,14 +227,14 @@ static void update_chunk(const fastmp_row& row, const Step& step, int64_t begin,
                          Memo* memo) {
   const auto k = coefficients_of<Rule>(row, step, memo);
   alignas(64) float grads[kBlock], masters[kBlock];
-  float unused[kBlock]; /* stands in for the states a rule does not have; never read or written */
+  float unused[3][kBlock]; /* in place of states a rule does not have; never read or written */
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = min_of(kBlock, end - at);
     float* master = read_master(row, at, n, masters);
     apply_block<Rule>(master, read_grad(row, at, n, grads),
-                      Rule::states > 0 ? row.state0 + at : unused,
-                      Rule::states > 1 ? row.state1 + at : unused,
-                      Rule::states > 2 ? row.state2 + at : unused, n, k);
+                      Rule::states > 0 ? row.state0 + at : unused[0],
+                      Rule::states > 1 ? row.state1 + at : unused[1],
+                      Rule::states > 2 ? row.state2 + at : unused[2], n, k);
     write_weight(row, at, n, master, step.stream);
   }
 }
@@ -245,8 +248,8 @@ static void update_chunks(const Chunks& chunks, const Step& step) {
       const fastmp_row& r = chunks.rows[row];
       const int64_t from = chunks.begin(row, chunk), to = chunks.end(row, chunk);
       switch (static_cast<int>(step.groups[r.group].rule)) {
-#define FASTMP_CASE(id, Rule)                     \
-  case id:                                        \
+#define FASTMP_CASE(Rule)                         \
+  case Rule::number:                              \
     update_chunk<Rule>(r, step, from, to, &memo); \
     break;
         FASTMP_RULES(FASTMP_CASE)
@@ -261,8 +264,8 @@ static void update_chunks(const Chunks& chunks, const Step& step) {
 
 static int states_of(const fastmp_hyper& hyper) {
   switch (static_cast<int>(hyper.rule)) {
-#define FASTMP_CASE(id, Rule) \
-  case id:                    \
+#define FASTMP_CASE(Rule) \
+  case Rule::number:      \
     return Rule::states;
     FASTMP_RULES(FASTMP_CASE)
 #undef FASTMP_CASE
@@ -271,8 +274,14 @@ static int states_of(const fastmp_hyper& hyper) {
   }
 }
 
+static bool is_valid(const fastmp_request& request) {
+  if (request.record == nullptr) return false;
+  if (request.schedule != nullptr && request.schedule_rows < 1) return false;
+  return request.scale == nullptr || request.growth_tracker != nullptr;
+}
+
 static bool is_valid(const fastmp_update_args& args) {
-  if (args.record == nullptr || args.row_count < 0 || args.group_count < 0) return false;
+  if (!is_valid(args.request) || args.row_count < 0 || args.group_count < 0) return false;
   if (args.row_count > 0 && (args.rows == nullptr || args.groups == nullptr)) return false;
   for (int64_t i = 0; i < args.row_count; ++i) {
     const fastmp_row& row = args.rows[i];
@@ -304,33 +313,21 @@ int update(const fastmp_update_args* args) {
     first_chunk.data[i + 1] = first_chunk.data[i] + (args->rows[i].numel + kChunk - 1) / kChunk;
   }
   const Chunks chunks = {args->rows, args->row_count, first_chunk.data};
-  const float scale = args->grad_scale == nullptr ? 1.0f : *args->grad_scale;
-  const bool usable = isfinite(scale) && isfinite(1.0f / scale);
-  const float unscale = usable ? static_cast<float>(1.0 / static_cast<double>(scale)) : 1.0f;
-
-  fastmp_record& record = *args->record;
-  float clip = 1.0f;
-  if (args->unchecked != 0 && args->max_grad_norm < 0.0) {
-    record.grad_norm = NAN;
-  } else {
-    Verdict verdict;
-    if (!judge(chunks, unscale, &verdict)) return FASTMP_NO_MEMORY;
-    record.grad_norm = verdict.norm;
-    const bool told = args->found_inf != nullptr && *args->found_inf != 0.0f;
-    if (verdict.first_bad_row >= 0 || told || !usable) {
-      record.found_inf = 1.0f;
-      record.skipped += 1;
-      if (verdict.first_bad_row >= 0) record.offender = args->rows[verdict.first_bad_row].index;
-      return FASTMP_OK;
-    }
-    if (args->max_grad_norm >= 0.0) {
-      clip = min_of(1.0f, static_cast<float>(args->max_grad_norm) / (verdict.norm + 1e-6f));
-    }
+  const fastmp_request& request = args->request;
+  const Unscaling unscaling = unscaling_of(request);
+  const Scheduled scheduled = scheduled_by(request);
+  Verdict verdict = trust(unscaling);
+  if (looks_first(request, scheduled)) {
+    Seen seen;
+    if (!look(chunks, unscaling.factor, &seen)) return FASTMP_NO_MEMORY;
+    const int64_t offender = seen.first_bad_row < 0 ? -1 : args->rows[seen.first_bad_row].index;
+    verdict = judge(request, unscaling, scheduled, seen.sum_of_squares, offender);
   }
-  for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
-  update_chunks(chunks, {args->groups, unscale * clip, total >= kStreamFrom});
-  record.found_inf = 0.0f;
-  record.applied += 1;
+  if (!verdict.skip) {
+    for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
+    update_chunks(chunks, {args->groups, scheduled, verdict.grad_factor, total >= kStreamFrom});
+  }
+  conclude(request, verdict);
   return FASTMP_OK;
 }
 

@@ -2,16 +2,17 @@
 
 Each backend registers its kernels against the operations that ``fastmp.ops`` defines; what no
 backend serves runs on the reference implementation in plain PyTorch. ``FASTMP_BACKEND=cpu`` turns
-a missing library into an error and ``FASTMP_BACKEND=triton`` GPU kernels that cannot run, for those
-who want to be sure.
+a missing library into an error, ``FASTMP_BACKEND=triton`` and ``FASTMP_BACKEND=cuda`` GPU kernels
+that cannot run, for those who want to be sure.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
 
 
@@ -54,3 +55,19 @@ def required() -> str | None:
             f"FASTMP_BACKEND must be one of {', '.join(BACKENDS)} (or unset), got {name!r}"
         )
     return name
+
+
+def withdraw(backend: str, reason: str) -> None:
+    """Note that a GPU's backend cannot run after all, and warn.
+
+    Raises:
+        RuntimeError: ``FASTMP_BACKEND`` demands it.
+    """
+    if required() == backend:
+        raise RuntimeError(f"FASTMP_BACKEND={backend}, but {reason}")
+    warnings.warn(
+        f"fastmp runs on its slow reference backend ({reason}).", RuntimeWarning, stacklevel=3
+    )
+    for row in report():
+        if row.device == "cuda" and row.backend == backend:
+            record(row.op, "cuda", "reference", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any
 
@@ -9,15 +10,6 @@ import numpy as np
 import torch
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-
-
-class Rule(IntEnum):
-    """``fastmp_rule``: which update rule a parameter group follows."""
-
-    ADAM = 0
-    AMSGRAD = 1
-    SGD = 2
-    MOMENTUM = 3
 
 
 class Master(IntEnum):
@@ -54,7 +46,8 @@ ROW = np.dtype(
         ("param_dtype", np.uint8),
         ("grad_dtype", np.uint8),
         ("master_kind", np.uint8),
-        ("reserved", np.uint8, (3,)),
+        ("rule", np.uint8),
+        ("reserved", np.uint8, (2,)),
     ]
 )
 
@@ -80,8 +73,49 @@ RECORD = np.dtype(
         ("applied", np.int64),
         ("skipped", np.int64),
         ("offender", np.int64),
+        ("barrier", np.uint32),
+        ("done", np.uint32),
     ]
 )
+
+#: ``fastmp_unit``: a piece of work on a GPU.
+UNIT = np.dtype([("row", np.int32), ("place", np.int32)])
+
+
+class Request(Structure):
+    """``fastmp_request``: what is asked of one step."""
+
+    _fields_ = (
+        ("grad_scale", c_void_p),
+        ("found_inf", c_void_p),
+        ("max_grad_norm", c_double),
+        ("unchecked", c_int64),
+        ("schedule", c_void_p),
+        ("schedule_rows", c_int64),
+        ("scale", c_void_p),
+        ("growth_tracker", c_void_p),
+        ("growth_factor", c_double),
+        ("backoff_factor", c_double),
+        ("growth_interval", c_int64),
+        ("record", c_void_p),
+    )
+
+
+class Work(Structure):
+    """``fastmp_work``: the argument of the CUDA kernel."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("groups", c_void_p),
+        ("units", c_void_p),
+        ("sums", c_void_p),
+        ("offenders", c_void_p),
+        ("row_count", c_int32),
+        ("unit_count", c_int32),
+        ("units_per_span", c_int32),
+        ("span_count", c_int32),
+        ("request", Request),
+    )
 
 
 def record_field(record: torch.Tensor, name: str) -> torch.Tensor:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
+from fastmp.backends import cpu, cuda
 from fastmp.backends.table import DTYPE_CODES, ROW, Master
+from fastmp.ops.rules import RULES
+
+if TYPE_CHECKING:
+    from fastmp.backends.cuda.update import Table
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,7 +27,7 @@ class Slot(NamedTuple):
     the remainder that makes the weight the full fp32 value. ``states`` has the rule's fp32 states,
     ``step`` how many updates there were, as a 0-d fp32 tensor. All of them share the parameter's
     strides. ``group`` is a row of the hyperparameters, ``number`` the parameter's place in the
-    optimizer.
+    optimizer, ``rule`` the number of the group's rule.
     """
 
     param: Tensor
@@ -32,6 +36,7 @@ class Slot(NamedTuple):
     step: Tensor
     group: int
     number: int
+    rule: int
 
 
 class Plan:
@@ -73,6 +78,17 @@ class Plan:
             self._params_at = [p.data_ptr() for p in self.params]
             self.rows = _rows(slots, grads)
             self.point_at(grads)
+        self.table = self._table() if self.fallback is None else None
+
+    def _table(self) -> Table | None:
+        """The table in a GPU's memory; None on the CPU."""
+        device = next(iter(self.params)).device if self.params else torch.device("cpu")
+        if not is_on_gpu(device):
+            return None
+        from fastmp.backends.cuda.update import Table
+
+        structs = {slot.rule: RULES[slot.rule].struct for slot in self.slots}
+        return Table(self.rows, structs, device)
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether these are still the parameters the table was laid out for, where it says."""
@@ -109,6 +125,11 @@ class Plan:
         return True
 
 
+def is_on_gpu(device: torch.device) -> bool:
+    """Whether the CUDA kernel is the one for these tensors."""
+    return device.type == "cuda"
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order."""
     expected = 1
@@ -126,10 +147,14 @@ def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | Non
     if not slots:
         return None
     device = slots[0].param.device
-    if device.type != "cpu":
-        return f"no kernel for {device.type}"
-    library, reason = cpu.load()
-    if library is None:
+    if is_on_gpu(device):
+        found, reason = cuda.runs_on(device)
+    elif device.type == "cpu":
+        library, reason = cpu.load()
+        found = library is not None
+    else:
+        found, reason = False, f"no kernel for {device.type}"
+    if not found:
         return reason
     for slot, grad in zip(slots, grads, strict=True):
         if slot.param.dtype not in _NATIVE_DTYPES or grad.dtype not in _NATIVE_DTYPES:
@@ -153,6 +178,7 @@ def _rows(slots: Sequence[Slot], grads: Sequence[Tensor]) -> np.ndarray:
     rows["group"] = [slot.group for slot in slots]
     rows["param_dtype"] = [DTYPE_CODES[slot.param.dtype] for slot in slots]
     rows["grad_dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
+    rows["rule"] = [slot.rule for slot in slots]
     rows["master_kind"] = [_master_kind(slot.master) for slot in slots]
     return rows
 

@@ -5,43 +5,55 @@
         g      = grad / scale * min(1, max_norm / (norm + 1e-6))
         master = rule(master, g)               weight = round(master)
 
-The rules are those of ``torch.optim``: see ``csrc/rules.h``, which holds them for the kernels, and
-``_adam`` and ``_sgd`` below, which hold them in plain PyTorch: the oracle of the tests, and the
-fallback for dtypes and devices without a kernel.
+The rules are those of ``csrc/rules.h``, which holds them for the kernels, and of ``fastmp.optim``,
+which holds them in plain PyTorch: the oracle of the tests, and the fallback for dtypes and devices
+without a kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
-from fastmp.backends.table import HYPER_FIELDS, RECORD, Rule, record_field
+from fastmp.backends import cpu, cuda
+from fastmp.backends.table import RECORD, Request, record_field
 from fastmp.ops.plan import Plan, Slot
+from fastmp.ops.rules import RULES, Hyper
 
 NO_CLIP = -1.0
 
 
-class Hyper(NamedTuple):
-    """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/table.h`` lays them out."""
+class Growth(NamedTuple):
+    """What becomes of the loss scale after a step, as in ``torch.amp.GradScaler.update``."""
 
-    rule: float
-    lr: float
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    weight_decay: float = 0.0
-    dampening: float = 0.0
-    maximize: float = 0.0
-    decoupled: float = 0.0
-    nesterov: float = 0.0
+    tracker: Tensor  # 0-d int32: steps since the scale last changed
+    factor: float
+    backoff: float
+    interval: int
 
 
-assert Hyper._fields == HYPER_FIELDS
+class Options(NamedTuple):
+    """What is asked of a step; tensors are 0-d fp32 unless it says something else.
+
+    ``max_grad_norm``: clip the global norm of the unscaled gradients to this; negative: do not.
+    ``grad_scale``: the loss scale that the gradients carry; with ``growth``, updated afterwards.
+    ``found_inf``: non-zero if somebody else saw an overflow (another rank, a scaler).
+    ``unchecked``: unless there is a norm to clip to, a scale or a found_inf, do not look at the
+    gradients first. One pass over them less; one that is not finite goes in, as in torch.
+    ``schedule``: float64 (steps, 3), the lr, the momentum and the max_grad_norm of the step after k
+    applied ones in row k, NaN where it says nothing; every group's lr is then a factor.
+    """
+
+    max_grad_norm: float = NO_CLIP
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    unchecked: bool = False
+    schedule: Tensor | None = None
+    growth: Growth | None = None
 
 
 def new_record(device: torch.device) -> Tensor:
@@ -72,144 +84,148 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 
 def run(
     plan: Plan,
-    hypers: Tensor,
+    hypers: np.ndarray,
     record: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    max_grad_norm: float = NO_CLIP,
-    unchecked: bool = False,
+    options: Options = Options(),
+    lrs: Sequence[tuple[int, Tensor]] = (),
 ) -> None:
     """Take one step with every tensor of the plan.
 
     Args:
         plan: the tensors; parameters, masters, states and steps are changed in place, or, if any
             gradient is not finite, not at all.
-        hypers: float64 (groups, 10), one ``Hyper`` per row, on the CPU.
+        hypers: float64 (groups, 10), one ``Hyper`` per row.
         record: what was decided; see ``new_record``.
-        grad_scale: 0-d fp32, the loss scale that the gradients carry; None: 1.
-        found_inf: 0-d fp32, non-zero if somebody else saw an overflow (another rank, a scaler).
-        max_grad_norm: clip the global norm of the unscaled gradients to this; negative: do not.
-        unchecked: unless there is a norm to clip to, a scale or a found_inf, do not look at the
-            gradients first. One pass over them less; one that is not finite goes in, as in torch.
+        options: what is asked of the step.
+        lrs: groups whose lr is a tensor on a GPU, with it; what ``hypers`` has there is ignored.
     """
-    unchecked = unchecked and max_grad_norm < 0 and grad_scale is None and found_inf is None
+    blind = options.max_grad_norm < 0 and options.grad_scale is None and options.found_inf is None
+    options = options._replace(unchecked=options.unchecked and blind)
     if plan.fallback is not None:
-        _reference(
-            plan.slots, plan.grads, hypers, record, grad_scale, found_inf, max_grad_norm, unchecked
-        )
+        for group, lr in lrs:
+            hypers[group, Hyper._fields.index("lr")] = float(lr)
+        _reference(plan, hypers, record, options)
         return
-    scale = None if grad_scale is None else _fp32_on_cpu(grad_scale)
-    found = None if found_inf is None else _fp32_on_cpu(found_inf)
+    request, kept = _request(options, record)
+    if plan.table is not None:
+        plan.table.step(hypers, request, lrs, kept)
+        return
     args = cpu.UpdateArgs(
         rows=plan.rows.ctypes.data,
         row_count=len(plan.rows),
-        groups=hypers.data_ptr(),
+        groups=hypers.ctypes.data,
         group_count=len(hypers),
-        grad_scale=None if scale is None else scale.data_ptr(),
-        found_inf=None if found is None else found.data_ptr(),
-        max_grad_norm=max_grad_norm,
-        unchecked=unchecked,
-        record=record.data_ptr(),
+        request=request,
     )
     cpu.call("fastmp_update", args)
 
 
-def _fp32_on_cpu(value: Tensor) -> Tensor:
-    return value.detach().to(device="cpu", dtype=torch.float32)
+def _request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | None]]:
+    """The options as the kernels read them, and the tensors they are read from."""
+    device = record.device
+    scale, found = (_fp32(t, device) for t in (options.grad_scale, options.found_inf))
+    schedule = options.schedule
+    request = Request(
+        grad_scale=_address(scale),
+        found_inf=_address(found),
+        max_grad_norm=options.max_grad_norm,
+        unchecked=options.unchecked,
+        schedule=_address(schedule),
+        schedule_rows=0 if schedule is None else len(schedule),
+        record=record.data_ptr(),
+    )
+    kept = [scale, found, schedule, record]
+    if options.growth is not None:
+        tracker, factor, backoff, interval = options.growth
+        request.scale, request.growth_tracker = _address(scale), _address(tracker)
+        request.growth_factor, request.backoff_factor = factor, backoff
+        request.growth_interval = interval
+        kept.append(tracker)
+    return request, kept
+
+
+def _fp32(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.detach().to(device, torch.float32, non_blocking=True)
+
+
+def _address(value: Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr()
 
 
 # ---- the reference ----
-
-
-def _adam(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
-    """torch.optim.Adam and AdamW, one tensor; returns the new value, changes the states."""
-    if h.decoupled:
-        master = master * (1 - h.lr * h.weight_decay)
-    else:
-        g = g + h.weight_decay * master
-    m, v = states[0], states[1]
-    m.lerp_(g, 1 - h.beta1)
-    v.mul_(h.beta2).addcmul_(g, g, value=1 - h.beta2)
-    if h.rule == Rule.AMSGRAD:
-        v = torch.maximum(states[2], v, out=states[2])
-    denominator = v.sqrt() / (1 - h.beta2**step) ** 0.5 + h.eps
-    return torch.addcdiv(master, m, denominator, value=-h.lr / (1 - h.beta1**step))
-
-
-def _sgd(master: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
-    """torch.optim.SGD, one tensor; returns the new value, changes the states."""
-    g = g + h.weight_decay * master
-    if h.rule == Rule.MOMENTUM:
-        buffer = states[0]
-        if step == 1:
-            buffer.copy_(g)
-        else:
-            buffer.mul_(h.beta1).add_(g, alpha=1 - h.dampening)
-        g = g + h.beta1 * buffer if h.nesterov else buffer
-    return master - h.lr * g
-
-
-_RULES: dict[Rule, Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyper], Tensor]] = {
-    Rule.ADAM: _adam,
-    Rule.AMSGRAD: _adam,
-    Rule.SGD: _sgd,
-    Rule.MOMENTUM: _sgd,
-}
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _scheduled(hyper: Hyper, options: Options, applied: int) -> tuple[Hyper, float]:
+    """The hyperparameters of this step, and the norm to clip to."""
+    if options.schedule is None:
+        return hyper, options.max_grad_norm
+    row = options.schedule[min(applied, len(options.schedule) - 1)]
+    lr, momentum, limit = row.tolist()
+    hyper = hyper._replace(lr=hyper.lr * lr if lr == lr else hyper.lr)
+    hyper = hyper._replace(beta1=momentum if momentum == momentum else hyper.beta1)
+    return hyper, limit if limit == limit else options.max_grad_norm
+
+
 @torch.no_grad()
-def _reference(
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
-    hypers: Tensor,
-    record: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    unchecked: bool,
-) -> None:
-    scale = 1.0 if grad_scale is None else float(grad_scale)
-    usable = np.isfinite(scale) and scale != 0.0
+def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options) -> None:
+    applied = 0 if options.schedule is None else int(record_field(record, "applied"))
+    limits = [_scheduled(Hyper(*row), options, applied) for row in hypers.tolist()]
+    limit = limits[0][1] if limits else options.max_grad_norm
+    norm, unscale, skip = _judge(plan, record, options, limit)
+    if not skip:
+        clip = min(1.0, limit / (norm + 1e-6)) if limit >= 0 else 1.0
+        for slot, grad in zip(plan.slots, plan.grads, strict=True):
+            _update(slot, grad, unscale * clip, limits[slot.group][0])
+    record_field(record, "found_inf").fill_(float(skip))
+    record_field(record, "skipped" if skip else "applied").add_(1)
+    if options.growth is not None:
+        assert options.grad_scale is not None
+        found = torch.full((), float(skip), device=options.grad_scale.device)
+        tracker, *rest = options.growth
+        torch._amp_update_scale_(options.grad_scale, tracker, found, *rest)
+
+
+def _judge(
+    plan: Plan, record: Tensor, options: Options, limit: float
+) -> tuple[float, float, bool]:
+    """(norm of the unscaled gradients, factor that unscales, whether to skip the step)."""
+    scale = 1.0 if options.grad_scale is None else float(options.grad_scale)
+    usable = bool(np.isfinite(scale)) and scale != 0.0
     unscale = 1.0 / scale if usable else 1.0
-    bad = [not unchecked and not bool(grad.isfinite().all()) for grad in grads]
+    trusted = options.unchecked and limit < 0
+    bad = [not trusted and not bool(grad.isfinite().all()) for grad in plan.grads]
     # hypot over the tensors' norms: the squares of fp64 gradients may not fit
-    norms = [float((_wide(grad).double() * unscale).norm()) for grad in grads]
+    norms = [float((_wide(grad).double() * unscale).norm()) for grad in plan.grads]
     norm = float(torch.tensor(norms, dtype=torch.float64).norm()) if norms else 0.0
-    record_field(record, "grad_norm").fill_(np.nan if unchecked else norm)
-    told = found_inf is not None and float(found_inf) != 0.0
-    if any(bad) or told or not usable:
-        record_field(record, "found_inf").fill_(1.0)
-        record_field(record, "skipped").add_(1)
-        if any(bad):
-            record_field(record, "offender").fill_(slots[bad.index(True)].number)
-        return
-    clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm >= 0 else 1.0
-    groups = [Hyper(*row) for row in hypers.tolist()]
-    for slot, grad in zip(slots, grads, strict=True):
-        h = groups[slot.group]
-        g = _wide(grad) * (unscale * clip * (-1 if h.maximize else 1))
-        slot.step.add_(1)
-        master = slot.master
-        if master is None:
-            old = slot.param
-        else:
-            old = join_master(slot.param, master) if master.dtype == torch.int16 else master
-        new = _RULES[Rule(int(h.rule))](old, g, slot.states, float(slot.step), h)
-        if master is None:
-            slot.param.copy_(new)
-        elif master.dtype == torch.int16:
-            weight, remainder = split_master(new)
-            slot.param.copy_(weight)
-            master.copy_(remainder)
-        else:
-            master.copy_(new)
-            slot.param.copy_(new)
-    record_field(record, "found_inf").fill_(0.0)
-    record_field(record, "applied").add_(1)
+    record_field(record, "grad_norm").fill_(np.nan if trusted else norm)
+    if any(bad):
+        record_field(record, "offender").fill_(plan.slots[bad.index(True)].number)
+    told = options.found_inf is not None and float(options.found_inf) != 0.0
+    return norm, unscale, any(bad) or told or not usable
+
+
+def _update(slot: Slot, grad: Tensor, factor: float, h: Hyper) -> None:
+    g = _wide(grad) * (factor * (-1 if h.maximize else 1))
+    slot.step.add_(1)
+    master = slot.master
+    if master is None:
+        old = slot.param
+    else:
+        old = join_master(slot.param, master) if master.dtype == torch.int16 else master
+    new = RULES[int(h.rule)].reference(old, g, slot.states, float(slot.step), h)
+    if master is None:
+        slot.param.copy_(new)
+    elif master.dtype == torch.int16:
+        weight, remainder = split_master(new)
+        slot.param.copy_(weight)
+        master.copy_(remainder)
+    else:
+        master.copy_(new)
+        slot.param.copy_(new)
 
 
 # ---- the operation ----
@@ -249,13 +265,16 @@ def _update_op(
             steps[i],
             groups[i],
             i,
+            int(hypers[groups[i], 0]),
         )
         for i, param in enumerate(params)
     ]
-    run(Plan(slots, grads), hypers, record, grad_scale, found_inf, max_grad_norm)
+    options = Options(max_grad_norm, grad_scale, found_inf)
+    run(Plan(slots, grads), hypers.numpy(), record, options)
 
 
 _library.impl("update_", _update_op, "CompositeExplicitAutograd")
 torch.library.register_fake("fastmp::update_", lambda *args: None, lib=_library)
 
 cpu.serves("update")
+cuda.serves("update")

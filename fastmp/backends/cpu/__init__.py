@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastmp import backends
-from fastmp.backends.table import DTYPE_CODES
+from fastmp.backends.table import DTYPE_CODES, Request
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 OK, BAD_ARGUMENT, NO_MEMORY, BAD_TARGET = range(4)
 
@@ -34,11 +34,7 @@ class UpdateArgs(Structure):
         ("row_count", c_int64),
         ("groups", c_void_p),
         ("group_count", c_int64),
-        ("grad_scale", c_void_p),
-        ("found_inf", c_void_p),
-        ("max_grad_norm", c_double),
-        ("unchecked", c_int64),
-        ("record", c_void_p),
+        ("request", Request),
     )
 
 

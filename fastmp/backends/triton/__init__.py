@@ -6,7 +6,6 @@ Triton itself is imported by the kernel files only, at the first call: ``import 
 from __future__ import annotations
 
 import importlib.metadata
-import warnings
 from functools import cache
 
 import torch
@@ -61,14 +60,7 @@ def runs_on(device: torch.device) -> bool:
         return True
     name, (major, minor) = torch.cuda.get_device_name(device), capability
     reason = f"{name} has compute capability {major}.{minor}, the kernels need 8.0"
-    if backends.required() == "triton":
-        raise RuntimeError(f"FASTMP_BACKEND=triton, but {reason}")
-    warnings.warn(
-        f"fastmp runs on its slow reference backend ({reason}).", RuntimeWarning, stacklevel=2
-    )
-    for row in backends.report():
-        if row.device == "cuda" and row.backend == "triton":
-            backends.record(row.op, "cuda", "reference", reason)
+    backends.withdraw("triton", reason)
     return False
 
 

@@ -1,0 +1,138 @@
+/* csrc/cuda/update.cu on a CPU: a thread for every thread of the grid, a barrier for every barrier.
+ * What device.h provides is given its other meaning here, and its include guard keeps it out. */
+#define FASTMP_DEVICE_H
+#include <atomic>
+#include <barrier>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/table.h"
+
+#define __device__
+#define __forceinline__ inline
+#define FASTMP_DEVICE static inline
+#define FASTMP_KERNEL(threads, blocks) void
+#define FASTMP_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(here.block->shared)
+
+namespace fastmp {
+
+constexpr int kThreads = 64; /* two warps, so that they have something to tell each other */
+constexpr int kWarp = 32;
+
+struct Block {
+  std::barrier<> all{kThreads};
+  std::barrier<> warp[kThreads / kWarp]{std::barrier<>(kWarp), std::barrier<>(kWarp)};
+  alignas(8) unsigned char lanes[kThreads][8];
+  alignas(16) unsigned char shared[1024];
+};
+
+struct Here {
+  int32_t thread, index, blocks;
+  Block* block;
+};
+static thread_local Here here;
+
+FASTMP_DEVICE int32_t thread() {
+  return here.thread;
+}
+FASTMP_DEVICE int32_t block() {
+  return here.index;
+}
+FASTMP_DEVICE int32_t blocks() {
+  return here.blocks;
+}
+FASTMP_DEVICE void sync_block() {
+  here.block->all.arrive_and_wait();
+}
+
+template <class T>
+FASTMP_DEVICE T from_lane_after(T value, int offset) {
+  std::barrier<>& warp = here.block->warp[here.thread / kWarp];
+  std::memcpy(here.block->lanes[here.thread], &value, sizeof value);
+  warp.arrive_and_wait();
+  if (here.thread % kWarp + offset < kWarp) {
+    std::memcpy(&value, here.block->lanes[here.thread + offset], sizeof value);
+  }
+  warp.arrive_and_wait();
+  return value;
+}
+
+FASTMP_DEVICE uint32_t add_in_order(uint32_t* sum, uint32_t value) {
+  return __atomic_fetch_add(sum, value, __ATOMIC_SEQ_CST);
+}
+FASTMP_DEVICE uint32_t read_in_order(const uint32_t* sum) {
+  std::this_thread::yield();
+  return __atomic_load_n(sum, __ATOMIC_SEQ_CST);
+}
+
+/* As strict as the GPU is: an access at an address that it would fault at ends the test. */
+template <int bytes>
+struct Access {
+  struct alignas(bytes) Bits {
+    unsigned char byte[bytes];
+  };
+};
+template <class T>
+FASTMP_DEVICE T read_only(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) __builtin_trap();
+  return *from;
+}
+template <class T>
+FASTMP_DEVICE T read_past_caches(const T* from) {
+  return read_only(from);
+}
+template <class T>
+FASTMP_DEVICE void write_past_caches(T value, T* to) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) __builtin_trap();
+  *to = value;
+}
+
+}  // namespace fastmp
+
+#include "../../csrc/cuda/update.cu"
+
+namespace fastmp {
+
+/* Every case there can be. */
+#define FASTMP_GRADS(Rule, Param, master) \
+  Case<Rule, Param, float, master>, Case<Rule, Param, f16, master>, Case<Rule, Param, bf16, master>
+#define FASTMP_CASES(Rule)                                                      \
+  FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL), \
+      FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT),
+template <class... Cases>
+struct All {};
+
+/* The last one, which ends the list, matches nothing. */
+typedef All<FASTMP_RULES(FASTMP_CASES) Case<LionRule, float, float, 99>> Every;
+
+template <class... Cases>
+static void launch(All<Cases...>, const fastmp_work& work) {
+  update<Cases...>(work);
+}
+
+}  // namespace fastmp
+
+extern "C" void shim_update(int32_t blocks, const fastmp_work* work) {
+  std::vector<std::unique_ptr<fastmp::Block>> memory;
+  for (int32_t b = 0; b < blocks; ++b) memory.push_back(std::make_unique<fastmp::Block>());
+  std::vector<std::thread> threads;
+  for (int32_t b = 0; b < blocks; ++b) {
+    for (int32_t t = 0; t < fastmp::kThreads; ++t) {
+      threads.emplace_back([&, b, t] {
+        fastmp::here = {t, b, blocks, memory[b].get()};
+        fastmp::launch(fastmp::Every(), *work);
+      });
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+/* The name of the rule with this number; NULL: there is none. */
+extern "C" const char* shim_rule(int32_t number) {
+#define FASTMP_NAME(Rule) \
+  if (number == fastmp::Rule::number) return #Rule;
+  FASTMP_RULES(FASTMP_NAME)
+  return nullptr;
+}
