@@ -40,8 +40,8 @@ class GradScaler(torch.amp.GradScaler):
         if own is not None:
             scale = own if scale is None else scale * own
         told = list(state["found_inf_per_device"].values())
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        optimizer.found_inf = told[0] if unscaled and told else None  # type: ignore[assignment]
+        optimizer.grad_scale = scale
+        optimizer.found_inf = told[0] if unscaled and told else None
         try:
             result = optimizer.step(*args, **kwargs)
         finally:
@@ -97,7 +97,9 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Grow or back off, as the steps since the last update went; see torch's method."""
-        if self._enabled and len(self._per_optimizer_states) > 1:  # torch adds the verdicts up in place
+        if (
+            self._enabled and len(self._per_optimizer_states) > 1
+        ):  # torch adds the verdicts up in place
             for state in self._per_optimizer_states.values():
                 found = state["found_inf_per_device"]
                 state["found_inf_per_device"] = {d: t.clone() for d, t in found.items()}

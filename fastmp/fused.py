@@ -29,6 +29,7 @@ class Fused(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands us grad_scale and found_inf
+    grad_scale: Tensor | None  # there during a step with a scaler, whichever sets it
     max_grad_norm: float | None
     skip_nonfinite: bool
     # during a step: found_inf of whoever looked before us, and what becomes of the loss scale

@@ -68,7 +68,9 @@ def test_the_report_names_who_serves_update():
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"must be one of cpu, triton, cuda \(or unset\), got 'tpu'"):
+    with pytest.raises(
+        ValueError, match=r"must be one of cpu, triton, cuda \(or unset\), got 'tpu'"
+    ):
         backends.required()
     monkeypatch.setenv("FASTMP_BACKEND", "CPU")
     assert backends.required() == "cpu"

@@ -25,6 +25,7 @@ from fastmp.ops.plan import Plan, Slot
 from fastmp.ops.rules import RULES, Hyper
 
 NO_CLIP = -1.0
+_LR = Hyper._fields.index("lr")
 
 
 class Growth(NamedTuple):
@@ -86,7 +87,7 @@ def run(
     plan: Plan,
     hypers: np.ndarray,
     record: Tensor,
-    options: Options = Options(),
+    options: Options | None = None,
     lrs: Sequence[tuple[int, Tensor]] = (),
 ) -> None:
     """Take one step with every tensor of the plan.
@@ -96,14 +97,15 @@ def run(
             gradient is not finite, not at all.
         hypers: float64 (groups, 10), one ``Hyper`` per row.
         record: what was decided; see ``new_record``.
-        options: what is asked of the step.
+        options: what is asked of the step; None: nothing out of the ordinary.
         lrs: groups whose lr is a tensor on a GPU, with it; what ``hypers`` has there is ignored.
     """
+    options = options or Options()
     blind = options.max_grad_norm < 0 and options.grad_scale is None and options.found_inf is None
     options = options._replace(unchecked=options.unchecked and blind)
     if plan.fallback is not None:
         for group, lr in lrs:
-            hypers[group, Hyper._fields.index("lr")] = float(lr)
+            hypers[group, _LR] = float(lr)
         _reference(plan, hypers, record, options)
         return
     request, kept = _request(options, record)
@@ -185,13 +187,11 @@ def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options)
     if options.growth is not None:
         assert options.grad_scale is not None
         found = torch.full((), float(skip), device=options.grad_scale.device)
-        tracker, *rest = options.growth
-        torch._amp_update_scale_(options.grad_scale, tracker, found, *rest)
+        tracker, factor, backoff, interval = options.growth
+        torch._amp_update_scale_(options.grad_scale, tracker, found, factor, backoff, interval)
 
 
-def _judge(
-    plan: Plan, record: Tensor, options: Options, limit: float
-) -> tuple[float, float, bool]:
+def _judge(plan: Plan, record: Tensor, options: Options, limit: float) -> tuple[float, float, bool]:
     """(norm of the unscaled gradients, factor that unscales, whether to skip the step)."""
     scale = 1.0 if options.grad_scale is None else float(options.grad_scale)
     usable = bool(np.isfinite(scale)) and scale != 0.0

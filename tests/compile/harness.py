@@ -86,7 +86,9 @@ def compile_for(
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled = run(self, *args, **{**kwargs, "warmup": True})
-        kernels.append(_look_at(self.__name__, arch, compiled))
+        meta = compiled.metadata
+        made = look_at(self.__name__, arch, compiled.asm["cubin"], meta.num_warps, meta.shared)
+        kernels.append(made)
         return compiled
 
     JITFunction.run = compile_only
@@ -97,12 +99,13 @@ def compile_for(
     return kernels
 
 
-def _look_at(name: str, arch: int, compiled: Any) -> Kernel:
+def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kernel:
+    """Read machine code, whichever compiler made it, with the disassembler that Triton brings."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run(
@@ -117,11 +120,11 @@ def _look_at(name: str, arch: int, compiled: Any) -> Kernel:
     return Kernel(
         name,
         arch,
-        compiled.metadata.num_warps,
+        warps,
         int(found["REG"]),
         int(found["STACK"]),
         int(found["LOCAL"]),
-        compiled.metadata.shared,
+        shared,
         sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
         instructions,
     )

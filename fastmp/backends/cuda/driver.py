@@ -37,9 +37,7 @@ class Kernel:
             torch.cuda.synchronize(device)  # makes torch's context this thread's
             self._context = _check(driver.cuCtxGetCurrent())
             self._module = _check(driver.cuModuleLoadData(image.code))
-            self._function = _check(
-                driver.cuModuleGetFunction(self._module, image.kernel.encode())
-            )
+            self._function = _check(driver.cuModuleGetFunction(self._module, image.kernel.encode()))
             at_once = _check(
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, _THREADS, 0)
             )
@@ -76,9 +74,7 @@ class Kernel:
 
         stream = torch.cuda.current_stream(self.device).cuda_stream
         _check(
-            driver.cuMemcpyHtoDAsync(
-                target.data_ptr(), source.data_ptr(), source.numel(), stream
-            )
+            driver.cuMemcpyHtoDAsync(target.data_ptr(), source.data_ptr(), source.numel(), stream)
         )
 
 

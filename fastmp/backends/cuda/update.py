@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends.cuda import driver
-from fastmp.backends.table import HYPER_FIELDS, ROW, UNIT, Master, Request, Work
+from fastmp.backends.table import HYPER_FIELDS, UNIT, Master, Request, Work
 
 _UNIT = 1024  # kUnit of update.cu
 _SPANS = 2048  # a norm is summed up in at most so many parts, whatever the GPU
@@ -130,6 +130,3 @@ def _units(sizes: np.ndarray) -> np.ndarray:
     units["row"] = np.repeat(np.arange(len(sizes)), counts)
     units["place"] = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
     return units
-
-
-
