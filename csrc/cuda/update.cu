@@ -367,7 +367,7 @@ FASTMP_DEVICE bool is_last_block(fastmp_record* record, Shared& shared) {
 /* A multiprocessor's blocks, which share 65,536 registers: 64 a thread for one case with two
  * states, the most that need no more; else 80 or 128. */
 template <class... Cases>
-constexpr int blocks_for() {
+FASTMP_FN constexpr int blocks_for() {
   const bool few_states = ((Cases::Rule::states < 3) && ...);
   return sizeof...(Cases) > 3 ? 2 : sizeof...(Cases) > 1 || !few_states ? 3 : 4;
 }

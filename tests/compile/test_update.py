@@ -1,5 +1,8 @@
 """update.cu, compiled by NVRTC for every architecture as on a user's machine: what came out."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from compile.harness import ARCHITECTURES, look_at
@@ -12,18 +15,23 @@ from fastmp.ops.rules import RULES
 
 F32, F16, BF16 = range(3)
 KEPT = {"fp32": (F32, F32, 0), "fp16": (F16, F16, 1), "bf16 split": (BF16, BF16, 2)}
-STREAMS = {0: 3, 1: 4, 2: 2, 3: 3, 4: 2}  # rule: fp32 streams read with an fp32 master
+STATES = {0: 2, 1: 3, 2: 0, 3: 1, 4: 1}  # of each rule
 
 
 def build(*cases):
     """The kernel for these (rule, param, grad, master), for every architecture."""
     name = driver.kernel_name(tuple(case_of(RULES[r].struct, *kept) for r, *kept in cases))
-    for arch in ARCHITECTURES:
+
+    def one(arch):
         image = compiler.compile("cuda/update.cu", name, f"sm_{arch}")
-        kernel = look_at("update", arch, image.code, 8, 0)
-        where = f"sm_{arch}, {kernel.registers} registers"
+        return look_at("update", arch, image.code, 8, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC does not hold the interpreter's lock
+        kernels = list(pool.map(one, ARCHITECTURES))
+    for kernel in kernels:
+        where = f"sm_{kernel.arch}, {kernel.registers} registers"
         assert kernel.spills == kernel.stack == kernel.local == 0, f"{where}: spills"
-        yield kernel
+    return kernels
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -31,7 +39,7 @@ def build(*cases):
 def test_every_rule_in_every_dtype(rule, kept):
     """No spills, every fp32 stream in 128-bit accesses, both ways; 16-bit ones in 64."""
     for kernel in build((rule, *KEPT[kept])):
-        states = STREAMS[rule] - 1
+        states = STATES[rule]
         wide = states + {"fp32": 1, "fp16": 1, "bf16 split": 0}[kept]  # the master
         narrow = {"fp32": 0, "fp16": 1, "bf16 split": 2}[kept]
         grads = {"fp32": 1, "fp16": 0, "bf16 split": 0}[kept]
@@ -55,4 +63,5 @@ def test_every_rule_in_every_dtype(rule, kept):
     ids=["fp16+fp32", "bf16+fp32", "fp32 gradients", "three dtypes", "everything"],
 )
 def test_several_cases_in_one_kernel(cases):
-    assert len(list(build(*cases))) == len(ARCHITECTURES)
+    for kernel in build(*cases):
+        assert kernel.occupancy() >= 0.25

@@ -8,7 +8,6 @@ and it is read only if it is ours and its checksum is right; else it is made ane
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import os
 import tempfile
@@ -78,7 +77,7 @@ def target(capability: int) -> str:
 
 def source_folder() -> Path:
     """``csrc``: in the package as installed, beside it in a checkout."""
-    package = Path(str(importlib.resources.files("fastmp")))
+    package = Path(__file__).parents[2]
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
 
