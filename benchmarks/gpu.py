@@ -1,4 +1,4 @@
-"""The GPU kernels against PyTorch and Liger: the loss, the linear layer with gelu, plain products.
+"""The GPU kernels against PyTorch and Liger: the step, the loss, linear with gelu, plain products.
 
 Every case asserts its error against fp64 on the tensors it timed, the largest ones on their last
 rows. Liger has no mixed pair and overwrites its logits: it gets one target and logits of its own.
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastmp
+from benchmarks import gpu_optimizer
 from benchmarks.harness import OURS, DeviceTime, Row, interleave, rounds_within
 from benchmarks.loss import both_ways, dense_targets, eager_pair, ours
 from fastmp.backends.triton import linear as kernels
@@ -191,4 +192,10 @@ def cases() -> list[tuple[str, Callable[[], Row]]]:
     ]
     gelus = [(f"gelu {s}", lambda s=s: gelu_case(s)) for s in GELU]
     forwards = [(f"forward {s}", lambda s=s: forward_case(s)) for s in GELU]
-    return losses + forwards + [(f"plain {s}", lambda s=s: plain_case(s)) for s in PLAIN] + gelus
+    return (
+        gpu_optimizer.cases()
+        + losses
+        + forwards
+        + [(f"plain {s}", lambda s=s: plain_case(s)) for s in PLAIN]
+        + gelus
+    )

@@ -91,13 +91,14 @@ def update_alone(
 class TorchPipeline:
     """What PyTorch does for 16-bit weights with fp32 masters, each part in its fastest form."""
 
-    def __init__(self, count: int, size: int, dtype: torch.dtype):
-        self.weights = parameters(count, size, dtype)
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        device = weights[0].device
         self.masters = [p.detach().float().requires_grad_() for p in self.weights]
         self.grads = [torch.empty_like(p) for p in self.masters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=LR, fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-        self.scaler.scale(torch.ones(()))
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
+        self.scaler.scale(torch.ones((), device=device))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -114,11 +115,12 @@ class TorchPipeline:
 class FastmpPipeline:
     """The same work."""
 
-    def __init__(self, count: int, size: int, dtype: torch.dtype):
-        self.weights = parameters(count, size, dtype)
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        device = weights[0].device
         self.optimizer = fastmp.optim.AdamW(self.weights, lr=LR, max_grad_norm=MAX_NORM)
-        self.scaler = fastmp.amp.GradScaler("cpu", init_scale=SCALE)
-        self.scaler.scale(torch.ones(()))
+        self.scaler = fastmp.amp.GradScaler(device.type, init_scale=SCALE)
+        self.scaler.scale(torch.ones((), device=device))
 
     def step(self) -> None:
         self.scaler.step(self.optimizer)
@@ -129,7 +131,8 @@ def whole_step(
     count: int, size: int, dtype: torch.dtype, rounds: int, *, goal: float | None = None
 ) -> Row:
     """Unscale, overflow check, clip, AdamW, 16-bit weights."""
-    ours, theirs = FastmpPipeline(count, size, dtype), TorchPipeline(count, size, dtype)
+    ours = FastmpPipeline(parameters(count, size, dtype))
+    theirs = TorchPipeline(parameters(count, size, dtype))
     name = str(dtype).removeprefix("torch.")
     label = f"whole step, {name}, {count} x {size:,}"
     timings = interleave({OURS: ours.step, "GradScaler + fused": theirs.step}, rounds, label)
