@@ -43,7 +43,7 @@ def give_gradients(*models, scale=1.0, seed=0):
         grad = torch.randn(params[0].shape, generator=generator) * scale
         grad = grad.to(params[0].dtype)
         for p in params:
-            p.grad = grad.to(p.dtype, copy=True)
+            p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
 def masters(optimizer, params):
