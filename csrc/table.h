@@ -68,7 +68,7 @@ typedef struct {
   int64_t applied;  /* steps that changed the parameters */
   int64_t skipped;  /* steps that did not */
   int64_t offender; /* index of the first row with a non-finite gradient; -1: none seen yet */
-  uint32_t barrier; /* CUDA: blocks that came to the grid's barrier; see cuda/device.h */
+  uint32_t barrier; /* CUDA: blocks that came to the grid's barrier; see cuda/update.cu */
   uint32_t done;    /* CUDA: blocks that are through; 0 between launches */
 } fastmp_record;
 
