@@ -97,9 +97,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Grow or back off, as the steps since the last update went; see torch's method."""
-        if (
-            self._enabled and len(self._per_optimizer_states) > 1
-        ):  # torch adds the verdicts up in place
+        if self._enabled and len(self._per_optimizer_states) > 1:
+            # torch adds the verdicts up in place: not in our optimizers' own records
             for state in self._per_optimizer_states.values():
                 found = state["found_inf_per_device"]
                 state["found_inf_per_device"] = {d: t.clone() for d, t in found.items()}

@@ -53,7 +53,6 @@ class Table:
         self._image: Tensor | None = None
         units = _units(rows["numel"])
         a_span = max(1, -(-len(units) // _SPANS))
-        self._spans = -(-len(units) // a_span)
         self._units = torch.empty(max(1, units.nbytes), dtype=torch.uint8, device=device)
         if len(units):
             self._units.copy_(torch.from_numpy(units.view(np.uint8)))
@@ -67,7 +66,7 @@ class Table:
             row_count=len(rows),
             unit_count=len(units),
             units_per_span=a_span,
-            span_count=self._spans,
+            span_count=-(-len(units) // a_span),
         )
         # Page-locked memory cannot be asked for during a capture: there is some for the next one.
         self._spare: Tensor | None = None
