@@ -266,8 +266,15 @@ class Fused(torch.optim.Optimizer):
                 if param in self.state:
                     state.own(param, self.state[param], self._state_keys(group))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and ``counts``: the applied and the skipped steps, which schedules go by."""
+        counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
+        return {**super().state_dict(), "counts": counts}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
+
+        torch's has no ``counts``: they stay as they are.
 
         Raises:
             ValueError: another number of groups or of parameters in a group, as in torch, or state
@@ -284,6 +291,8 @@ class Fused(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for name, count in state_dict.get("counts", {}).items():
+            self._read(name).copy_(count)
 
     # ---- what the last step decided ----
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmp import functional
 from fastmp.ops.loss import MixedTarget
+
+
+class Draw(NamedTuple):
+    """What one batch is mixed with: λ, fp32, () or (N); the partners, int64 (N); for cutmix the
+    boxes, int64 (4) or (N, 4)."""
+
+    lam: Tensor
+    index: Tensor
+    box: Tensor | None
 
 
 class Mixup:
@@ -88,13 +97,16 @@ class Mixup:
             )
         if self.cutmix_alpha > 0 and x.dim() != 4:
             raise ValueError(f"cutmix needs x of shape (N, C, H, W), got {tuple(x.shape)}")
+        return self.mixed(x, y, self.draw(x))
+
+    def draw(self, x: Tensor) -> Draw | None:
+        """What to mix ``x`` with, and how much, on its device; None: leave this batch as it is."""
         draws = x.shape[0] if self.per_sample else 1
         cut = self._cuts()
         mixed = self._uniform(draws) < self.prob
         alpha = self.cutmix_alpha if cut else self.alpha
         if alpha == 0 or not mixed.any():
-            lam = torch.ones(draws if self.per_sample else (), device=x.device)
-            return self.plain(x), MixedTarget(y, y, lam)
+            return None
         lam = torch.where(mixed, self._beta(alpha, draws), 1.0)
         box = None
         if cut:
@@ -105,6 +117,14 @@ class Mixup:
         # From pageable memory CUDA takes its copy before it returns: no need to wait for more.
         index, lam = (t.to(x.device, non_blocking=True) for t in (index, lam.float()))
         box = None if box is None else box.to(x.device, non_blocking=True)
+        return Draw(lam, index, box)
+
+    def mixed(self, x: Tensor, y: Tensor, draw: Draw | None) -> tuple[Tensor, MixedTarget]:
+        """Mix a batch as ``draw`` says: tensors alone decide, so a CUDA graph can hold it."""
+        if draw is None:
+            lam = torch.ones(x.shape[0] if self.per_sample else (), device=x.device)
+            return self.plain(x), MixedTarget(y, y, lam)
+        lam, index, box = draw
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)
         return out, MixedTarget(y, y[index], lam)
 

@@ -1,0 +1,153 @@
+"""Processes that train together: who they are, and how their gradients meet.
+
+    torchrun --nproc-per-node=8 -m fastmp train ...
+
+torchrun starts the processes and says in the environment who is who; torch's
+DistributedDataParallel averages the gradients while the backward still runs. Here is what it lacks:
+a mean that 16 bits can hold, and accumulation in fp32.
+
+Overflow needs no message of its own. An infinity or a NaN on one rank is one in the sum on all
+ranks, and all ranks hold the same bits of it: all of them skip, or none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmp.accumulate import Accumulator
+
+TIMEOUT = timedelta(minutes=30)  # of one collective: the first may wait for a slow disk
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that prints and saves."""
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """The first rank's ``value``, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor`` summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def current() -> World:
+    """The world of the process group there is; one process if there is none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """In the block this process is one of those torchrun started: NCCL on GPUs, gloo on CPUs.
+
+    Without torchrun's environment, or where a process group exists already, nothing is joined.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield current()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(kind: str) -> torch.device:
+    """This process's device of a kind: with several processes a machine, the GPU of its number."""
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(kind)
+
+
+# ---- gradients ----
+
+
+def parallel(
+    model: nn.Module, accumulator: Accumulator, *, static: bool = True
+) -> DistributedDataParallel:
+    """``model`` on every rank, with gradients averaged in their own dtype.
+
+    Args:
+        model: on this rank's device; the first rank's weights go to all.
+        accumulator: what earlier backward passes of the step gave, added before the exchange.
+        static: the same parameters take part in every step.
+    """
+    wrapped = DistributedDataParallel(
+        model, gradient_as_bucket_view=True, static_graph=static
+    )
+    wrapped.register_comm_hook(accumulator, _average)
+    return wrapped
+
+
+def _average(
+    accumulator: Accumulator, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """The mean over the ranks: part of the division before the sum, the rest after it.
+
+    All of it before would push small fp16 gradients into zero, all of it after would let the sum of
+    large ones overflow. Both divisors are about the root of the number of ranks; the first is a
+    power of two, exact but for subnormals.
+    """
+    accumulator.add_to(bucket.parameters(), bucket.gradients())
+    buffer = bucket.buffer()
+    before, after = _divisors(dist.get_world_size())
+    buffer.div_(before)
+    work = dist.all_reduce(buffer, async_op=True)
+    assert work is not None
+
+    def divided(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        (total,) = future.value()
+        return total if after == 1 else total.div_(after)
+
+    return work.get_future().then(divided)
+
+
+def _divisors(size: int) -> tuple[int, float]:
+    before = 1 << (size.bit_length() // 2)
+    return before, size / before
+
+
+def unsynchronised(model: nn.Module) -> Any:
+    """In the block backward passes keep their gradients to themselves."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,39 @@
+"""Every random number generator a training run draws from, as something a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, with the device's own."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users draw from it
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, np.int64)), *map(_plain, rest)),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore(states: dict[str, Any], device: torch.device) -> None:
+    """Put all generators back to where ``state`` found them.
+
+    A run that moves from a CPU to a GPU, or back, keeps the generators that both have.
+    """
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _plain(number: Any) -> int | float:
+    return float(number) if isinstance(number, float) else int(number)
