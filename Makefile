@@ -1,17 +1,21 @@
-# The commands to remember: make train, make test, make bench, make gpu-check, make lint.
+# The commands to remember: make train, make test, make soak, make bench, make gpu-check, make lint.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test bench gpu-check lint format clean
+.PHONY: train test soak bench gpu-check lint format clean
 
 train: $(STAMP)
 	$(BIN)/fastmp train $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The kill loops in full: 20 runs killed and resumed, 50 saves killed.
+soak: $(STAMP)
+	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_checkpoints.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
