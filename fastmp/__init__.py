@@ -4,8 +4,8 @@
     criterion = fastmp.nn.CrossEntropyLoss(label_smoothing=0.1)
     mixup = fastmp.data.Mixup(alpha=0.2)
 
-``fastmp.Trainer``, ``fastmp.data`` and ``fastmp.checkpoint`` need the extra ``fastmp[train]`` and
-are imported when they are first used.
+``fastmp.Trainer``, ``fastmp.data``, ``fastmp.checkpoint`` and ``fastmp.transfer`` need the extra
+``fastmp[train]`` and are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmp import amp, backends, functional, nn, optim, schedule
+from fastmp import amp, backends, functional, nn, optim, schedule, scheduler
 from fastmp.amp import convert
 
 if TYPE_CHECKING:
-    from fastmp import checkpoint, data
+    from fastmp import checkpoint, data, transfer
     from fastmp.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -33,11 +33,13 @@ __all__ = [
     "nn",
     "optim",
     "schedule",
+    "scheduler",
+    "transfer",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "data"):
+    if name in ("checkpoint", "data", "transfer"):
         return importlib.import_module(f"fastmp.{name}")
     if name == "Trainer":
         return importlib.import_module("fastmp.trainer").Trainer

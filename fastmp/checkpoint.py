@@ -100,6 +100,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def entry(path: str | os.PathLike[str], key: str) -> Any:
+    """One entry of the state saved at ``path``, without reading tensors: it must have none.
+
+    Raises:
+        CheckpointError: the manifest is missing, corrupt or of another format version.
+        KeyError: there is no such entry.
+    """
+    (pairs,) = _read_manifest(Path(path) / MANIFEST)["state"].values()
+    return _restore(dict(pairs)[key], {})
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
@@ -134,12 +145,18 @@ def _write(path: Path, payload: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(path)
-    if os.name == "posix":  # the rename itself must reach the disk before anything relies on it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Bring the renames in ``folder`` to the disk, before anything relies on them."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _distrust(path: Path, expected: str, found: str) -> CheckpointError:

@@ -58,6 +58,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag: int) -> int:
+        """The largest ``flag`` of all ranks, on every rank."""
+        return max(map(int, self.gather(flag)))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over the ranks, in place."""
         if self.size > 1:
@@ -113,16 +117,18 @@ def parallel(
         accumulator: what earlier backward passes of the step gave, added before the exchange.
         static: the same parameters take part in every step.
     """
-    wrapped = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, static_graph=static
-    )
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
     wrapped.register_comm_hook(accumulator, _average)
     return wrapped
 
 
-def _average(
-    accumulator: Accumulator, bucket: dist.GradBucket
-) -> torch.futures.Future[Tensor]:
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the first one's buffers."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def _average(accumulator: Accumulator, bucket: Any) -> torch.futures.Future[Tensor]:
     """The mean over the ranks: part of the division before the sum, the rest after it.
 
     All of it before would push small fp16 gradients into zero, all of it after would let the sum of
@@ -140,7 +146,8 @@ def _average(
         (total,) = future.value()
         return total if after == 1 else total.div_(after)
 
-    return work.get_future().then(divided)
+    mean: torch.futures.Future[Tensor] = work.get_future().then(divided)
+    return mean
 
 
 def _divisors(size: int) -> tuple[int, float]:

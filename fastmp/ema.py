@@ -32,7 +32,9 @@ class Average:
             for name, value in model.state_dict(keep_vars=True).items()
             if value.is_floating_point()
         }
-        self._averages = {name: value.detach().float().clone() for name, value in self._live.items()}
+        self._averages = {
+            name: value.detach().float().clone() for name, value in self._live.items()
+        }
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:

@@ -338,13 +338,21 @@ class Fused(torch.optim.Optimizer):
         """How many steps were skipped for a non-finite gradient, 0-d int64."""
         return self._read("skipped")
 
+    @property
+    def offender(self) -> Tensor:
+        """The position of the parameter ``last_overflow`` names, -1 for none; 0-d int64."""
+        return self._read("offender")
+
     def last_overflow(self) -> str | int | None:
         """The first parameter whose gradient was not finite in the last step that saw one.
 
         Its name if the optimizer was given named parameters, else its position; None if there was
         no such step. Reads the device: on a GPU this waits for it.
         """
-        index = int(self._read("offender"))
+        return self.name_of(int(self.offender))
+
+    def name_of(self, index: int) -> str | int | None:
+        """What ``last_overflow`` calls the parameter at this position; None for a negative one."""
         if index < 0:
             return None
         names = [name for group in self.param_groups for name in group.get("param_names", ())]

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 WARMUP = 3
 WARMUP_PARALLEL = 11  # DistributedDataParallel settles its buckets in the first ten
 
-Key = tuple[TreeSpec, tuple[tuple[torch.Size, torch.dtype], ...]]
+Key = tuple[TreeSpec, tuple[Any, ...]]
 
 
 class Unsupported(RuntimeError):
@@ -29,16 +29,17 @@ class _Captured:
     """One recorded step: where its inputs lie, and where its outputs will."""
 
     def __init__(
-        self, step: Callable[[Any], Any], leaves: list[Tensor], spec: TreeSpec, pool: Any
+        self, step: Callable[[Any], Any], leaves: list[Any], spec: TreeSpec, pool: Any
     ) -> None:
-        self._inputs = [leaf.clone() for leaf in leaves]
+        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = step(tree_unflatten(self._inputs, spec))
 
-    def replay(self, leaves: list[Tensor]) -> Any:
+    def replay(self, leaves: list[Any]) -> Any:
         for held, leaf in zip(self._inputs, leaves, strict=True):
-            held.copy_(leaf, non_blocking=True)
+            if isinstance(held, Tensor):
+                held.copy_(leaf, non_blocking=True)
         self._graph.replay()
         return self.outputs
 
@@ -49,7 +50,7 @@ class Graphed:
     The tensors that a call returns are overwritten by the next call.
 
     Args:
-        step: a function of a tree of tensors to a tree of tensors, which waits for nothing.
+        step: a function of a tree of tensors (and None) to a tree of tensors; waits for nothing.
         device: where it runs.
         warmup: calls before the recording.
 
@@ -80,7 +81,7 @@ class Graphed:
             Unsupported: it cannot be recorded; nothing of this call has happened.
         """
         leaves, spec = tree_flatten(inputs)
-        key = (spec, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (spec, tuple(map(_kind, leaves)))
         self._calls += 1
         if self._calls <= self._warmup:
             return self._beside(inputs)
@@ -99,3 +100,8 @@ class Graphed:
             outputs = self._step(inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
         return outputs
+
+
+def _kind(leaf: Any) -> Any:
+    """What two calls must share to share a graph."""
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, never inside one: what is saved then is whole."""
+"""Ctrl-C and SIGTERM between two steps, never inside one: what is saved then is whole."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a scheduler, a container or ``torchrun`` wants the process to go."""
+
+
 @contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
-    """In the block a first Ctrl-C waits until the yielded function is called; a second does not.
+def deferred() -> Iterator[Callable[[], int]]:
+    """In the block a first Ctrl-C or SIGTERM is only noted; a second one has its usual effect.
 
-    Outside the main thread, or where somebody else handles SIGINT, everything stays as it is.
+    The yielded function gives the number of the signal that came, 0 for none. Outside the main
+    thread, or where somebody else handles a signal, everything stays as it is.
     """
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
-        yield lambda: None
-        return
-    asked = False
+    asked = 0
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        kept = {number: old for number, old in usual.items() if signal.getsignal(number) is old}
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
-        asked = True
+            raise reason(number)
+        asked = number
 
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
+    for number in kept:
+        signal.signal(number, note)
     try:
-        yield check
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, old in kept.items():
+            signal.signal(number, old)
+
+
+def reason(number: int) -> KeyboardInterrupt:
+    """The exception that stands for a signal."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

@@ -18,7 +18,7 @@ class Draw(NamedTuple):
     boxes, int64 (4) or (N, 4)."""
 
     lam: Tensor
-    index: Tensor
+    partner: Tensor
     box: Tensor | None
 
 

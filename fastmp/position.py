@@ -17,9 +17,10 @@ from fastmp import rng
 
 def begin(loader: Iterable[Any], epoch: int, device: torch.device) -> dict[str, Any]:
     """Tell ``loader`` that ``epoch`` (from 0) begins; what ``batches`` will need to come back."""
-    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if hasattr(part, "set_epoch"):  # ours, and torch's DistributedSampler
-            part.set_epoch(epoch)
+    for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))):
+        set_epoch = getattr(part, "set_epoch", None)  # ours, and torch's DistributedSampler
+        if set_epoch is not None:
+            set_epoch(epoch)
     if hasattr(loader, "start_at"):
         return {}
     return {"global": rng.state(device), "own": own_state(loader)}

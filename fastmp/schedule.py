@@ -4,6 +4,10 @@
 momentum is None where the schedule leaves it alone. Nothing is remembered between calls, so a
 skipped step cannot make a schedule drift, resuming needs nothing but the step, and every schedule
 pickles. Steps past the end get the last value.
+
+There are three ways to follow one: ``bind`` writes it onto the device, for a fastmp optimizer;
+``apply`` writes one step into the groups of any optimizer; ``fastmp.scheduler.LRScheduler`` is the
+one for loops written around torch's schedulers.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from fastmp.fused import Fused
 
 Schedule = Callable[[int], tuple[float, float | None]]
 
@@ -40,8 +46,25 @@ def scale_lr(
     return lr * (ratio if rule == "linear" else math.sqrt(ratio))
 
 
+class Bindable:
+    """What the schedules here can do besides being called."""
+
+    @property
+    def length(self) -> int | None:
+        """Steps until the last value is reached, that one included; None if there is no last."""
+        raise NotImplementedError
+
+    def __call__(self, step: int) -> tuple[float, float | None]:
+        """(lr, momentum) for the update that ``step`` applied ones came before."""
+        raise NotImplementedError
+
+    def bind(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+        """Let a fastmp optimizer follow this schedule on the device; see ``schedule.bind``."""
+        bind(self, optimizer, steps)
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(Bindable):
     """The same values at every step."""
 
     lr: float
@@ -51,6 +74,11 @@ class Constant:
         _check_rate("lr", self.lr)
         _check_momentum("momentum", self.momentum)
 
+    @property
+    def length(self) -> int:
+        """1."""
+        return 1
+
     def __call__(self, step: int) -> tuple[float, float | None]:
         """(lr, momentum)."""
         _check_step(step)
@@ -58,7 +86,101 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Warmup:
+class Cosine(Bindable):
+    """Half a cosine from ``lr`` to ``final_lr`` (Loshchilov and Hutter 2016, arXiv:1608.03983).
+
+    The lr after ``k`` steps is ``final_lr + (lr - final_lr) (1 + cos(pi k / total_steps)) / 2``:
+    that of torch's ``CosineAnnealingLR(T_max=total_steps, eta_min=final_lr)``. All ``total_steps``
+    steps lie above ``final_lr``, so none is wasted if that is 0; every later one has
+    ``final_lr``, where torch's climbs again.
+    """
+
+    lr: float
+    total_steps: int
+    final_lr: float = 0.0
+    momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr)
+        _check_rate("final_lr", self.final_lr)
+        _check(self.total_steps >= 1, "total_steps must be at least 1", self.total_steps)
+        _check_momentum("momentum", self.momentum)
+
+    @property
+    def length(self) -> int:
+        """``total_steps`` and the final value."""
+        return self.total_steps + 1
+
+    def __call__(self, step: int) -> tuple[float, float | None]:
+        """(lr, momentum)."""
+        _check_step(step)
+        return _cosine(self.lr, self.final_lr, min(step / self.total_steps, 1.0)), self.momentum
+
+
+@dataclass(frozen=True)
+class Cyclic(Bindable):
+    """Up and down between two rates, for ever (Smith 2015, arXiv:1506.01186).
+
+    The lr climbs from ``base_lr`` to ``max_lr`` in ``step_size_up`` steps and falls back in
+    ``step_size_down`` (None: as many), in straight lines. The height of the peaks above ``base_lr``
+    stays ("triangular"), halves with every cycle ("triangular2"), or is multiplied by ``gamma``
+    with every step ("exp_range"). The momentum runs the other way, from ``max_momentum`` down
+    towards ``base_momentum`` at the peaks, as much less deep as they are less high; None, both of
+    them, leaves it alone. The values are those of ``torch.optim.lr_scheduler.CyclicLR``.
+    """
+
+    base_lr: float
+    max_lr: float
+    step_size_up: int = 2000
+    step_size_down: int | None = None
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
+    gamma: float = 1.0
+    base_momentum: float | None = None
+    max_momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_rate("base_lr", self.base_lr)
+        _check_rate("max_lr", self.max_lr)
+        _check(
+            self.base_lr <= self.max_lr,
+            "base_lr must be at most max_lr",
+            (self.base_lr, self.max_lr),
+        )
+        _check(self.step_size_up >= 1, "step_size_up must be at least 1", self.step_size_up)
+        _check(
+            self.step_size_down is None or self.step_size_down >= 1,
+            "step_size_down must be at least 1, or None",
+            self.step_size_down,
+        )
+        modes = ("triangular", "triangular2", "exp_range")
+        _check(self.mode in modes, f"mode must be one of {', '.join(modes)}", self.mode)
+        _check(0 < self.gamma <= 1, "gamma must lie in (0, 1]", self.gamma)
+        _check_momenta(self.base_momentum, self.max_momentum)
+
+    @property
+    def length(self) -> None:
+        """None: it never ends."""
+        return None
+
+    def __call__(self, step: int) -> tuple[float, float | None]:
+        """(lr, momentum)."""
+        _check_step(step)
+        up = self.step_size_up
+        down = self.step_size_down or up
+        cycle, here = divmod(step, up + down)  # whole numbers: the feet and peaks are exact
+        height = here / up if here <= up else (up + down - here) / down
+        if self.mode == "triangular2":
+            height *= 0.5**cycle
+        elif self.mode == "exp_range":
+            height *= self.gamma**step
+        lr = self.base_lr + (self.max_lr - self.base_lr) * height
+        if self.base_momentum is None or self.max_momentum is None:
+            return lr, None
+        return lr, self.max_momentum - (self.max_momentum - self.base_momentum) * height
+
+
+@dataclass(frozen=True)
+class Warmup(Bindable):
     """A straight line up to the first lr of ``schedule`` in ``steps`` steps, then ``schedule``.
 
     Step ``k`` of the warm-up has ``(k + 1) / (steps + 1)`` of that lr: no step is wasted at lr 0.
@@ -70,6 +192,12 @@ class Warmup:
     def __post_init__(self) -> None:
         _check(self.steps >= 0, "steps must be at least 0", self.steps)
 
+    @property
+    def length(self) -> int | None:
+        """``steps`` and the length of ``schedule``; None if that has none, or does not know it."""
+        length = getattr(self.schedule, "length", None)
+        return None if length is None else self.steps + int(length)
+
     def __call__(self, step: int) -> tuple[float, float | None]:
         """(lr, momentum)."""
         _check_step(step)
@@ -78,7 +206,7 @@ class Warmup:
 
 
 @dataclass(frozen=True)
-class OneCycle:
+class OneCycle(Bindable):
     """The one-cycle policy (Smith and Topin 2017, arXiv:1708.07120).
 
     The lr climbs from ``max_lr / div_factor`` to ``max_lr`` over the first ``pct_start`` of the
@@ -113,13 +241,12 @@ class OneCycle:
             f"pct_start must lie in [0, {limit}] with three_phase={self.three_phase}",
             self.pct_start,
         )
-        _check_momentum("base_momentum", self.base_momentum)
-        _check_momentum("max_momentum", self.max_momentum)
-        _check(
-            (self.base_momentum is None) == (self.max_momentum is None),
-            "base_momentum and max_momentum must both be numbers or both be None",
-            (self.base_momentum, self.max_momentum),
-        )
+        _check_momenta(self.base_momentum, self.max_momentum)
+
+    @property
+    def length(self) -> int:
+        """``total_steps``."""
+        return self.total_steps
 
     def __call__(self, step: int) -> tuple[float, float | None]:
         """(lr, momentum)."""
@@ -145,34 +272,86 @@ class OneCycle:
     def _between(self, start: float, end: float, done: float) -> float:
         if self.anneal == "linear":
             return start + (end - start) * done
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * done))
+        return _cosine(start, end, done)
+
+
+def bind(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+    """Let ``optimizer`` follow ``schedule`` on the device, by its applied steps.
+
+    Writes the schedule into a table on the device (``optimizer.follow``): no step waits for the
+    host, none that was skipped counts, and a CUDA graph follows it when it is replayed. It holds
+    until ``optimizer.unfollow()``; meanwhile the lr of the groups is not read.
+
+    Args:
+        schedule: (lr, momentum) of the number of applied steps.
+        optimizer: one from ``fastmp.optim``.
+        steps: length of the table, from applied step 0 on; later steps have its last values. None:
+            the schedule's own, which ``Cyclic`` and plain functions have not.
+
+    Raises:
+        TypeError: an optimizer that is not fastmp's.
+        ValueError: no ``steps`` for a schedule without a length, or below 1; or a momentum that is
+            None at some steps only, or that a group has no use for.
+    """
+    if not isinstance(optimizer, Fused):
+        raise TypeError(
+            "only an optimizer from fastmp.optim follows a schedule on the device, got "
+            f"{type(optimizer).__name__}; for others use fastmp.scheduler.LRScheduler"
+        )
+    if steps is None:
+        steps = getattr(schedule, "length", None)
+    if steps is None:
+        raise ValueError(
+            "expected the number of steps to bind, for this schedule has no length of its own: "
+            f"bind(..., steps=...), got {schedule!r}"
+        )
+    _check(steps >= 1, "steps must be at least 1", steps)
+    lrs, momenta = zip(*map(schedule, range(steps)), strict=True)
+    silent = momenta.count(None)
+    _check(
+        silent in (0, steps),
+        "the momentum of a schedule must be None at every step or at none",
+        f"None at {silent} of {steps}",
+    )
+    optimizer.follow(lrs, None if silent else momenta)
 
 
 def apply(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
     """Write ``lr``, and ``momentum`` unless it is None, into every parameter group.
 
-    Momentum goes where the optimizer keeps it: ``betas[0]`` for the Adam family, ``momentum`` for
-    SGD. A tensor lr is filled in place, so that a captured graph sees the new value.
+    A group with an ``lr_scale`` gets ``lr`` times that. Momentum goes where the optimizer keeps it:
+    ``betas[0]`` for the Adam family, ``momentum`` for SGD. A tensor lr is filled in place, so that
+    a captured graph sees the new value.
 
     Raises:
-        ValueError: a momentum for an optimizer that has none.
+        ValueError: a momentum for an optimizer that has none. Nothing has changed then.
     """
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    if momentum is not None and not all("betas" in g or "momentum" in g for g in groups):
+        raise ValueError(
+            f"the schedule sets a momentum, but {type(optimizer).__name__} has neither 'betas' "
+            "nor 'momentum'; use a schedule without momentum"
+        )
+    filled: dict[int, float] = {}
+    for group in groups:
+        own = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
+            # groups made with one tensor share it, until their scales differ
+            if filled.setdefault(id(group["lr"]), own) != own:
+                group["lr"] = group["lr"].clone()
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
         if momentum is None:
             continue
         if "betas" in group:
             group["betas"] = (momentum, *group["betas"][1:])
-        elif "momentum" in group:
-            group["momentum"] = momentum
         else:
-            raise ValueError(
-                f"the schedule sets a momentum, but {type(optimizer).__name__} has neither 'betas' "
-                "nor 'momentum'; use a schedule without momentum"
-            )
+            group["momentum"] = momentum
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * done))
 
 
 def _check(holds: bool, expected: str, got: object) -> None:
@@ -190,3 +369,13 @@ def _check_step(step: int) -> None:
 
 def _check_momentum(name: str, value: float | None) -> None:
     _check(value is None or 0 <= value < 1, f"{name} must lie in [0, 1)", value)
+
+
+def _check_momenta(base: float | None, top: float | None) -> None:
+    _check_momentum("base_momentum", base)
+    _check_momentum("max_momentum", top)
+    _check(
+        (base is None) == (top is None),
+        "base_momentum and max_momentum must both be numbers or both be None",
+        (base, top),
+    )

@@ -3,6 +3,8 @@
     trainer = Trainer(model, optimizer, criterion, schedule=schedule, scaler=scaler, mixup=mixup)
     trainer.fit(train_loader, val_loader, epochs=8)
 
+Started by torchrun, with a process group, the same lines train data parallel.
+
 Nothing in a step waits for the device. What a step decided (loss, norm, skipped or not) is copied
 to the host in the background and read when the next step's backward has been queued: in time for
 the learning rate of that next step, which follows the *applied* steps, and with work queued behind.
@@ -14,24 +16,26 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from fastmp import checkpoint, interrupts, metrics
+from fastmp import checkpoint, distributed, graph, interrupts, metrics, position, rng, transfer
 from fastmp.amp import GradScaler
+from fastmp.checkpoints import Checkpoints
+from fastmp.distributed import World
+from fastmp.ema import Average
 from fastmp.fused import Fused
 from fastmp.metrics import Step
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
-from fastmp.ops.loss import MixedTarget
-from fastmp.schedule import Schedule, apply
-
-Batch = tuple[Tensor, Tensor]
+from fastmp.schedule import Schedule, apply, bind
+from fastmp.stepper import Batch, Decided, Drawn, Stepper
 
 MAX_SKIPS_IN_A_ROW = 20  # 65536 backs off to 0.06 in 20 halvings: it is not the scale
 MIN_SCALE = 1.0  # below, the scale no longer saves small gradients, it loses them
@@ -65,6 +69,20 @@ class EpochResult:
     samples_per_second: float
 
 
+@dataclass
+class Progress:
+    """How far a run has come; with ``batch`` and the sums, in the middle of an epoch too."""
+
+    epoch: int = 0  # finished
+    step: int = 0  # attempted
+    batch: int = 0  # of this epoch and rank, done
+    samples: int = 0  # of this epoch, all ranks
+    steps: int = 0  # of this epoch
+    loss: float = 0.0  # summed over them
+    seconds: float = 0.0  # of training in this epoch
+    skips_in_a_row: int = 0
+
+
 class Trainer:
     """Trains a classifier; everything but the order of things is handed in.
 
@@ -76,13 +94,21 @@ class Trainer:
         scaler: the loss scale; None for none.
         mixup: turns (images, labels) into the model's input and mixed targets, and images alone
             into input for evaluation; None feeds the model what the loader gives.
-        accumulate: batches whose gradients are averaged for one optimizer step.
-        folder: where ``metrics.jsonl`` and ``checkpoint/`` go; None writes nothing.
+        accumulate: batches whose gradients are averaged for one optimizer step; summed in fp32.
+        ema: decay of an average of the weights, which evaluation then uses; None: no average.
+        unfreeze: which layers train in which epoch; None leaves that alone.
+        cuda_graph: replay whole steps as one CUDA graph; where that cannot be, the reason is
+            printed and the steps run one kernel at a time.
+        telemetry: count gradients flushed to zero and updates lost to rounding.
+        folder: where ``metrics.jsonl``, ``events/`` and ``checkpoints/`` go; None writes nothing.
+        save_every: steps between checkpoints, besides those after every epoch; 0: only those.
+        keep: newest checkpoints to keep, besides the best.
         progress: show a progress bar and a line per epoch.
+        world: the processes that train together; None: all of the process group, if there is one.
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` below 1.
+        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0.
     """
 
     def __init__(
@@ -95,8 +121,15 @@ class Trainer:
         scaler: torch.amp.GradScaler | None = None,
         mixup: Mixup | None = None,
         accumulate: int = 1,
+        ema: float | None = None,
+        unfreeze: transfer.GradualUnfreezing | None = None,
+        cuda_graph: bool = False,
+        telemetry: bool = False,
         folder: str | os.PathLike[str] | None = None,
+        save_every: int = 0,
+        keep: int = 2,
         progress: bool = True,
+        world: World | None = None,
     ) -> None:
         if not isinstance(optimizer, Fused):
             raise TypeError(
@@ -110,6 +143,8 @@ class Trainer:
             )
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if save_every < 0:
+            raise ValueError(f"save_every must be at least 0, got {save_every}")
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
@@ -118,16 +153,49 @@ class Trainer:
         self.scaler = scaler or GradScaler(self.device.type, enabled=False)
         self.mixup = mixup
         self.accumulate = accumulate
-        self.folder = None if folder is None else Path(folder)
-        self.progress = progress
-        self.epoch = 0  # finished
-        self.step = 0  # attempted
+        self.ema = None if ema is None else Average(model, ema)
+        self.unfreeze = unfreeze
+        self.save_every = save_every
+        self.world = distributed.current() if world is None else world
+        self.progress = progress and self.world.is_first
+        self.done = Progress()
+        self._stepper = Stepper(
+            model,
+            optimizer,
+            criterion,
+            self.scaler,
+            mixup,
+            world=self.world,
+            ema=self.ema,
+            telemetry=telemetry,
+        )
+        self._wants_graph = cuda_graph
         self._applied = int(optimizer.applied_steps)
-        self._skips_in_a_row = 0
-        self._steps: list[Step] = []  # of this epoch
+        self._last: Step | None = None
         self._pending: metrics.Record | None = None
-        self._check_interrupt: Callable[[], None] = lambda: None
-        self._log = metrics.Log(self.folder and self.folder / metrics.FILE)
+        self._signal: Callable[[], int] = lambda: 0
+        self._asked = 0  # the signal for which all ranks stop
+        self._loader: Iterable[Batch] | None = None  # of fit
+        self._loader_state: dict[str, Any] = {}  # of a checkpoint, until fit brings the loader
+        self._epoch_start: dict[str, Any] = {}
+        self._start_files(folder, keep)
+
+    def _start_files(self, folder: str | os.PathLike[str] | None, keep: int) -> None:
+        """The first rank writes; the others keep quiet."""
+        self.folder = None if folder is None else Path(folder)
+        ours = self.folder if self.world.is_first else None
+        self.checkpoints = None if ours is None else Checkpoints(ours / "checkpoints", keep=keep)
+        self._log = metrics.Log(ours)
+
+    @property
+    def step(self) -> int:
+        """Attempted optimizer steps so far."""
+        return self.done.step
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs so far."""
+        return self.done.epoch
 
     # ---- the loop ----
 
@@ -136,183 +204,358 @@ class Trainer:
     ) -> list[EpochResult]:
         """Train for ``epochs`` epochs, evaluating and saving after each.
 
+        After ``resume`` the epoch that was interrupted is the first of them.
+
         Raises:
             RunStopped: the loss turned non-finite, more than 20 steps in a row were skipped, or the
                 loss scale fell below 1. The state is saved first.
-            KeyboardInterrupt: likewise.
+            KeyboardInterrupt: likewise; ``interrupts.Terminated`` for SIGTERM.
             ValueError: a loader without batches.
         """
         results: list[EpochResult] = []
         last = self.epoch + epochs
+        self._loader = train_loader
+        position.restore_own_state(train_loader, self._loader_state)
+        self._loader_state = {}
+        if self._wants_graph:
+            self._record_steps(train_loader, epochs)
         try:
-            with interrupts.deferred() as self._check_interrupt:
+            with interrupts.deferred() as self._signal:
                 while self.epoch < last:
                     results.append(self._epoch(train_loader, val_loader, last))
-                    self._save_in_folder()
+                    self._save_in_folder(score=results[-1].val_accuracy)
+                    self._asked = self.world.any(self._signal())
+                    self._stop_if_asked()
         except RunStopped as stopped:
-            raise type(stopped)(f"{stopped}; {self._save_in_folder()}") from None
-        except KeyboardInterrupt:
+            raise type(stopped)(f"{stopped}; {self._save_and_wait()}") from None
+        except KeyboardInterrupt as stop:
+            if self.world.size > 1 and not self._asked:
+                raise  # the other ranks are in the middle of a step: nothing to save together
             with suppress(RunStopped):
                 self._take_pending()
-            where = f"interrupted at step {self.step}; {self._save_in_folder()}"
-            raise KeyboardInterrupt(where) from None
+            how = "terminated" if isinstance(stop, interrupts.Terminated) else "interrupted"
+            raise type(stop)(f"{how} at step {self.step}; {self._save_and_wait()}") from None
+        finally:
+            self._log.close()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         return results
 
     def _epoch(
         self, train_loader: Iterable[Batch], val_loader: Iterable[Batch], last: int
     ) -> EpochResult:
-        self.model.train()
-        batches = len(train_loader) if isinstance(train_loader, Sized) else None
-        self._steps.clear()
-        samples, started = 0, time.perf_counter()
+        self._prepare_model()
+        if self.done.batch == 0:
+            self._epoch_start = position.begin(train_loader, self.epoch, self.device)
+        else:
+            position.begin(train_loader, self.epoch, self.device)
         name = f"epoch {self.epoch + 1}/{last}"
         # disable=None: no bar where nobody looks (a file, a pipe)
         with tqdm(
-            total=batches, desc=name, leave=False, disable=None if self.progress else True
+            total=len(train_loader) if isinstance(train_loader, Sized) else None,
+            initial=self.done.batch,
+            desc=name,
+            leave=False,
+            disable=None if self.progress else True,
         ) as bar:
-            for group in _groups(train_loader, self.accumulate):
-                self.train_step(group)
-                self._check_interrupt()
-                samples += sum(len(labels) for _, labels in group)
-                speed = samples / (time.perf_counter() - started)
-                bar.set_postfix_str(self._glance(speed), refresh=False)
-                bar.update(len(group))
+            self._walk(train_loader, bar)
             self._take_pending()
-        if not self._steps:
+        if self.done.steps == 0:
             raise ValueError("train_loader gave no batches; expected at least one")
-        seconds = time.perf_counter() - started
         evaluation = self.evaluate(val_loader)
-        self.epoch += 1
+        done = self.done
         result = EpochResult(
-            epoch=self.epoch,
-            train_loss=sum(step.loss for step in self._steps) / len(self._steps),
+            epoch=done.epoch + 1,
+            train_loss=done.loss / done.steps,
             val_loss=evaluation.loss,
             val_accuracy=evaluation.accuracy,
-            seconds=seconds,
-            samples_per_second=samples / seconds,
+            seconds=done.seconds,
+            samples_per_second=done.samples / done.seconds,
         )
+        self.done = Progress(done.epoch + 1, done.step, skips_in_a_row=done.skips_in_a_row)
         self._log.write("epoch", step=self.step, **asdict(result))
         if self.progress:
             tqdm.write(f"{name:>11}  {_summary(result)}")
         return result
+
+    def _walk(self, loader: Iterable[Batch], bar: tqdm[Any]) -> None:
+        """The rest of the epoch's steps."""
+        batches = position.batches(loader, self.done.batch, self._epoch_start, self.device)
+        before, started = self.done.seconds, time.perf_counter()
+        for group in _groups(batches, self.accumulate):
+            self.train_step(group)
+            self.done.batch += len(group)
+            self.done.samples += self.world.size * sum(len(labels) for _, labels in group)
+            self.done.seconds = before + time.perf_counter() - started
+            self._stop_if_asked()
+            if self.save_every and self.step % self.save_every == 0:
+                self._save_in_folder()
+            bar.set_postfix_str(self._glance(), refresh=False)
+            bar.update(len(group))
+
+    def _prepare_model(self) -> None:
+        """Training mode, and the layers that train in this epoch."""
+        changed = self.unfreeze is not None and self.unfreeze.plan(self.model, self.epoch)
+        transfer.train_mode(self.model)
+        self._stepper.prepare(changed)
 
     def train_step(self, group: list[Batch]) -> None:
         """One optimizer step, on the mean loss over the batches of ``group``.
 
         What it decided is logged by the next step, or at the end of the epoch.
         """
-        one = torch.ones((), device=self.device)
-        scale = self.scaler.scale(one)
-        # What the backward multiplies each loss's gradient with. The last group of an epoch may be
-        # short, so it is divided by what it holds, not by what it could hold.
-        share = scale / len(group)
-        total = torch.zeros((), device=self.device)
-        for images, labels in group:
-            inputs, target = self._mixed(images.to(self.device), labels.to(self.device))
-            loss = self._loss(self.model(inputs), target, share)
-            (loss * share).backward()
-            total += loss.detach() / len(group)
+        batches = [self._stepper.draw(*batch) for batch in group]
+        decided = self._replayed(batches) if self._stepper.is_recording else None
+        if decided is None:
+            decided = self._stepper.step(batches, self._follow_schedule)
         self._take_pending()
-        lr = self._follow_schedule()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self._pending = metrics.Record(self.step, lr, total, scale, self.optimizer)
+        self.done.step += 1
+        self._pending = metrics.Record(self.step, self._over_ranks(decided))
 
-    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | MixedTarget]:
-        return (images, labels) if self.mixup is None else self.mixup(images, labels)
-
-    def _loss(self, logits: Tensor, target: Tensor | MixedTarget, share: Tensor) -> Tensor:
-        if isinstance(self.criterion, CrossEntropyLoss):
-            # told the incoming gradient, it writes its own in the pass that reads the logits
-            loss: Tensor = self.criterion(logits, target, grad_scale=share)
-        else:
-            loss = self.criterion(logits, target)
-        return loss
-
-    def _follow_schedule(self) -> float:
+    def _follow_schedule(self) -> None:
+        self._take_pending()  # says whether the step before was applied
         if self.schedule is not None:
             apply(self.optimizer, *self.schedule(self._applied))
-        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _over_ranks(self, decided: Decided) -> Decided:
+        """The loss averaged over the ranks, and with it whether any of them was asked to stop."""
+        signal = self._signal()
+        if self.world.size == 1:
+            self._asked = signal
+            return decided
+        asked = torch.tensor(float(signal), device=self.device)
+        shared = self.world.sum(torch.stack([decided["loss"], asked]))
+        return {**decided, "loss": shared[0] / self.world.size, "signal": shared[1]}
+
+    # ---- the step as a graph ----
+
+    def _record_steps(self, loader: Iterable[Batch], epochs: int) -> None:
+        """From now on steps are recorded and replayed, with the schedule on the device."""
+        try:
+            self._stepper.record()
+            if self.schedule is not None:
+                if not isinstance(loader, Sized):
+                    raise graph.Unsupported("the loader has no length, the schedule needs one")
+                steps = math.ceil(len(loader) / self.accumulate) * epochs
+                bind(self.schedule, self.optimizer, self._applied + steps)
+        except graph.Unsupported as reason:
+            self._go_without_graph(reason)
+
+    def _replayed(self, batches: list[Drawn]) -> Decided | None:
+        try:
+            return self._stepper.replay(batches)
+        except graph.Unsupported as reason:
+            self._go_without_graph(reason)
+            return None
+
+    def _go_without_graph(self, reason: graph.Unsupported) -> None:
+        if self.world.is_first:
+            tqdm.write(f"no CUDA graph: {reason}")
+        self._wants_graph = False
+        self._stepper.stop_recording()
+        self.optimizer.unfollow()
+
+    # ---- what a step decided ----
 
     def _take_pending(self) -> None:
         """Read and log the step before, and stop the run if it says so."""
         if self._pending is None:
             return
-        step = self._pending.read()
+        values, number = self._pending.read(), self._pending.step
         self._pending = None
-        self._applied = step.applied
-        self._skips_in_a_row = self._skips_in_a_row + 1 if step.skipped else 0
-        self._steps.append(step)
-        row = asdict(step)
-        del row["applied"]
-        self._log.write("step", epoch=self.epoch + 1, **row)
+        self._asked = int(values.pop("signal", self._asked))
+        self._applied, offender = (int(values.pop(name)) for name in ("applied", "offender"))
+        skipped = values.pop("skipped") != 0
+        step = Step(
+            number,
+            self._lr_of(self._applied - (not skipped)),
+            skipped=skipped,
+            **{name: values.pop(name) for name in ("loss", "scale", "grad_norm")},
+        )
+        self.done.skips_in_a_row = self.done.skips_in_a_row + 1 if skipped else 0
+        self.done.loss += step.loss
+        self.done.steps += 1
+        self._last = step
+        self._log.write("step", epoch=self.epoch + 1, **asdict(step))
+        if skipped:
+            self._log.write("overflow", step=number, parameter=self.optimizer.name_of(offender))
+        if values:
+            self._log.write("telemetry", step=number, **values)
+        self._stop_if_hopeless(step)
+
+    def _lr_of(self, applied: int) -> float:
+        """The learning rate of the step that came after so many applied ones."""
+        if self.schedule is not None:
+            return self.schedule(applied)[0]
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _stop_if_hopeless(self, step: Step) -> None:
+        where = f"stopped at step {step.step}"
+        if self.world.size > 1:
+            where += f" on rank {self.world.rank} of {self.world.size}"
         if not math.isfinite(step.loss):
             raise NonFiniteLoss(
-                f"stopped at step {step.step}: the loss is {step.loss} (lr {step.lr:.3g}); "
+                f"{where}: the loss is {step.loss} (lr {step.lr:.3g}); "
                 "lower the lr, or look for bad values in the data"
             )
-        if self._skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+        if self.done.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
             raise RunStopped(
-                f"stopped at step {step.step}: {self._skips_in_a_row} steps in a row had "
+                f"{where}: {self.done.skips_in_a_row} steps in a row had "
                 f"non-finite gradients, the first in parameter {self.optimizer.last_overflow()!r}; "
                 "lower the lr"
             )
         if step.scale < MIN_SCALE:
             raise RunStopped(
-                f"stopped at step {step.step}: the loss scale fell to {step.scale:g}, below "
+                f"{where}: the loss scale fell to {step.scale:g}, below "
                 f"{MIN_SCALE:g}; lower the lr, or train in bf16 or fp32"
             )
 
-    def _glance(self, speed: float) -> str:
-        if not self._steps:
+    def _stop_if_asked(self) -> None:
+        """Stop between two steps, for a signal that every rank knows of."""
+        if self._asked:
+            raise interrupts.reason(self._asked)
+
+    def last_loss(self) -> float:
+        """The loss of the last step; waits for it."""
+        self._take_pending()
+        if self._last is None:
+            raise RuntimeError("there was no step yet")
+        return self._last.loss
+
+    def _glance(self) -> str:
+        if self._last is None:
             return ""
-        last = self._steps[-1]
+        last, speed = self._last, self.done.samples / max(self.done.seconds, 1e-9)
         scale = f"  scale {last.scale:g}" if self.scaler.is_enabled() else ""
         return f"loss {last.loss:.3f}  lr {last.lr:.2e}{scale}  {speed:,.0f} samples/s"
 
-    # ---- evaluation and state ----
+    # ---- evaluation ----
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> Evaluation:
-        """Loss (of ``criterion``) and accuracy over all samples, without mixing.
+        """Loss (of ``criterion``) and accuracy over all samples of all ranks, without mixing.
+
+        With an average of the weights, it is the average that is evaluated.
 
         Raises:
             ValueError: a loader without batches.
         """
         training = self.model.training
         self.model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        samples = 0
-        for images, labels in loader:
-            images, labels = images.to(self.device), labels.to(self.device)
-            logits = self.model(images if self.mixup is None else self.mixup.plain(images))
-            loss += self.criterion(logits, labels).double() * len(labels)
-            right += (logits.argmax(1) == labels).sum()
-            samples += len(labels)
-            self._check_interrupt()
-        self.model.train(training)
+        if self.world.size > 1:  # batch statistics are the first rank's: DDP hands them out
+            distributed.share_buffers(self.model)
+        # loss, right ones and samples
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        with self.ema.in_place() if self.ema is not None else nullcontext():
+            for images, labels in loader:
+                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+                logits = self.model(images if self.mixup is None else self.mixup.plain(images))
+                loss = self.criterion(logits, labels).double() * len(labels)
+                right = (logits.argmax(1) == labels).sum()
+                sums += torch.stack([loss, right.double(), torch.full_like(loss, len(labels))])
+                if self.world.size == 1:
+                    self._asked = self._signal()
+                    self._stop_if_asked()
+        if training:
+            transfer.train_mode(self.model)
+        loss_sum, right_sum, samples = self.world.sum(sums).tolist()
         if samples == 0:
             raise ValueError("the loader gave no batches; expected at least one")
-        return Evaluation(float(loss) / samples, int(right) / samples)
+        return Evaluation(loss_sum / samples, right_sum / samples)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write model, optimizer, scaler and progress as a checkpoint; see ``checkpoint.save``."""
-        state = {
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; every rank must ask for it."""
+        own = {
+            "rng": rng.state(self.device),
+            "mixup": None if self.mixup is None else self.mixup.state_dict(),
+            "epoch_start": self._epoch_start,
+            "loader": position.own_state(self._loader),
+        }
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "step": self.step},
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "progress": asdict(self.done),
+            "ranks": self.world.gather(own),
         }
-        checkpoint.save(path, state)
 
-    def _save_in_folder(self) -> str:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the trainer that ``state`` was taken from would have, to the bit.
+
+        With another number of ranks than it had, the random numbers are new ones.
+
+        Raises:
+            ValueError, RuntimeError: the state of another model, optimizer or scaler.
+        """
+        self._pending, self._last = None, None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.done = Progress(**state["progress"])
+        self._applied = int(self.optimizer.applied_steps)
+        if len(state["ranks"]) != self.world.size:
+            self.done.batch = self.done.batch * len(state["ranks"]) // self.world.size
+            return
+        own = state["ranks"][self.world.rank]
+        self._epoch_start = own["epoch_start"]
+        self._loader_state = own["loader"]
+        if self.mixup is not None and own["mixup"] is not None:
+            self.mixup.load_state_dict(own["mixup"])
+        rng.restore(own["rng"], self.device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as a checkpoint; see ``checkpoint.save``. Every rank must call it."""
+        self._take_pending()
+        state = self.state_dict()
+        if self.world.is_first:
+            checkpoint.save(path, state)
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint: ``load_state_dict`` with what ``path`` holds.
+
+        Raises:
+            CheckpointError: it cannot be trusted; nothing has changed.
+        """
+        state = checkpoint.load(path) if self.world.is_first else None
+        self.load_state_dict(self.world.share(state))
+
+    def resume_newest(self) -> bool:
+        """Go on from the newest complete checkpoint in the folder, if there is one.
+
+        Raises:
+            CheckpointError: there are some, but none can be trusted.
+        """
+        state = None if self.checkpoints is None else self.checkpoints.load_newest()
+        state = self.world.share(state)
+        if state is None:
+            return False
+        self.load_state_dict(state)
+        self._log.rewind(self.step)
+        self._log.write("resumed", step=self.step)
+        return True
+
+    def _save_in_folder(self, score: float | None = None) -> None:
+        """In the background; the step that is on its way is in it."""
+        if self.folder is None:
+            return
+        self._take_pending()
+        state = self.state_dict()
+        if self.checkpoints is not None:
+            path = self.checkpoints.save(state, self.step, score)
+            self._log.write("saved", step=self.step, path=path.name)
+
+    def _save_and_wait(self) -> str:
         if self.folder is None:
             return "the state was not saved: the trainer has no folder"
-        self.save(self.folder / "checkpoint")
-        return f"the state is saved in {self.folder / 'checkpoint'}"
+        self._save_in_folder()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        return f"the state is saved in {self.folder / 'checkpoints'}"
 
 
 def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

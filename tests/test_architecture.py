@@ -13,16 +13,20 @@ PACKAGE = Path(fastmp.__file__).parent
 
 # What people call -> operation -> device. A module may import from lower floors and from its own.
 FLOORS = [
-    ["backends", "interrupts"],
+    ["backends", "interrupts", "rng"],
     ["ops"],
     ["functional", "state"],
     ["fused"],
     ["nn", "optim", "mixup", "schedule"],
-    ["fusion"],
-    ["amp", "data", "models", "checkpoint", "metrics", "curves"],
+    ["scheduler", "fusion", "accumulate", "ema", "graph", "position"],
+    ["amp", "data", "models", "checkpoint", "metrics", "telemetry", "distributed"],
+    ["checkpoints", "curves", "sharded"],
+    ["transfer", "stepper", "report"],
     ["probe", "trainer"],
+    ["lr_find"],
     ["__init__"],
     ["recipe"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

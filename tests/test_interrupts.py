@@ -1,5 +1,6 @@
-"""Ctrl-C: put off inside the block, once."""
+"""Ctrl-C and SIGTERM: noted inside the block, once."""
 
+import os
 import signal
 import threading
 
@@ -9,35 +10,46 @@ from fastmp import interrupts
 
 
 @pytest.fixture(autouse=True)
-def _default_handler():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _default_handlers():
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_the_first_waits_for_the_check():
-    with interrupts.deferred() as check:
-        check()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            check()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_is_noted_and_the_handler_comes_back(number):
+    before = signal.getsignal(number)
+    with interrupts.deferred() as asked:
+        assert asked() == 0
+        signal.raise_signal(number)
+        assert asked() == number
+    assert signal.getsignal(number) is before
 
 
-def test_the_second_does_not_wait():
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupts.Terminated)],
+)
+def test_the_second_does_not_wait(number, kind):
     with interrupts.deferred():
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            signal.raise_signal(number)
+    assert stop.type is kind is type(interrupts.reason(number))
 
 
 def test_somebody_elses_handler_stays():
     heard = []
     signal.signal(signal.SIGINT, lambda *_: heard.append("theirs"))
-    with interrupts.deferred() as check:
+    with interrupts.deferred() as asked:
         signal.raise_signal(signal.SIGINT)
-        check()
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == signal.SIGTERM
     assert heard == ["theirs"]
 
 
@@ -45,11 +57,10 @@ def test_another_thread_has_no_signals():
     entered = []
 
     def work():
-        with interrupts.deferred() as check:
-            check()
-            entered.append(True)
+        with interrupts.deferred() as asked:
+            entered.append(asked())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert entered == [True]
+    assert entered == [0]

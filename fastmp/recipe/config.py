@@ -1,27 +1,18 @@
-"""The recipe: one frozen dataclass, where its values come from, and what they are made into."""
+"""The recipe: one frozen dataclass, its defaults and the ranges of its values."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import math
-import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import nn
 
-from fastmp import amp, data, models, optim
-from fastmp.data import Dataset
-from fastmp.mixup import Mixup
-from fastmp.nn import CrossEntropyLoss
-from fastmp.schedule import Constant, OneCycle, Schedule, Warmup, scale_lr
-from fastmp.trainer import Trainer
+from fastmp import data, models
+from fastmp.schedule import scale_lr
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, torch.dtype] = {
@@ -40,48 +31,58 @@ def _hint(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
-_LR_DEFAULT = (
-    "4e-3 for Adam and AdamW, times the square root of batch-size x accumulate / 256; "
-    "0.1 for SGD, times that ratio itself"
-)
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """The whole recipe of ``fastmp train``: every field is a flag and a key of the config file."""
 
     data: str = "digits"
-    """Data set: digits (1,797 images 8x8, in scikit-learn) or fashion-mnist (70,000, 28x28)."""
+    """Data set: digits (1,797 images 8x8, in scikit-learn), fashion-mnist (70,000, 28x28), a folder
+    with train/CLASS/*.jpg and val/CLASS/*.jpg, or hf:NAME from Hugging Face."""
+
+    image_size: Annotated[int | None, _hint("INT", "that of the images, at most 224")] = None
+    """Height and width that images from files are cut to."""
+
+    workers: int = 4
+    """Processes that decode images from files; 0: the training process does it."""
 
     model: str = "convnet"
     """mlp, convnet, vit, or package.module:factory, called with (in_shape, classes)."""
 
-    epochs: Annotated[int | None, _hint("INT", "15 for digits, 8 for fashion-mnist")] = None
+    epochs: Annotated[int | None, _hint("INT", "15 for digits, else 8")] = None
     """Passes over the training set."""
 
-    batch_size: Annotated[int | None, _hint("INT", "64 for digits, 256 for fashion-mnist")] = None
-    """Samples per batch."""
+    batch_size: Annotated[int | None, _hint("INT", "64 for digits, else 256")] = None
+    """Samples per batch and device."""
 
     accumulate: int = 1
-    """Batches per optimizer step; their gradients are averaged."""
+    """Batches per optimizer step and device; their gradients are summed in fp32 and averaged."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Update rule. SGD uses Nesterov momentum."""
 
-    lr: Annotated[float | None, _hint("FLOAT", _LR_DEFAULT)] = None
-    """Peak learning rate."""
+    base_lr: Annotated[float | None, _hint("FLOAT", "4e-3 for Adam and AdamW, 0.1 for SGD")] = None
+    """Peak learning rate for a global batch of 256; scaled to the global batch, batch-size x
+    devices x accumulate: linearly for SGD, with the square root for Adam and AdamW."""
 
-    schedule: Literal["one-cycle", "constant"] = "one-cycle"
-    """Learning rate over the run: one-cycle climbs and falls to zero, constant stays."""
+    lr: Annotated[float | None, _hint("FLOAT", "base-lr, scaled")] = None
+    """Peak learning rate as it is, instead of base-lr."""
+
+    schedule: Literal["one-cycle", "cosine", "cyclic", "constant"] = "one-cycle"
+    """Learning rate over the run: one-cycle climbs and falls to zero; cosine climbs in a straight
+    line and falls to zero; cyclic goes up and down, each peak half as high; constant stays."""
+
+    cycles: int = 3
+    """How often the cyclic schedule goes up and down."""
 
     warmup: float = 0.25
-    """Share of all steps in which the learning rate climbs to its peak, 0 to 1."""
+    """Share of all steps in which the learning rate climbs to its peak, 0 to 1. The cyclic schedule
+    does not use it."""
 
     momentum: float = 0.95
-    """Momentum of SGD, beta1 of Adam; with one-cycle the value at its ends."""
+    """Momentum of SGD, beta1 of Adam; with one-cycle and cyclic the value at the foot."""
 
     peak_momentum: float = 0.85
-    """The same at the peak of one-cycle. The constant schedule does not use it."""
+    """The same at the peak of one-cycle and cyclic. Other schedules do not use it."""
 
     beta2: float = 0.999
     """Adam's decay of the second moment. SGD does not use it."""
@@ -91,6 +92,23 @@ class TrainConfig:
 
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; inf: do not clip."""
+
+    ema: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
+
+    init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
+    """Pretrained weights: a .safetensors file, a PyTorch state_dict or the folder of a run. Layers
+    that do not fit, such as a head for other classes, start anew."""
+
+    freeze: tuple[str, ...] = ()
+    """Parameters that do not train: names, names of modules, or patterns such as 'blocks.*'."""
+
+    unfreeze_every: int = 0
+    """Train the head alone, and after every so many epochs one more layer below it; 0: all at
+    once."""
+
+    layer_decay: float = 1.0
+    """Learning rate of a layer as a share of that of the layer above it, such as 0.7."""
 
     mixup: float = 0.2
     """Mixup strength: lambda ~ Beta(mixup, mixup); 0: off."""
@@ -113,19 +131,37 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: cuda if there is one."""
 
+    cuda_graph: bool = False
+    """Record a training step as one CUDA graph and replay it; needs static shapes."""
+
+    shard: bool = False
+    """Spread weights, gradients and optimizer state over the devices (FSDP2), for models that do
+    not fit on one."""
+
     threads: int = 0
     """CPU threads; 0: as many as PyTorch chooses."""
 
     seed: int = 0
     """Seed of the weights, the order of samples and the mixing."""
 
+    save_every: int = 0
+    """Steps between checkpoints, besides those after every epoch; 0: only those."""
+
+    keep: int = 2
+    """How many of the newest checkpoints to keep, besides the best one."""
+
+    telemetry: bool = False
+    """Count gradients that were flushed to zero and updates that were lost to rounding."""
+
     out: Annotated[Path | None, _hint("PATH", "runs/<data>-<model>-<time>")] = None
-    """Folder for everything the run writes; must be new or empty."""
+    """Folder for everything the run writes; must be new or empty, unless --resume is given."""
 
     def __post_init__(self) -> None:
-        if self.data not in data.DATASETS:
+        if not data.is_known(self.data):
             known = ", ".join(data.DATASETS)
-            raise ConfigError(f"data: expected one of {known}, got {self.data!r}")
+            raise ConfigError(
+                f"data: expected {known}, an existing folder or hf:NAME, got {self.data!r}"
+            )
         if self.model not in models.MODELS and ":" not in self.model:
             known = ", ".join(models.MODELS)
             raise ConfigError(
@@ -135,22 +171,51 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name}: expected {expected}, got {value}")
+        if self.unfreeze_every and self.freeze:
+            raise ConfigError(
+                "unfreeze_every, freeze: expected one of them; unfreeze_every decides for every "
+                "layer whether it trains"
+            )
 
-    def resolved(self) -> TrainConfig:
-        """The same with every default that depends on other fields filled in, ``out`` aside."""
-        epochs, batch_size = _DEFAULTS[self.data]
+    def one_lr(self, defaults: TrainConfig) -> TrainConfig:
+        """The same, where a flag with one of lr and base_lr outdoes the other in ``defaults``."""
+        if self.lr is None or self.base_lr is None:
+            return self
+        if defaults.base_lr is not None and defaults.lr is None:
+            return dataclasses.replace(self, base_lr=None)
+        if defaults.lr is not None and defaults.base_lr is None:
+            return dataclasses.replace(self, lr=None)
+        return self
+
+    def resolved(self, devices: int = 1) -> TrainConfig:
+        """The same with every default that depends on other fields filled in, ``out`` aside.
+
+        Args:
+            devices: how many train together; the learning rate is scaled to the global batch.
+
+        Raises:
+            ConfigError: both a learning rate and one to scale.
+        """
+        if self.lr is not None and self.base_lr is not None:
+            raise ConfigError(
+                f"lr, base_lr: expected one of them, got {self.lr:g} and {self.base_lr:g}; "
+                "lr is used as it is, base_lr is scaled to the global batch"
+            )
+        epochs, batch_size = _DEFAULTS.get(self.data, (8, 256))
         batch_size = batch_size if self.batch_size is None else self.batch_size
-        base_lr, rule = _BASE_LR[self.optimizer]
-        lr = scale_lr(base_lr, batch_size * self.accumulate, rule=rule)
+        usual, rule = _BASE_LR[self.optimizer]
+        base_lr = usual if self.base_lr is None else self.base_lr
+        lr = scale_lr(base_lr, batch_size * self.accumulate * devices, rule=rule)
         return dataclasses.replace(
             self,
             epochs=epochs if self.epochs is None else self.epochs,
             batch_size=batch_size,
+            base_lr=base_lr if self.lr is None else None,
             lr=lr if self.lr is None else self.lr,
         )
 
 
-_DEFAULTS = {"digits": (15, 64), "fashion-mnist": (8, 256)}  # epochs, batch size
+_DEFAULTS = {"digits": (15, 64)}  # epochs, batch size
 
 _BASE_LR: dict[str, tuple[float, Literal["linear", "sqrt"]]] = {  # at a batch of 256
     "adamw": (4e-3, "sqrt"),
@@ -160,6 +225,7 @@ _BASE_LR: dict[str, tuple[float, Literal["linear", "sqrt"]]] = {  # at a batch o
 
 _MOST = torch.finfo(torch.float32).max
 _COUNT = (1, 2**31 - 1, "a whole number of at least 1")
+_WHOLE = (0, 2**31 - 1, "a whole number of at least 0")
 _NOT_NEGATIVE = (0, _MOST, "a finite number of at least 0")
 _SHARE = (0, 1, "a number from 0 to 1")
 _DECAY = (0, math.nextafter(1, 0), "a number of at least 0 and below 1")
@@ -167,13 +233,22 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, in words
     "epochs": _COUNT,
     "batch_size": _COUNT,
     "accumulate": _COUNT,
+    "image_size": _COUNT,
+    "workers": (0, 4096, "a whole number from 0 to 4096"),
+    "base_lr": _NOT_NEGATIVE,
     "lr": _NOT_NEGATIVE,
+    "cycles": _COUNT,
     "warmup": _SHARE,
     "momentum": _DECAY,
     "peak_momentum": _DECAY,
     "beta2": _DECAY,
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": (math.nextafter(0, 1), math.inf, "a number above 0"),
+    "ema": _DECAY,
+    "unfreeze_every": _WHOLE,
+    "layer_decay": (math.nextafter(0, 1), 1, "a number above 0 and at most 1"),
+    "save_every": _WHOLE,
+    "keep": _COUNT,
     "mixup": _NOT_NEGATIVE,
     "cutmix": _NOT_NEGATIVE,
     "label_smoothing": _SHARE,
@@ -182,166 +257,3 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, in words
     "threads": (0, 4096, "a whole number from 0 to 4096"),
     "seed": (0, 2**63 - 1, "a whole number from 0 to 2**63 - 1"),
 }
-
-
-# ---- the config file ----
-
-
-def read_toml(path: Path) -> TrainConfig:
-    """The recipe in a TOML file; fields that it does not name have their defaults.
-
-    Raises:
-        ConfigError: no such file, no TOML, an unknown key, or a value of a wrong type or range.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"config file {path}: expected TOML, got: {error}") from error
-    types = get_type_hints(TrainConfig)
-    for key, value in values.items():
-        if key not in types:
-            raise ConfigError(
-                f"config file {path}: unknown key {key!r}; the known ones are {', '.join(types)}"
-            )
-        values[key] = _converted(value, types[key], f"config file {path}: {key}")
-    return TrainConfig(**values)
-
-
-def _converted(value: Any, expected: Any, name: str) -> Any:
-    choices = getattr(expected, "__args__", (expected,))  # of a union, or of a Literal
-    if Path in choices and isinstance(value, str):
-        return Path(value)
-    if float in choices and type(value) is int:
-        return float(value)
-    if type(value) in choices or value in choices:
-        return value
-    wanted = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
-    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
-
-
-def write_toml(config: TrainConfig, path: Path) -> None:
-    """Write the recipe so that ``read_toml`` gives it back; fields that are None are left out."""
-    lines = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None:
-            continue
-        # a JSON string is a TOML string, and Python spells its numbers (inf too) as TOML does
-        text = json.dumps(str(value)) if isinstance(value, str | Path) else repr(value)
-        lines.append(f"{field.name} = {text}\n")
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-# ---- what the recipe is made into ----
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    """The device the recipe asks for.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: expected one that works here, got {config.device!r}: {reason}"
-        ) from error
-    return device
-
-
-def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    """The model with its first weights, fp32 on the CPU, the same for the same seed.
-
-    Raises:
-        fastmp.models.ModelError: the name leads to no model.
-    """
-    torch.manual_seed(config.seed)
-    return models.build(config.model, dataset.shape, len(dataset.classes))
-
-
-def build_trainer(
-    config: TrainConfig,
-    dataset: Dataset,
-    model: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    total_steps: int,
-    folder: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> Trainer:
-    """A trainer for a copy of ``model`` in ``dtype`` on ``device``.
-
-    Args:
-        config: resolved.
-        dataset: gives the normalisation.
-        model: fp32; left as it is.
-        total_steps: optimizer steps of the whole run, the length of the schedule.
-        folder, progress: as ``Trainer`` takes them.
-    """
-    trained = amp.convert(copy.deepcopy(model).to(device), dtype)
-    generator = torch.Generator().manual_seed(config.seed)
-    return Trainer(
-        trained,
-        _optimizer(config, trained),
-        CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        schedule=_schedule(config, total_steps),
-        scaler=amp.GradScaler(
-            device.type,
-            init_scale=config.loss_scale,
-            growth_interval=config.scale_growth_interval,
-            enabled=dtype == torch.float16,
-        ),
-        mixup=Mixup(
-            config.mixup,
-            config.cutmix,
-            generator=generator,
-            mean=dataset.mean,
-            std=dataset.std,
-            dtype=dtype,
-        ),
-        accumulate=config.accumulate,
-        folder=folder,
-        progress=progress,
-    )
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> optim.AdamW | optim.Adam | optim.SGD:
-    # Decay pulls weights towards zero; for a norm's scale or a bias there is no reason to be there.
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    assert config.lr is not None, "the config must be resolved"
-    clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
-    if config.optimizer == "sgd":
-        return optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            max_grad_norm=clip,
-        )
-    kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
-    betas = (config.momentum, config.beta2)
-    return kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
-
-
-def _schedule(config: TrainConfig, total_steps: int) -> Schedule:
-    assert config.lr is not None, "the config must be resolved"
-    if config.schedule == "constant":
-        return Warmup(Constant(config.lr, config.momentum), round(config.warmup * total_steps))
-    return OneCycle(
-        config.lr,
-        total_steps,
-        pct_start=config.warmup,
-        base_momentum=config.peak_momentum,
-        max_momentum=config.momentum,
-    )

@@ -1,8 +1,4 @@
-"""Data sets held in memory as uint8 images, and the loaders over them.
-
-Images stay uint8 until ``Mixup`` normalises, mixes and casts a whole batch in one pass; a batch is
-one indexing operation, never a list of samples collated in Python.
-"""
+"""Fashion-MNIST (Zalando SE, MIT licence; Xiao et al. 2017, arXiv:1708.07747)."""
 
 from __future__ import annotations
 
@@ -15,138 +11,14 @@ import struct
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
-from fastmp.mixup import Mixup
-from fastmp.ops.loss import MixedTarget
-
-__all__ = ["DATASETS", "DataError", "Dataset", "MixedTarget", "Mixup", "load", "loader", "read_idx"]
-
-
-class DataError(ValueError):
-    """A data set that is unknown, missing, corrupt or truncated; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images and labels for training and testing, in memory.
-
-    Images are uint8 of shape (N, C, H, W), labels int64 of shape (N,). ``mean`` and ``std`` are the
-    training images' statistics per channel after scaling to [0, 1].
-    """
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        channels, height, width = self.train_images.shape[1:]
-        return channels, height, width
-
-
-def load(name: str) -> Dataset:
-    """The data set of that name, one of ``DATASETS``.
-
-    Raises:
-        DataError: an unknown name, or files that cannot be found, fetched or trusted.
-    """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; the known ones are {', '.join(DATASETS)}")
-    return DATASETS[name]()
-
-
-def loader(
-    images: Tensor,
-    labels: Tensor,
-    batch_size: int,
-    *,
-    shuffle: bool,
-    generator: torch.Generator | None = None,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of (images, labels), with the dtypes they have here.
-
-    With ``shuffle`` (training) the order comes from ``generator`` and a last partial batch is
-    dropped, unless it is the only one; without (evaluation) every sample comes once, in order.
-
-    Raises:
-        ValueError: no samples, as many labels as images, or a batch size below 1.
-    """
-    if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(
-            f"expected as many labels as images and at least one, got {len(images)} images "
-            f"and {len(labels)} labels"
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    samples = _Samples(images, labels)
-    order: Sampler[int] = (
-        RandomSampler(samples, generator=generator) if shuffle else SequentialSampler(samples)
-    )
-    batches = BatchSampler(order, batch_size, drop_last=shuffle and len(images) >= batch_size)
-    # batch_size=None: the sampler hands whole lists of indices to the data set, nothing to collate
-    return DataLoader(samples, sampler=batches, batch_size=None, generator=generator)
-
-
-class _Samples(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-
-def _dataset(
-    name: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    classes: tuple[str, ...],
-) -> Dataset:
-    pixels = train[0].numpy().astype(np.float64) / 255
-    mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
-    return Dataset(name, *train, *test, tuple(mean.tolist()), tuple(std.tolist()), classes)
-
-
-# ---- handwritten digits, from scikit-learn ----
-
-
-def _digits() -> Dataset:
-    """1,797 grey 8x8 images of digits; the same fifth of every class is always the test."""
-    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
-
-    images, labels = load_digits(return_X_y=True)
-    scaled = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    shuffled = np.random.default_rng(0).permutation(len(labels))
-    rank = np.zeros(len(labels), dtype=np.int64)  # the how-manieth of its class, in shuffled order
-    for digit in range(10):
-        members = shuffled[labels[shuffled] == digit]
-        rank[members] = np.arange(len(members))
-    test = rank % 5 == 0
-    parts = [
-        (torch.from_numpy(scaled[part]), torch.from_numpy(labels[part].astype(np.int64)))
-        for part in (~test, test)
-    ]
-    return _dataset("digits", parts[0], parts[1], tuple("0123456789"))
-
-
-# ---- Fashion-MNIST (Zalando SE, MIT licence; Xiao et al. 2017, arXiv:1708.07747) ----
+from fastmp.data.dataset import DataError, Dataset, in_memory
 
 
 @dataclass(frozen=True)
@@ -192,7 +64,7 @@ _SYSTEM_FOLDERS = (
 )
 
 
-def _fashion_mnist() -> Dataset:
+def fashion_mnist() -> Dataset:
     """60,000 training and 10,000 test images of clothes, 28x28 grey."""
     folder = _find_fashion_mnist()
     parts = {}
@@ -201,7 +73,7 @@ def _fashion_mnist() -> Dataset:
         parts[part] = torch.from_numpy(array)
     train = parts["train_images"].unsqueeze(1), parts["train_labels"].long()
     test = parts["test_images"].unsqueeze(1), parts["test_labels"].long()
-    return _dataset("fashion-mnist", train, test, _FASHION_CLASSES)
+    return in_memory("fashion-mnist", train, test, _FASHION_CLASSES)
 
 
 def _find_fashion_mnist() -> Path:
@@ -333,7 +205,3 @@ def _distrust(path: Path, expected: str, found: str) -> DataError:
         f"{path} cannot be used: expected {expected}, but {found}; "
         "delete the file to have it fetched again, or put a good copy in its place"
     )
-
-
-#: Every data set, by the name ``load`` takes.
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "fashion-mnist": _fashion_mnist}

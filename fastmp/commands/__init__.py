@@ -1,0 +1,1 @@
+"""The commands of ``fastmp``, one file each."""

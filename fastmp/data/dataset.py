@@ -1,0 +1,121 @@
+"""What a data set is: two sources of uint8 images with labels, and their statistics.
+
+Images stay uint8 until ``Mixup`` normalises, mixes and casts a whole batch in one pass; a batch is
+one indexing operation, never a list of samples collated in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+
+
+class DataError(ValueError):
+    """A data set that is unknown, missing, corrupt or truncated; the message says what to do."""
+
+
+class Source(Protocol):
+    """Images with labels, by index."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,)."""
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of one image."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images uint8 (n, C, H, W) and labels int64 (n,).
+
+        Args:
+            indices: which.
+            seed: decides all that is random about the images, such as how they are cropped, so
+                that the same batch can be had again; None: nothing is random.
+        """
+
+
+class Arrays:
+    """A source in memory.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+
+    Raises:
+        ValueError: no images, or another number of labels.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) != len(labels) or len(images) == 0:
+            raise ValueError(
+                f"expected as many labels as images and at least one, got {len(images)} images "
+                f"and {len(labels)} labels"
+            )
+        self.images = images
+        self.labels = labels
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels of these indices; nothing about them is random."""
+        index = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
+        return self.images[index], self.labels[index]
+
+    def to(self, device: torch.device) -> Arrays:
+        """The same on a device, where batches are then taken."""
+        return Arrays(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels for training and testing.
+
+    ``mean`` and ``std`` are the training images' statistics per channel after scaling to [0, 1].
+    """
+
+    name: str
+    train: Source
+    test: Source
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of one image."""
+        return self.train.shape
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 (N, C, H, W), scaled to [0, 1]."""
+    pixels = images.numpy() / 255.0
+    mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def in_memory(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: tuple[str, ...],
+) -> Dataset:
+    """A data set of (images, labels) pairs."""
+    return Dataset(name, Arrays(*train), Arrays(*test), *statistics(train[0]), classes)

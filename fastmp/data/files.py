@@ -1,0 +1,253 @@
+"""Images in files: a folder for each class, or a data set of Hugging Face; the extra ``[data]``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmp.data.dataset import DataError, Dataset, Shape, statistics
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LARGEST = 224  # pixels a side, unless told otherwise: what ImageNet's models take
+_SAMPLE = 1000  # images for mean and std
+_AREA = (0.08, 1.0)  # of a random crop, and its width : height (Szegedy et al. 2015, 1409.4842)
+_RATIO = (3 / 4, 4 / 3)
+
+
+class Images:
+    """A source that decodes images when they are asked for.
+
+    In training each is cut to a random part and mirrored half of the time, as (seed, index) say; in
+    evaluation it is the largest square in the middle.
+
+    Args:
+        read: opens the image of an index, and names it for messages.
+        labels: int64 (N,).
+        shape: (C, H, W) of the result; C is 1 or 3.
+    """
+
+    def __init__(
+        self, read: Callable[[int], tuple[Image, str]], labels: Tensor, shape: Shape
+    ) -> None:
+        self._read = read
+        self.labels = labels
+        self._shape = shape
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of one image."""
+        return self._shape
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images uint8 (n, C, H, W) and labels int64 (n,).
+
+        Raises:
+            DataError: a file that is no image, by its name.
+        """
+        images = torch.stack([self._decoded(int(index), seed) for index in indices])
+        return images, self.labels[torch.as_tensor(indices)]
+
+    def _decoded(self, index: int, seed: int | None) -> Tensor:
+        channels, height, width = self._shape
+        name = f"image {index}"
+        try:
+            image, name = self._read(index)
+            image = image.convert("L" if channels == 1 else "RGB")
+            dice = None if seed is None else random.Random(f"{seed} {index}")
+            box = _middle(*image.size) if dice is None else _random_part(*image.size, dice)
+            image = image.resize((width, height), 2, box=box, reducing_gap=2.0)  # 2: bilinear
+        except OSError as error:
+            raise DataError(
+                f"{name} cannot be read: expected an image, got: {error}; replace or delete it"
+            ) from error
+        pixels = torch.from_numpy(np.array(image, np.uint8)).reshape(height, width, channels)
+        if dice is not None and dice.random() < 0.5:
+            pixels = pixels.flip(1)
+        return pixels.permute(2, 0, 1).contiguous()
+
+
+def _middle(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _random_part(width: int, height: int, dice: random.Random) -> tuple[float, float, float, float]:
+    for _ in range(10):
+        area = width * height * dice.uniform(*_AREA)
+        ratio = np.exp(dice.uniform(*np.log(_RATIO)))
+        wide, high = float(np.sqrt(area * ratio)), float(np.sqrt(area / ratio))
+        if wide <= width and high <= height:
+            left, top = dice.uniform(0, width - wide), dice.uniform(0, height - high)
+            return left, top, left + wide, top + high
+    return _middle(width, height)
+
+
+def _dataset(
+    name: str,
+    parts: Sequence[tuple[Callable[[int], tuple[Image, str]], list[int]]],
+    classes: Sequence[str],
+    size: int | None,
+) -> Dataset:
+    (read, labels), (read_test, test_labels) = parts
+    try:
+        first, _ = read(0)
+    except OSError as error:
+        raise DataError(f"the first image of {name} cannot be read: {error}") from error
+    side = min(LARGEST, *first.size) if size is None else size
+    shape = (1 if first.mode in ("1", "L") else 3, side, side)
+    train = Images(read, torch.tensor(labels), shape)
+    test = Images(read_test, torch.tensor(test_labels), shape)
+    step = -(-len(train) // _SAMPLE)
+    mean, std = statistics(train.batch(range(0, len(train), step))[0])
+    return Dataset(name, train, test, mean, std, tuple(classes))
+
+
+# ---- a folder ----
+
+
+class _Files:
+    """Opens files; an object, because it has to go to the worker processes."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __call__(self, index: int) -> tuple[Image, str]:
+        image = _pillow()
+        path = self._paths[index]
+        try:
+            return image.open(path), str(path)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: expected an image, got: {error}; replace or delete it"
+            ) from error
+
+
+def from_folder(folder: Path, size: int | None) -> Dataset:
+    """The images below ``folder``; see ``fastmp.data.load``.
+
+    Raises:
+        DataError: no images, or classes for testing that there are none of for training.
+    """
+    _pillow()
+    train = folder / "train"
+    tests = [folder / name for name in ("val", "valid", "validation", "test")]
+    test = next((path for path in tests if path.is_dir()), None)
+    if train.is_dir() and test is not None:
+        found, found_test = _by_class(train), _by_class(test)
+    else:
+        whole = _by_class(train if train.is_dir() else folder)
+        found = {name: [p for i, p in enumerate(paths) if i % 10] for name, paths in whole.items()}
+        found_test = {name: paths[::10] for name, paths in whole.items()}
+    classes = sorted(found)
+    strange = sorted(found_test.keys() - found.keys())
+    if strange:
+        raise DataError(
+            f"{test} has classes that {train} has no images of: {', '.join(strange)}; "
+            "the folders must have the same names"
+        )
+    parts = []
+    for images in (found, found_test):
+        pairs = [(path, label) for label, c in enumerate(classes) for path in images.get(c, [])]
+        if not pairs:
+            raise DataError(f"{folder}: expected images for training and for testing, got too few")
+        parts.append((_Files([path for path, _ in pairs]), [label for _, label in pairs]))
+    return _dataset(str(folder), parts, classes, size)
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """The images below each folder in ``folder``, in the order of their names."""
+    found = {
+        path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        for path in folder.iterdir()
+        if path.is_dir()
+    }
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        raise DataError(
+            f"{folder}: expected a folder for each class with images ({', '.join(ENDINGS)}), "
+            "found none"
+        )
+    return found
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            "images in files need pillow; install it with: pip install 'fastmp[data]'"
+        ) from error
+    return Image
+
+
+# ---- Hugging Face ----
+
+
+class _Rows:
+    """Opens the images of a column."""
+
+    def __init__(self, rows: Any, column: str, name: str) -> None:
+        self._rows, self._column, self._name = rows, column, name
+
+    def __call__(self, index: int) -> tuple[Image, str]:
+        return self._rows[index][self._column], f"image {index} of {self._name}"
+
+
+def from_hugging_face(name: str, size: int | None) -> Dataset:
+    """The data set of that name on the hub, or in that folder; see ``fastmp.data.load``.
+
+    Raises:
+        DataError: it cannot be had, or has no column of images or of class labels.
+    """
+    _pillow()
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"hf:{name} needs the package datasets; install it with: pip install 'fastmp[data]'"
+        ) from error
+    path, _, config = name.partition(":")
+    try:
+        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
+            found = datasets.load_from_disk(path)
+        else:
+            found = datasets.load_dataset(path, config or None)
+    except Exception as error:  # it has no common class of errors
+        raise DataError(f"hf:{name} cannot be loaded: {error}") from error
+    train, test = _splits(found, name)
+    kinds = {column: type(kind).__name__ for column, kind in train.features.items()}
+    columns = {kind: column for column, kind in reversed(kinds.items())}
+    if not {"Image", "ClassLabel"} <= columns.keys():
+        raise DataError(
+            f"hf:{name}: expected a column of type Image and one of type ClassLabel, got {kinds}"
+        )
+    image, label = columns["Image"], columns["ClassLabel"]
+    parts = [(_Rows(rows, image, f"hf:{name}"), list(rows[label])) for rows in (train, test)]
+    return _dataset(f"hf:{name}", parts, train.features[label].names, size)
+
+
+def _splits(found: Any, name: str) -> tuple[Any, Any]:
+    """Training and testing; without a split for testing a tenth, always the same."""
+    if not hasattr(found, "keys"):
+        found = {"train": found}
+    if "train" not in found:
+        raise DataError(f"hf:{name}: expected a split 'train', got {', '.join(found)}")
+    for split in ("validation", "test", "val", "valid"):
+        if split in found:
+            return found["train"], found[split]
+    parts = found["train"].train_test_split(test_size=0.1, seed=0)
+    return parts["train"], parts["test"]

@@ -1,0 +1,27 @@
+"""The recipe of ``fastmp train``: its settings, its file, and what they are made into."""
+
+from fastmp.recipe.build import (
+    build_model,
+    build_trainer,
+    device_of,
+    load_data,
+    load_pretrained,
+    loaders,
+)
+from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
+from fastmp.recipe.file import read_toml, write_toml
+
+__all__ = [
+    "DTYPES",
+    "ConfigError",
+    "DtypeName",
+    "TrainConfig",
+    "build_model",
+    "build_trainer",
+    "device_of",
+    "load_data",
+    "load_pretrained",
+    "loaders",
+    "read_toml",
+    "write_toml",
+]

@@ -1,0 +1,208 @@
+"""What a recipe is made into: device, data, model, optimizer, schedule, trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+
+import torch
+from torch import nn
+
+from fastmp import amp, data, distributed, models, optim, transfer
+from fastmp.checkpoints import Checkpoints
+from fastmp.data import Dataset
+from fastmp.distributed import World
+from fastmp.mixup import Mixup
+from fastmp.nn import CrossEntropyLoss
+from fastmp.recipe.config import ConfigError, TrainConfig
+from fastmp.schedule import Constant, Cosine, Cyclic, OneCycle, Schedule, Warmup
+from fastmp.trainer import Trainer
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device the recipe asks for, this process's own of several.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = distributed.own_device(kind)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected one that works here, got {config.device!r}: {reason}"
+        ) from error
+    return device
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """The recipe's data set.
+
+    Raises:
+        fastmp.data.DataError: it cannot be found or read.
+    """
+    return data.load(config.data, image_size=config.image_size)
+
+
+def loaders(
+    config: TrainConfig, dataset: Dataset, device: torch.device, world: World
+) -> tuple[data.Loader, data.Loader]:
+    """Batches for training and testing, this process's share of them."""
+    assert config.batch_size is not None, "the config must be resolved"
+    train, test = (
+        data.loader(
+            source,
+            size,
+            shuffle=shuffle,
+            seed=config.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=config.workers,
+            device=device,
+        )
+        for source, size, shuffle in (
+            (dataset.train, config.batch_size, True),
+            (dataset.test, 1000, False),
+        )
+    )
+    return train, test
+
+
+def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
+    """The model with its first weights, fp32 on the CPU, the same for the same seed.
+
+    Raises:
+        fastmp.models.ModelError: the name leads to no model.
+    """
+    torch.manual_seed(config.seed)
+    return models.build(config.model, dataset.shape, len(dataset.classes))
+
+
+def load_pretrained(config: TrainConfig, model: nn.Module) -> transfer.Report | None:
+    """Put the weights that the recipe starts from into ``model``.
+
+    Raises:
+        fastmp.transfer.TransferError: they cannot be read, or nothing of them fits.
+    """
+    if config.init_from is None:
+        return None
+    source = config.init_from
+    if (source / "checkpoints").is_dir():  # the folder of a run
+        checkpoints = Checkpoints(source / "checkpoints")
+        source = checkpoints.best() or checkpoints.newest() or source
+    return transfer.load_pretrained(model, source)
+
+
+def build_trainer(
+    config: TrainConfig,
+    dataset: Dataset,
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    total_steps: int,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    world: World | None = None,
+) -> Trainer:
+    """A trainer for a copy of ``model`` in ``dtype`` on ``device``.
+
+    Args:
+        config: resolved.
+        dataset: gives the normalisation.
+        model: fp32; left as it is.
+        total_steps: optimizer steps of the whole run, the length of the schedule.
+        folder, progress, world: as ``Trainer`` takes them.
+    """
+    world = distributed.current() if world is None else world
+    trained = amp.convert(copy.deepcopy(model).to(device), dtype)
+    if config.freeze:
+        transfer.freeze(trained, *config.freeze)
+    # every rank mixes in its own way; the first one as if it were alone
+    generator = torch.Generator().manual_seed((config.seed + (world.rank << 32)) % 2**63)
+    return Trainer(
+        trained,
+        _optimizer(config, trained),
+        CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        schedule=_schedule(config, total_steps),
+        scaler=amp.GradScaler(
+            device.type,
+            init_scale=config.loss_scale,
+            growth_interval=config.scale_growth_interval,
+            enabled=dtype == torch.float16,
+        ),
+        mixup=Mixup(
+            config.mixup,
+            config.cutmix,
+            generator=generator,
+            mean=dataset.mean,
+            std=dataset.std,
+            dtype=dtype,
+        ),
+        accumulate=config.accumulate,
+        ema=config.ema or None,
+        unfreeze=_unfreezing(config),
+        cuda_graph=config.cuda_graph,
+        telemetry=config.telemetry,
+        folder=folder,
+        save_every=config.save_every,
+        keep=config.keep,
+        progress=progress,
+        world=world,
+    )
+
+
+def _unfreezing(config: TrainConfig) -> transfer.GradualUnfreezing | None:
+    if config.unfreeze_every == 0:
+        return None
+    return transfer.GradualUnfreezing(every=config.unfreeze_every)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> optim.AdamW | optim.Adam | optim.SGD:
+    assert config.lr is not None, "the config must be resolved"
+    groups = transfer.layerwise_lr(
+        model, config.lr, config.layer_decay, weight_decay=config.weight_decay
+    )
+    clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
+    if config.optimizer == "sgd":
+        return optim.SGD(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            max_grad_norm=clip,
+        )
+    kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
+    betas = (config.momentum, config.beta2)
+    return kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
+
+
+def _schedule(config: TrainConfig, total_steps: int) -> Schedule:
+    lr = config.lr
+    assert lr is not None, "the config must be resolved"
+    warmup = round(config.warmup * total_steps)
+    if config.schedule == "constant":
+        return Warmup(Constant(lr, config.momentum), warmup)
+    if config.schedule == "cosine":
+        return Warmup(Cosine(lr, max(total_steps - warmup, 1), momentum=config.momentum), warmup)
+    if config.schedule == "cyclic":
+        return Cyclic(
+            lr / 25,  # the foot that one-cycle starts from
+            lr,
+            step_size_up=max(1, round(total_steps / (2 * config.cycles))),
+            mode="triangular2",
+            base_momentum=config.peak_momentum,
+            max_momentum=config.momentum,
+        )
+    return OneCycle(
+        lr,
+        total_steps,
+        pct_start=config.warmup,
+        base_momentum=config.peak_momentum,
+        max_momentum=config.momentum,
+    )

@@ -1,0 +1,64 @@
+"""The recipe as a TOML file, to and fro."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fastmp.recipe.config import ConfigError, TrainConfig
+
+
+def read_toml(path: Path) -> TrainConfig:
+    """The recipe in a TOML file; fields that it does not name have their defaults.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key, or a value of a wrong type or range.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config file {path}: expected TOML, got: {error}") from error
+    types = get_type_hints(TrainConfig)
+    for key, value in values.items():
+        if key not in types:
+            raise ConfigError(
+                f"config file {path}: unknown key {key!r}; the known ones are {', '.join(types)}"
+            )
+        values[key] = _converted(value, types[key], f"config file {path}: {key}")
+    return TrainConfig(**values)
+
+
+def _converted(value: Any, expected: Any, name: str) -> Any:
+    choices = get_args(expected) or (expected,)  # of a union, or of a Literal
+    if get_origin(expected) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ConfigError(f"{name}: expected a list of strings, got {value!r}")
+    if Path in choices and isinstance(value, str):
+        return Path(value)
+    if float in choices and type(value) is int:
+        return float(value)
+    if type(value) in choices or value in choices:
+        return value
+    wanted = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
+    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def write_toml(config: TrainConfig, path: Path) -> None:
+    """Write the recipe so that ``read_toml`` gives it back; fields that are None are left out."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            lines.append(f"{field.name} = {_as_toml(value)}\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _as_toml(value: Any) -> str:
+    """JSON writes strings, lists and booleans as TOML does, Python the numbers (inf too)."""
+    if isinstance(value, bool | tuple):
+        return json.dumps(value)
+    return json.dumps(str(value)) if isinstance(value, str | Path) else repr(value)

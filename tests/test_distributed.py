@@ -1,0 +1,101 @@
+"""Data parallel training on two gloo ranks, which stand for two GPUs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from fastmp.checkpoints import Checkpoints
+
+from fastmp import checkpoint, distributed
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(*arguments, processes=2, cwd=ROOT, timeout=300):
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What each of two ranks saw in every check of ``ranks.py``; one start for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = torchrun(ranks.__file__, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return [*both, folder]
+
+
+def test_torchrun_says_who_is_who(seen):
+    assert [part["world"] for part in seen[:2]] == [
+        distributed.World(0, 2, 0),
+        distributed.World(1, 2, 1),
+    ]
+
+
+def test_two_ranks_are_one_with_twice_the_batch(seen):
+    one, two = (part["twice"] for part in seen[:2])
+    assert one["digests"] == two["digests"]  # bitwise, after every step
+    assert len(set(one["digests"])) == ranks.STEPS
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(value, one["alone"][name], rtol=1e-5, atol=1e-6)
+    assert one["losses"][0] == two["losses"][0] == pytest.approx(one["losses"][1], rel=1e-5)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_both(seen):
+    one, two = (part["overflow"] for part in seen[:2])
+    assert one == two
+    assert [step["unchanged"] for step in one] == [False, False, True, False, False]
+    assert [step["scale"] for step in one] == [256.0, 256.0, 128.0, 128.0, 128.0]
+    assert (one[-1]["skipped"], one[-1]["applied"]) == (1, 4)
+    assert one[-1]["offender"] == "1.weight"
+
+
+def test_passes_are_summed_before_the_exchange(seen):
+    one, two = (part["accumulation"] for part in seen[:2])
+    assert one["digest"] == two["digest"]
+    for name, value in one["weights"].items():
+        # the mean is rounded to bf16 once more on the wire
+        torch.testing.assert_close(value, one["alone"][name], rtol=2e-2, atol=2e-3)
+
+
+def test_evaluation_covers_what_all_ranks_have(seen):
+    for part in seen[:2]:
+        result = part["evaluation"]
+        assert result["together"].loss == pytest.approx(result["alone"].loss, rel=1e-6)
+        assert result["together"].accuracy == pytest.approx(result["alone"].accuracy)
+
+
+def test_sigterm_on_one_rank_stops_both_at_the_same_step(seen):
+    one, two = (part["terminated"] for part in seen[:2])
+    assert one == two
+    assert one["kind"] == "Terminated"
+    assert f"terminated at step {one['step']}; the state is saved in" in one["message"]
+    newest = Checkpoints(seen[2] / "run" / "checkpoints").newest()
+    state = checkpoint.load(newest)
+    assert state["progress"]["step"] == one["step"] < 10
+    assert len(state["ranks"]) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 16, 96, 1024])
+def test_the_division_is_split_about_the_root(size):
+    before, after = distributed._divisors(size)
+    assert before * after == size
+    assert before & (before - 1) == 0  # exact
+    assert size == 1 or size**0.5 / 2 <= after <= 2 * size**0.5
+
+
+def test_without_torchrun_there_is_one_process():
+    with distributed.joined(torch.device("cpu")) as world:
+        assert world == distributed.World() == distributed.current()
+    assert world.share(3) == 3
+    assert world.gather(3) == [3]
+    assert world.is_first
