@@ -9,8 +9,7 @@ a mean that 16 bits can hold, and accumulation in fp32.
 Overflow needs no message of its own. An infinity or a NaN on one rank is one in the sum on all
 ranks, and all ranks hold the same bits of it: all of them skip, or none.
 """
-
-from __future__ import annotations
+# Annotations are evaluated here: DistributedDataParallel compares those of a hook with its types.
 
 import os
 from collections.abc import Iterator
@@ -108,14 +107,15 @@ def own_device(kind: str) -> torch.device:
 
 
 def parallel(
-    model: nn.Module, accumulator: Accumulator, *, static: bool = True
+    model: nn.Module, accumulator: Accumulator, *, static: bool
 ) -> DistributedDataParallel:
     """``model`` on every rank, with gradients averaged in their own dtype.
 
     Args:
         model: on this rank's device; the first rank's weights go to all.
         accumulator: what earlier backward passes of the step gave, added before the exchange.
-        static: the same parameters take part in every step.
+        static: every backward exchanges gradients. DDP then need not look for parameters that took
+            no part; with ``unsynchronised`` passes before the first exchange it fails (torch 2.13).
     """
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
     wrapped.register_comm_hook(accumulator, _average)
@@ -128,7 +128,10 @@ def share_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
-def _average(accumulator: Accumulator, bucket: Any) -> torch.futures.Future[Tensor]:
+def _average(
+    accumulator: Accumulator,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """The mean over the ranks: part of the division before the sum, the rest after it.
 
     All of it before would push small fp16 gradients into zero, all of it after would let the sum of

@@ -87,7 +87,8 @@ def find(
         batches: (images, labels); walked again from the start as often as it takes.
         low: first lr.
         high: last lr.
-        steps: optimizer steps from one to the other.
+        steps: optimizer steps from one to the other. Few on steep curves put the suggestion close
+            to the edge; very many learn a small problem early, at needlessly low rates.
         smoothing: weight of the past in the running average of the loss, in [0, 1). It lags by
             about ``1 / (1 - smoothing)`` steps.
 

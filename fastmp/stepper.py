@@ -39,6 +39,7 @@ class Stepper:
         scaler: torch.amp.GradScaler,
         mixup: Mixup | None,
         *,
+        accumulate: int,
         world: World,
         ema: Average | None,
         telemetry: bool,
@@ -48,6 +49,7 @@ class Stepper:
         self.criterion = criterion
         self.scaler = scaler
         self.mixup = mixup
+        self.accumulate = accumulate
         self.world = world
         self.ema = ema
         self.device = next(model.parameters()).device
@@ -62,7 +64,9 @@ class Stepper:
             return
         self._parallel = self.model
         if self.world.size > 1:
-            self._parallel = distributed.parallel(self.model, self._accumulator)
+            self._parallel = distributed.parallel(
+                self.model, self._accumulator, static=self.accumulate == 1
+            )
         if self._graph is not None:
             self._graph.forget()
 

@@ -165,6 +165,7 @@ class Trainer:
             criterion,
             self.scaler,
             mixup,
+            accumulate=accumulate,
             world=self.world,
             ema=self.ema,
             telemetry=telemetry,
@@ -303,7 +304,12 @@ class Trainer:
         """One optimizer step, on the mean loss over the batches of ``group``.
 
         What it decided is logged by the next step, or at the end of the epoch.
+
+        Raises:
+            ValueError: no batch, or more than ``accumulate``.
         """
+        if not 1 <= len(group) <= self.accumulate:
+            raise ValueError(f"expected 1 to {self.accumulate} batches, got {len(group)}")
         batches = [self._stepper.draw(*batch) for batch in group]
         decided = self._replayed(batches) if self._stepper.is_recording else None
         if decided is None:

@@ -109,10 +109,10 @@ def accumulation(world, dtype=torch.bfloat16):
     """Three passes a step on each rank, against six on one; batch norm statistics are rank 0's."""
     data = batches(12, 2 * BATCH, dtype)
     groups = [data[i : i + 3] for i in range(0, 12, 3)]
-    trainer = trainer_for(model_in(dtype))
+    trainer = trainer_for(model_in(dtype), accumulate=3)
     for group in groups:
         trainer.train_step([half(batch, world.rank) for batch in group])
-    alone = trainer_for(model_in(dtype), world=World())
+    alone = trainer_for(model_in(dtype), accumulate=6, world=World())
     for group in groups:
         alone.train_step([half(batch, rank) for batch in group for rank in (0, 1)])
     weights = {name: value.float() for name, value in trainer.model.state_dict().items()}

@@ -202,14 +202,14 @@ def test_leaves_no_trace(make, warm, ending):
             trainer.train_step([batch])
         trainer.last_loss()
     torch.manual_seed(11)
+    loader = DataLoader(TensorDataset(*noisy_blobs()), 32, shuffle=True)
+    given = iter(loader) if ending == "error" else loader
     before = everything(trainer)
     wanted = trainer.schedule
-    loader = DataLoader(TensorDataset(*noisy_blobs()), 32, shuffle=True)
-    given = (b for b in loader) if ending == "error" else loader
     try:
         lr_find.find(trainer, given, high=1e5 if ending == "diverged" else 1.0, steps=40)
     except ValueError:
-        assert ending == "error"  # the generator was used up
+        assert ending == "error"  # an iterator can be walked only once
     assert trainer.schedule is wanted
     assert same(everything(trainer), before)
 
@@ -239,7 +239,7 @@ def test_suggests_the_steepest_descent_before_the_minimum():
 
 
 def test_the_first_losses_of_the_average_are_not_read():
-    found = curve([5.0, 3.0, 2.0, 1.9, 1.6, 1.5, 1.45, 4.0], settled=3)
+    found = curve([5.0, 3.0, 2.0, 1.9, 1.7, 1.2, 1.15, 4.0], settled=3)
     assert found.suggestion == found.lrs[4]
 
 
@@ -247,11 +247,10 @@ def test_a_loss_that_never_falls_has_no_suggestion():
     assert math.isnan(curve([1.0, 1.0, 2.0, 3.0]).suggestion)
 
 
-@pytest.mark.parametrize("steps", [100, 300])
 @pytest.mark.parametrize("optimizer", [fastmp.optim.SGD, fastmp.optim.AdamW])
-def test_the_suggestion_trains_well(optimizer, steps):
+def test_the_suggestion_trains_well(optimizer):
     """Against the same number of steps at a hundredth and at a hundred times of it."""
-    found = lr_find.find(Plain(optimizer), batches(), high=1e3, steps=steps)
+    found = lr_find.find(Plain(optimizer), batches(), high=1e3)
     ends = []
     for lr in (found.suggestion, found.suggestion / 100, found.suggestion * 100):
         trainer = Plain(optimizer)

@@ -129,16 +129,14 @@ def _opening(
     assert config.batch_size is not None
     machine = f"{world.size} x {device.type}" if world.size > 1 else str(device)
     batch = config.batch_size * world.size * config.accumulate
-    parts = [
-        f"{config.batch_size} a device",
-        f"{world.size} devices",
-        f"{config.accumulate} passes",
-    ]
+    factors = [f"{config.batch_size} a device", f"{world.size} devices"]
+    factors += [f"{config.accumulate} passes"] if config.accumulate > 1 else []
+    parts = f" = {' x '.join(factors)}" if batch > config.batch_size else ""
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {'x'.join(map(str, dataset.shape))}, {len(dataset.classes)} classes\n"
         f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on {machine}\n"
-        f"global batch: {batch:,} = {' x '.join(parts)}; peak lr {config.lr:.3g}"
+        f"global batch: {batch:,}{parts}; peak lr {config.lr:.3g}"
     )
 
 
