@@ -9,6 +9,13 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Start all generators from one number."""
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 - users draw from it
+    torch.manual_seed(number)
+
+
 def state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, with the device's own."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users draw from it

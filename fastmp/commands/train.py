@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from fastmp import backends, curves, distributed, metrics, probe, recipe, report
+from fastmp import backends, curves, distributed, metrics, probe, recipe, report, rng
 from fastmp.data import Dataset
 from fastmp.distributed import World
 from fastmp.recipe import DTYPES, ConfigError, DtypeName, TrainConfig
@@ -102,7 +102,7 @@ def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
         folder=out,
         world=world,
     )
-    torch.manual_seed(config.seed + world.rank)  # whatever was drawn before, dropout starts here
+    rng.seed(config.seed + world.rank)  # whatever was drawn before, dropout starts here
     if resume and trainer.resume_newest():
         say(f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}")
     try:
