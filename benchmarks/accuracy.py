@@ -60,6 +60,7 @@ def torch_fp32(config: TrainConfig, dataset: Dataset, model: nn.Module, epochs: 
         return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
     for epoch in range(epochs):
+        batches.set_epoch(epoch)
         model.train()
         for images, labels in tqdm(batches, desc=f"torch fp32, epoch {epoch + 1}", leave=False):
             lam, partner = float(beta.sample()), torch.randperm(len(images))
@@ -74,20 +75,14 @@ def torch_fp32(config: TrainConfig, dataset: Dataset, model: nn.Module, epochs: 
     model.eval()
     right = 0
     with torch.no_grad():
-        for images, labels in data.loader(
-            dataset.test_images, dataset.test_labels, 1000, shuffle=False
-        ):
+        for images, labels in data.loader(dataset.test, 1000, shuffle=False):
             right += int((model(normalised(images)).argmax(1) == labels).sum())
-    return right / len(dataset.test_labels)
+    return right / len(dataset.test)
 
 
-def loader(
-    config: TrainConfig, dataset: Dataset
-) -> torch.utils.data.DataLoader[tuple[Tensor, Tensor]]:
+def loader(config: TrainConfig, dataset: Dataset) -> data.Loader:
     assert config.batch_size is not None
-    generator = torch.Generator().manual_seed(config.seed)
-    images, labels = dataset.train_images, dataset.train_labels
-    return data.loader(images, labels, config.batch_size, shuffle=True, generator=generator)
+    return data.loader(dataset.train, config.batch_size, shuffle=True, seed=config.seed)
 
 
 def ours(
@@ -103,7 +98,7 @@ def ours(
         CPU,
         total_steps=epochs * len(batches),
     )
-    test = data.loader(dataset.test_images, dataset.test_labels, 1000, shuffle=False)
+    test = data.loader(dataset.test, 1000, shuffle=False)
     results = trainer.fit(batches, test, epochs)
     return results[-1].val_accuracy, int(trainer.optimizer.skipped_steps)
 

@@ -3,9 +3,10 @@
     python -m benchmarks.convergence [--epochs 8] [--seeds 3]
 
 Fashion-MNIST, convnet, bf16. The constant run has the same optimizer, clipping and weight decay,
-the learning rate that PyTorch gives AdamW, no mixup and no smoothing. The recipe has half its epochs, with one-cycle, mixup, label smoothing and the learning rate scaled to
-the batch. Reached means: its final test accuracy is at least that of the constant run, each seed
-for itself and in the mean. Fashion-MNIST from ``$FASTMP_DATA``.
+the learning rate that PyTorch gives AdamW, no mixup and no smoothing. The recipe has
+half its epochs, with one-cycle, mixup, label smoothing and the learning rate scaled to the batch.
+Reached means: its final test accuracy is at least that of the constant run. Fashion-MNIST comes
+from ``$FASTMP_DATA``.
 """
 
 from __future__ import annotations

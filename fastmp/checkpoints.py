@@ -127,8 +127,7 @@ class Checkpoints:
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"*{_UNFINISHED}"):
-            shutil.rmtree(left)
+        self._clear()  # what a run that was killed left
         unfinished = path.with_name(path.name + _UNFINISHED)
         checkpoint.save(unfinished, content)
         if path.exists():  # of the same step: from here to the next line only older ones stand
@@ -139,7 +138,12 @@ class Checkpoints:
         for old in self._all()[: -self.keep]:
             if old != best:
                 # renamed first: a folder that is half removed must not look whole
-                shutil.rmtree(old.rename(old.with_name(old.name + _UNFINISHED)))
+                old.rename(old.with_name(old.name + _UNFINISHED))
+        self._clear()
+
+    def _clear(self) -> None:
+        for left in self.folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(left)
 
 
 def _copied(value: Any) -> Any:

@@ -8,6 +8,7 @@ import html
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,11 @@ _HEADLINES = 4  # of the facts; the others are a table
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a run depended on besides its recipe."""
-    import fastmp  # the version is at the top of the house
-
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": where,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "fastmp": fastmp.__version__,
+        "fastmp": version("fastmp"),
         "PyTorch": str(torch.__version__),
         "Python": platform.python_version(),
         "system": platform.platform(),

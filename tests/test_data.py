@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastmp import data
-from fastmp.data import DataError
+from fastmp.data import DataError, fashion
 
 SHAPE = (5, 4, 3)
 
@@ -113,11 +113,11 @@ def test_unknown_data_set():
 def test_digits():
     digits = data.load("digits")
     assert digits.shape == (1, 8, 8)
-    assert digits.train_images.dtype == torch.uint8
-    assert digits.train_labels.dtype == torch.int64
-    assert len(digits.train_images) + len(digits.test_images) == 1797
-    assert (int(digits.train_images.min()), int(digits.train_images.max())) == (0, 255)
-    pixels = digits.train_images.double() / 255
+    assert digits.train.images.dtype == torch.uint8
+    assert digits.train.labels.dtype == torch.int64
+    assert len(digits.train.images) + len(digits.test.images) == 1797
+    assert (int(digits.train.images.min()), int(digits.train.images.max())) == (0, 255)
+    pixels = digits.train.images.double() / 255
     assert digits.mean == pytest.approx([float(pixels.mean())])
     assert digits.std == pytest.approx([float(pixels.std(correction=0))])
     assert digits.classes == tuple("0123456789")
@@ -125,67 +125,12 @@ def test_digits():
 
 def test_digits_are_split_evenly_and_always_alike():
     one, two = data.load("digits"), data.load("digits")
-    assert torch.equal(one.test_images, two.test_images)
-    test, train = (torch.bincount(labels) for labels in (one.test_labels, one.train_labels))
+    assert torch.equal(one.test.images, two.test.images)
+    test, train = (torch.bincount(labels) for labels in (one.test.labels, one.train.labels))
     assert torch.equal(test, torch.ceil((test + train) / 5).long())
     # no image is on both sides
-    rows = {bytes(image.numpy().tobytes()) for image in one.train_images}
-    assert not rows & {bytes(image.numpy().tobytes()) for image in one.test_images}
-
-
-# ---- loaders ----
-
-
-def numbered(n):
-    return torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1), torch.arange(n)
-
-
-def test_evaluation_sees_every_sample_once_in_order():
-    batches = list(data.loader(*numbered(10), 4, shuffle=False))
-    assert [len(labels) for _, labels in batches] == [4, 4, 2]
-    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(10))
-    for images, labels in batches:
-        assert images.dtype == torch.uint8
-        assert torch.equal(images.flatten().long(), labels)
-
-
-def test_training_shuffles_and_drops_the_partial_batch():
-    loader = data.loader(*numbered(50), 8, shuffle=True, generator=torch.Generator())
-    first, second = ([labels for _, labels in loader] for _ in range(2))
-    assert len(loader) == len(first) == 6
-    assert all(len(labels) == 8 for labels in first)
-    seen = torch.cat(first).tolist()
-    assert len(set(seen)) == 48
-    assert seen != sorted(seen)
-    assert seen != torch.cat(second).tolist()
-
-
-def test_a_set_smaller_than_a_batch_is_one_batch():
-    batches = list(data.loader(*numbered(5), 8, shuffle=True))
-    assert [sorted(labels.tolist()) for _, labels in batches] == [[0, 1, 2, 3, 4]]
-
-
-def test_the_order_follows_the_generator():
-    def order(seed):
-        generator = torch.Generator().manual_seed(seed)
-        loader = data.loader(*numbered(50), 8, shuffle=True, generator=generator)
-        return [labels.tolist() for _ in range(2) for _, labels in loader]
-
-    torch.manual_seed(0)
-    one = order(3)
-    torch.manual_seed(1)
-    assert order(3) == one
-    assert order(4) != one
-
-
-def test_bad_loaders():
-    images, labels = numbered(5)
-    with pytest.raises(ValueError, match="got 5 images and 4 labels"):
-        data.loader(images, labels[:4], 2, shuffle=False)
-    with pytest.raises(ValueError, match="got 0 images"):
-        data.loader(images[:0], labels[:0], 2, shuffle=False)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        data.loader(images, labels, 0, shuffle=False)
+    rows = {bytes(image.numpy().tobytes()) for image in one.train.images}
+    assert not rows & {bytes(image.numpy().tobytes()) for image in one.test.images}
 
 
 # ---- Fashion-MNIST ----
@@ -197,13 +142,13 @@ def miniature(tmp_path, monkeypatch):
     random = np.random.default_rng(1)
     files, folder = {}, tmp_path / "shelf" / "fashion-mnist"
     folder.mkdir(parents=True)
-    for part, file in data._FASHION_FILES.items():
+    for part, file in fashion._FASHION_FILES.items():
         shape = (6, *file.shape[1:])
         contents = idx_bytes(random.integers(0, 10, shape, dtype=np.uint8))
-        files[part] = data._IdxFile(file.name, shape, hashlib.sha256(contents).hexdigest())
+        files[part] = fashion._IdxFile(file.name, shape, hashlib.sha256(contents).hexdigest())
         (folder / f"{file.name}.gz").write_bytes(gzip.compress(contents))
-    monkeypatch.setattr(data, "_FASHION_FILES", files)
-    monkeypatch.setattr(data, "_SYSTEM_FOLDERS", ())
+    monkeypatch.setattr(fashion, "_FASHION_FILES", files)
+    monkeypatch.setattr(fashion, "_SYSTEM_FOLDERS", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTMP_DATA", raising=False)
     return folder
@@ -211,10 +156,10 @@ def miniature(tmp_path, monkeypatch):
 
 def test_fastmp_data_is_read(miniature, monkeypatch):
     monkeypatch.setenv("FASTMP_DATA", str(miniature.parent))
-    fashion = data.load("fashion-mnist")
-    assert fashion.train_images.shape == (6, 1, 28, 28)
-    assert fashion.test_labels.dtype == torch.int64
-    assert len(fashion.classes) == 10
+    clothes = data.load("fashion-mnist")
+    assert clothes.train.images.shape == (6, 1, 28, 28)
+    assert clothes.test.labels.dtype == torch.int64
+    assert len(clothes.classes) == 10
 
 
 def test_fastmp_data_without_the_files_says_what_is_missing(miniature, monkeypatch):
@@ -231,8 +176,8 @@ def test_the_system_folder_is_read_unpacked_too(miniature, monkeypatch):
     for packed in list(miniature.iterdir()):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
-    monkeypatch.setattr(data, "_SYSTEM_FOLDERS", (miniature,))
-    assert len(data.load("fashion-mnist").train_labels) == 6
+    monkeypatch.setattr(fashion, "_SYSTEM_FOLDERS", (miniature,))
+    assert len(data.load("fashion-mnist").train.labels) == 6
 
 
 @pytest.fixture
@@ -256,17 +201,17 @@ def server(miniature):
 
 def test_the_files_are_downloaded_once_and_checked(server, miniature, monkeypatch, tmp_path):
     addresses, requests = server
-    monkeypatch.setattr(data, "_FASHION_URLS", addresses)
+    monkeypatch.setattr(fashion, "_FASHION_URLS", addresses)
     first = data.load("fashion-mnist")
     cached = tmp_path / "cache" / "fastmp" / "fashion-mnist"
     assert sorted(p.name for p in cached.iterdir()) == sorted(p.name for p in miniature.iterdir())
     count = len(requests)
-    assert torch.equal(data.load("fashion-mnist").train_images, first.train_images)
+    assert torch.equal(data.load("fashion-mnist").train.images, first.train.images)
     assert len(requests) == count
 
 
 def test_a_bad_download_leaves_nothing_behind(server, miniature, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_FASHION_URLS", server[0])
+    monkeypatch.setattr(fashion, "_FASHION_URLS", server[0])
     name = "train-images-idx3-ubyte"
     (miniature / f"{name}.gz").write_bytes(gzip.compress(b"something else"))
     with pytest.raises(DataError, match=rf"{name} could not be downloaded .*404.*starts with"):
@@ -282,9 +227,9 @@ def test_the_real_files(monkeypatch):
     if not (Path(shelf) / "fashion-mnist").is_dir():
         pytest.skip("Fashion-MNIST is not here: point FASTMP_DATA at the folder that holds it")
     monkeypatch.setenv("FASTMP_DATA", str(shelf))
-    fashion = data.load("fashion-mnist")
-    assert fashion.train_images.shape == (60000, 1, 28, 28)
-    assert torch.bincount(fashion.train_labels).tolist() == [6000] * 10
-    assert torch.bincount(fashion.test_labels).tolist() == [1000] * 10
-    assert fashion.mean == pytest.approx([0.2860], abs=1e-4)
-    assert fashion.std == pytest.approx([0.3530], abs=1e-4)
+    clothes = data.load("fashion-mnist")
+    assert clothes.train.images.shape == (60000, 1, 28, 28)
+    assert torch.bincount(clothes.train.labels).tolist() == [6000] * 10
+    assert torch.bincount(clothes.test.labels).tolist() == [1000] * 10
+    assert clothes.mean == pytest.approx([0.2860], abs=1e-4)
+    assert clothes.std == pytest.approx([0.3530], abs=1e-4)

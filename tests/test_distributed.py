@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from fastmp.checkpoints import Checkpoints
 
 from fastmp import checkpoint, distributed
+from fastmp.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 

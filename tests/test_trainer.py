@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 import fastmp.optim
 from fastmp import amp, checkpoint, curves, data, metrics, probe
+from fastmp.checkpoints import Checkpoints
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
@@ -58,6 +58,10 @@ class Poison(torch.nn.Module):
         x = x.clone()
         x.register_hook(lambda gradient: gradient * self.value)
         return x
+
+
+def newest(folder):
+    return checkpoint.load(Checkpoints(folder / "checkpoints").newest())
 
 
 def weights(model):
@@ -183,8 +187,8 @@ def test_every_epoch_saves_the_whole_state(tmp_path):
     scaler = amp.GradScaler("cpu", init_scale=64.0)
     trainer = trainer_for(model, scaler=scaler, folder=tmp_path)
     trainer.fit(batches(3, dtype=torch.bfloat16), batches(1, dtype=torch.bfloat16), 2)
-    state = checkpoint.load(tmp_path / "checkpoint")
-    assert state["progress"] == {"epoch": 2, "step": 6}
+    state = newest(tmp_path)
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (2, 6)
     assert state["scaler"] == scaler.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(state["model"][name], value)
@@ -217,8 +221,8 @@ def test_a_non_finite_loss_stops_the_run_with_the_state_saved(tmp_path):
     trainer = trainer_for(model, folder=tmp_path)
     with pytest.raises(NonFiniteLoss, match=r"stopped at step 4: the loss is (inf|nan)") as error:
         trainer.fit(batches(6), batches(1), 1)
-    assert str(tmp_path / "checkpoint") in str(error.value)
-    state = checkpoint.load(tmp_path / "checkpoint")
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    state = newest(tmp_path)
     assert all(value.isfinite().all() for value in state["model"].values())
     steps = metrics.read(tmp_path / "metrics.jsonl", "step")
     assert steps[-1]["step"] == 4
@@ -246,7 +250,7 @@ def test_a_scale_below_one_stops_the_run(tmp_path):
     scaler = amp.GradScaler("cpu", init_scale=4.0)
     with pytest.raises(RunStopped, match=r"stopped at step 4: the loss scale fell to 0\.5"):
         trainer_for(model, scaler=scaler, folder=tmp_path).fit(batches(40), batches(1), 1)
-    assert (tmp_path / "checkpoint").is_dir()
+    assert newest(tmp_path)["progress"]["step"] == 4
 
 
 def test_an_interrupt_saves_the_state(tmp_path):
@@ -257,9 +261,10 @@ def test_an_interrupt_saves_the_state(tmp_path):
     trainer = trainer_for(small_model(), folder=tmp_path)
     with pytest.raises(KeyboardInterrupt, match=r"interrupted at step 3; the state is saved in"):
         trainer.fit(interrupted(), batches(1), 1)
-    assert checkpoint.load(tmp_path / "checkpoint")["progress"] == {"epoch": 0, "step": 3}
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    progress = newest(tmp_path)["progress"]
+    assert (progress["epoch"], progress["step"], progress["batch"]) == (0, 3, 3)
+    steps = metrics.read(tmp_path / "metrics.jsonl", "step")
+    assert [row["step"] for row in steps] == [1, 2, 3]
 
 
 def test_bad_arguments():
@@ -327,8 +332,8 @@ def test_digits_are_learned():
     digits = data.load("digits")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    train = data.loader(digits.train_images, digits.train_labels, 64, shuffle=True)
-    test = data.loader(digits.test_images, digits.test_labels, 1000, shuffle=False)
+    train = data.loader(digits.train, 64, shuffle=True)
+    test = data.loader(digits.test, 1000, shuffle=False)
     mixup = Mixup(mean=digits.mean, std=digits.std)
     results = trainer_for(model, mixup=mixup).fit(train, test, 5)
     assert results[-1].val_accuracy > 0.9

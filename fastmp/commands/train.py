@@ -34,8 +34,7 @@ class Train:
     """TOML file with any of these settings, such as the config.toml of a run; flags override it."""
 
     resume: bool = False
-    """Go on from the newest complete checkpoint in --out, with the settings that are there; where
-    there is none yet, start. The same command can so be repeated until the run is through."""
+    """Go on from the newest complete checkpoint in --out; where there is none yet, start."""
 
     recipe: Annotated[
         TrainConfig, tyro.conf.arg(name="", help="The recipe; the defaults work as they are.")

@@ -36,8 +36,7 @@ class TrainConfig:
     """The whole recipe of ``fastmp train``: every field is a flag and a key of the config file."""
 
     data: str = "digits"
-    """Data set: digits (1,797 images 8x8, in scikit-learn), fashion-mnist (70,000, 28x28), a folder
-    with train/CLASS/*.jpg and val/CLASS/*.jpg, or hf:NAME from Hugging Face."""
+    """digits (1,797 images), fashion-mnist (70,000), a folder of train/CLASS/*.jpg, or hf:NAME."""
 
     image_size: Annotated[int | None, _hint("INT", "that of the images, at most 224")] = None
     """Height and width that images from files are cut to."""
@@ -61,22 +60,19 @@ class TrainConfig:
     """Update rule. SGD uses Nesterov momentum."""
 
     base_lr: Annotated[float | None, _hint("FLOAT", "4e-3 for Adam and AdamW, 0.1 for SGD")] = None
-    """Peak learning rate for a global batch of 256; scaled to the global batch, batch-size x
-    devices x accumulate: linearly for SGD, with the square root for Adam and AdamW."""
+    """Peak learning rate at a global batch of 256, scaled to the real one; Adam: by its root."""
 
     lr: Annotated[float | None, _hint("FLOAT", "base-lr, scaled")] = None
     """Peak learning rate as it is, instead of base-lr."""
 
     schedule: Literal["one-cycle", "cosine", "cyclic", "constant"] = "one-cycle"
-    """Learning rate over the run: one-cycle climbs and falls to zero; cosine climbs in a straight
-    line and falls to zero; cyclic goes up and down, each peak half as high; constant stays."""
+    """Of the learning rate. cosine climbs straight, cyclic halves its peaks, constant stays."""
 
     cycles: int = 3
     """How often the cyclic schedule goes up and down."""
 
     warmup: float = 0.25
-    """Share of all steps in which the learning rate climbs to its peak, 0 to 1. The cyclic schedule
-    does not use it."""
+    """Share of all steps in which the learning rate climbs to its peak, 0 to 1; not for cyclic."""
 
     momentum: float = 0.95
     """Momentum of SGD, beta1 of Adam; with one-cycle and cyclic the value at the foot."""
@@ -97,15 +93,13 @@ class TrainConfig:
     """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
 
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
-    """Pretrained weights: a .safetensors file, a PyTorch state_dict or the folder of a run. Layers
-    that do not fit, such as a head for other classes, start anew."""
+    """Pretrained weights: .safetensors, a state_dict or a run; what does not fit starts anew."""
 
     freeze: tuple[str, ...] = ()
-    """Parameters that do not train: names, names of modules, or patterns such as 'blocks.*'."""
+    """Parameters that do not train: names of them or of modules, or patterns such as 'blocks.*'."""
 
     unfreeze_every: int = 0
-    """Train the head alone, and after every so many epochs one more layer below it; 0: all at
-    once."""
+    """Train the head first, after every so many epochs one more layer; 0: all from the start."""
 
     layer_decay: float = 1.0
     """Learning rate of a layer as a share of that of the layer above it, such as 0.7."""
@@ -135,8 +129,7 @@ class TrainConfig:
     """Record a training step as one CUDA graph and replay it; needs static shapes."""
 
     shard: bool = False
-    """Spread weights, gradients and optimizer state over the devices (FSDP2), for models that do
-    not fit on one."""
+    """Spread weights, gradients and optimizer state over the devices (FSDP2)."""
 
     threads: int = 0
     """CPU threads; 0: as many as PyTorch chooses."""
