@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,62 +25,31 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastmp import checkpoint, distributed, graph, interrupts, metrics, position, rng, transfer
+from fastmp import (
+    checkpoint,
+    distributed,
+    graph,
+    interrupts,
+    metrics,
+    position,
+    progress,
+    rng,
+    transfer,
+)
 from fastmp.amp import GradScaler
 from fastmp.checkpoints import Checkpoints
 from fastmp.distributed import World
 from fastmp.ema import Average
+from fastmp.evaluation import Evaluation, evaluate
 from fastmp.fused import Fused
 from fastmp.metrics import Step
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
+from fastmp.progress import EpochResult, NonFiniteLoss, Progress, RunStopped
 from fastmp.schedule import Schedule, apply, bind
 from fastmp.stepper import Batch, Decided, Drawn, Stepper
 
-MAX_SKIPS_IN_A_ROW = 20  # 65536 backs off to 0.06 in 20 halvings: it is not the scale
-MIN_SCALE = 1.0  # below, the scale no longer saves small gradients, it loses them
-
-
-class RunStopped(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and where the state was saved."""
-
-
-class NonFiniteLoss(RunStopped):
-    """The loss, before any scaling, was infinite or not a number."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss per sample, and the share of samples whose largest logit is the right one."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch: its number from 1, losses, accuracy in [0, 1], seconds of training, speed."""
-
-    epoch: int
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    seconds: float
-    samples_per_second: float
-
-
-@dataclass
-class Progress:
-    """How far a run has come; with ``batch`` and the sums, in the middle of an epoch too."""
-
-    epoch: int = 0  # finished
-    step: int = 0  # attempted
-    batch: int = 0  # of this epoch and rank, done
-    samples: int = 0  # of this epoch, all ranks
-    steps: int = 0  # of this epoch
-    loss: float = 0.0  # summed over them
-    seconds: float = 0.0  # of training in this epoch
-    skips_in_a_row: int = 0
+__all__ = ["EpochResult", "Evaluation", "NonFiniteLoss", "RunStopped", "Trainer"]
 
 
 class Trainer:
@@ -246,10 +215,9 @@ class Trainer:
         self, train_loader: Iterable[Batch], val_loader: Iterable[Batch], last: int
     ) -> EpochResult:
         self._prepare_model()
+        start = position.begin(train_loader, self.epoch, self.device)
         if self.done.batch == 0:
-            self._epoch_start = position.begin(train_loader, self.epoch, self.device)
-        else:
-            position.begin(train_loader, self.epoch, self.device)
+            self._epoch_start = start
         name = f"epoch {self.epoch + 1}/{last}"
         # disable=None: no bar where nobody looks (a file, a pipe)
         with tqdm(
@@ -276,7 +244,7 @@ class Trainer:
         self.done = Progress(done.epoch + 1, done.step, skips_in_a_row=done.skips_in_a_row)
         self._log.write("epoch", step=self.step, **asdict(result))
         if self.progress:
-            tqdm.write(f"{name:>11}  {_summary(result)}")
+            tqdm.write(f"{name:>11}  {result}")
         return result
 
     def _walk(self, loader: Iterable[Batch], bar: tqdm[Any]) -> None:
@@ -387,7 +355,7 @@ class Trainer:
             self._log.write("overflow", step=number, parameter=self.optimizer.name_of(offender))
         if values:
             self._log.write("telemetry", step=number, **values)
-        self._stop_if_hopeless(step)
+        progress.stop_if_hopeless(step, self.done, self.optimizer.name_of(offender), self.world)
 
     def _lr_of(self, applied: int) -> float:
         """The learning rate of the step that came after so many applied ones."""
@@ -395,31 +363,16 @@ class Trainer:
             return self.schedule(applied)[0]
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _stop_if_hopeless(self, step: Step) -> None:
-        where = f"stopped at step {step.step}"
-        if self.world.size > 1:
-            where += f" on rank {self.world.rank} of {self.world.size}"
-        if not math.isfinite(step.loss):
-            raise NonFiniteLoss(
-                f"{where}: the loss is {step.loss} (lr {step.lr:.3g}); "
-                "lower the lr, or look for bad values in the data"
-            )
-        if self.done.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-            raise RunStopped(
-                f"{where}: {self.done.skips_in_a_row} steps in a row had "
-                f"non-finite gradients, the first in parameter {self.optimizer.last_overflow()!r}; "
-                "lower the lr"
-            )
-        if step.scale < MIN_SCALE:
-            raise RunStopped(
-                f"{where}: the loss scale fell to {step.scale:g}, below "
-                f"{MIN_SCALE:g}; lower the lr, or train in bf16 or fp32"
-            )
-
     def _stop_if_asked(self) -> None:
         """Stop between two steps, for a signal that every rank knows of."""
         if self._asked:
             raise interrupts.reason(self._asked)
+
+    def _stop_alone(self) -> None:
+        """The same where there are no other ranks to agree with."""
+        if self.world.size == 1:
+            self._asked = self._signal()
+            self._stop_if_asked()
 
     def last_loss(self) -> float:
         """The loss of the last step; waits for it."""
@@ -437,7 +390,6 @@ class Trainer:
 
     # ---- evaluation ----
 
-    @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> Evaluation:
         """Loss (of ``criterion``) and accuracy over all samples of all ranks, without mixing.
 
@@ -446,28 +398,17 @@ class Trainer:
         Raises:
             ValueError: a loader without batches.
         """
-        training = self.model.training
-        self.model.eval()
         if self.world.size > 1:  # batch statistics are the first rank's: DDP hands them out
             distributed.share_buffers(self.model)
-        # loss, right ones and samples
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with self.ema.in_place() if self.ema is not None else nullcontext():
-            for images, labels in loader:
-                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
-                logits = self.model(images if self.mixup is None else self.mixup.plain(images))
-                loss = self.criterion(logits, labels).double() * len(labels)
-                right = (logits.argmax(1) == labels).sum()
-                sums += torch.stack([loss, right.double(), torch.full_like(loss, len(labels))])
-                if self.world.size == 1:
-                    self._asked = self._signal()
-                    self._stop_if_asked()
-        if training:
-            transfer.train_mode(self.model)
-        loss_sum, right_sum, samples = self.world.sum(sums).tolist()
-        if samples == 0:
-            raise ValueError("the loader gave no batches; expected at least one")
-        return Evaluation(loss_sum / samples, right_sum / samples)
+            return evaluate(
+                self.model,
+                loader,
+                self.criterion,
+                plain=self.mixup.plain if self.mixup is not None else None,
+                world=self.world,
+                after_batch=self._stop_alone,
+            )
 
     # ---- state ----
 
@@ -574,11 +515,3 @@ def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             group = []
     if group:
         yield group
-
-
-def _summary(result: EpochResult) -> str:
-    return (
-        f"train loss {result.train_loss:.4f}  val loss {result.val_loss:.4f}  "
-        f"accuracy {result.val_accuracy:.2%}  {result.seconds:.1f} s  "
-        f"{result.samples_per_second:,.0f} samples/s"
-    )
