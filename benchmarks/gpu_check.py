@@ -128,7 +128,12 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     if options.measure:
         sys.exit(not measure(results))
-    device = ["tests/test_gpu.py", "tests/test_gpu_update.py", "tests/interpret"]
+    device = [
+        "tests/test_gpu.py",
+        "tests/test_gpu_update.py",
+        "tests/test_gpu_trainer.py",
+        "tests/interpret",
+    ]
     rest = ["tests", *(f"--ignore={path}" for path in device)]
     plan = [
         ("library", library),

@@ -128,9 +128,6 @@ class TrainConfig:
     cuda_graph: bool = False
     """Record a training step as one CUDA graph and replay it; needs static shapes."""
 
-    shard: bool = False
-    """Spread weights, gradients and optimizer state over the devices (FSDP2)."""
-
     threads: int = 0
     """CPU threads; 0: as many as PyTorch chooses."""
 
