@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from test_trainer import Poison, batches, newest, small_model, trainer_for, weights
@@ -11,6 +14,7 @@ from fastmp import amp, graph, interrupts, metrics, rng
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoints import Checkpoints
 from fastmp.mixup import Mixup
+from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
 
 CPU = torch.device("cpu")
@@ -150,22 +154,29 @@ def test_without_a_gpu_the_graph_is_left_out_with_the_reason(capsys):
         graph.Graphed(lambda x: x, CPU)
 
 
-def test_sums_of_many_passes_are_rounded_once():
-    """A bf16 step over eight passes, against one pass over all samples."""
+def test_gradients_of_many_passes_are_summed_in_fp32_and_rounded_once():
     data = batches(8, size=4, dtype=torch.bfloat16)
-    many = trainer_for(small_model(torch.bfloat16), accumulate=8)
-    many.train_step(data)
-    one = trainer_for(small_model(torch.bfloat16))
-    one.train_step([tuple(torch.cat(part) for part in zip(*data, strict=True))])
-    torch.testing.assert_close(weights(many.model), weights(one.model), rtol=2e-2, atol=1e-3)
-    with pytest.raises(ValueError, match="expected 1 to 1 batches, got 8"):
-        one.train_step(data)
+    trainer = trainer_for(small_model(torch.bfloat16), accumulate=8)
+    seen = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in trainer.model.parameters())
+    )
+    trainer.train_step(data)
+
+    model, criterion = small_model(torch.bfloat16), CrossEntropyLoss()
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    for images, labels in data:
+        share = torch.tensor(1 / 8)
+        (criterion(model(images), labels, grad_scale=share) * share).backward()
+        for total, p in zip(sums, model.parameters(), strict=True):
+            total += p.grad.float()
+            p.grad = None
+    assert all(torch.equal(g, t.to(g.dtype)) for g, t in zip(seen, sums, strict=True))
+    with pytest.raises(ValueError, match="expected 1 to 8 batches, got 9"):
+        trainer.train_step([*data, data[0]])
 
 
 def test_sigterm_in_python(tmp_path):
-    import os
-    import signal
-
     def loader():
         for number, batch in enumerate(batches(6)):
             if number == 2:
