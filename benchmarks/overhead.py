@@ -1,6 +1,6 @@
 """What the trainer costs: its step, with schedule, log and records, against the same step bare.
 
-    python -m benchmarks.overhead [--rounds 60]
+    python -m benchmarks.overhead [--rounds 200]
 
 Fashion-MNIST's shapes, batch 256, bf16, mixup, smoothing, clipping: the same kernels on both sides,
 in the order a person would write them, interleaved in one process; the weights must end equal bit
@@ -96,7 +96,7 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
         rows = {

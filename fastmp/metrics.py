@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class Log:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._lines: TextIO | None = None  # open from the first line on: opening takes 0.1 ms
         self._events: SummaryWriter | None = None
         self._purged = 0  # events from this step on are those of a run that was cut off
 
@@ -93,9 +94,10 @@ class Log:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / FILE).open("a", encoding="utf-8") as out:  # 20 µs, no handle to lose
-            out.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        if self._lines is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lines = (self._folder / FILE).open("a", buffering=1, encoding="utf-8")
+        self._lines.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         tags = _TAGS.get(kind, {})
         if kind == "telemetry":
             tags = {name: f"telemetry/{name}" for name in row if name != "step"}
@@ -110,6 +112,7 @@ class Log:
         """Drop what was logged after ``step``: the run goes on from there."""
         if self._folder is None or not (self._folder / FILE).exists():
             return
+        self.close()
         path = self._folder / FILE
         kept = [row for row in _rows(path) if row.get("step", 0) <= step]
         partial = path.with_name(f"{FILE}.partial")
@@ -118,7 +121,10 @@ class Log:
         self._purged = step + 1
 
     def close(self) -> None:
-        """Write out the events that are still in memory."""
+        """Write out the events that are still in memory, and let go of the files."""
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
         if self._events is not None:
             self._events.close()
             self._events = None

@@ -161,7 +161,14 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process on POSIX systems only")
 def test_an_interrupt_keeps_what_there_is(tmp_path):
     command = [sys.executable, "-m", "fastmp", "train", *FAST, "--epochs", "9999", "--out", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs deaf to SIGINT, and this test may run in one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     log = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
