@@ -57,9 +57,9 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: int) -> int:
-        """The largest ``flag`` of all ranks, on every rank."""
-        return max(map(int, self.gather(flag)))
+    def max(self, value: int) -> int:
+        """The largest ``value`` of all ranks, on every rank."""
+        return max(map(int, self.gather(value)))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over the ranks, in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ def evaluate(
     plain: Callable[[Tensor], Tensor] | None,
     world: World,
     after_batch: Callable[[], None],
+    in_step: bool = False,
 ) -> Evaluation:
     """The mean of ``criterion`` and the accuracy over all samples of all ranks.
 
@@ -39,12 +40,22 @@ def evaluate(
         plain: what becomes of images before the model; None: nothing.
         world: the ranks, all of which must call this.
         after_batch: called after each.
+        in_step: every rank must run the model equally often, because its layers exchange weights:
+            ranks with fewer batches run their last one again, and do not count it.
 
     Raises:
-        ValueError: no rank has a batch.
+        ValueError: no rank has a batch, or ``in_step`` and this one has none.
+        TypeError: ``in_step``, and the loader has no length.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
+    spare = 0
+    if in_step:
+        if not isinstance(loader, Sized):
+            raise TypeError("a model in shards needs a loader with a length to be evaluated")
+        spare = world.max(len(loader)) - len(loader)
+        if world.max(len(loader) == 0):
+            raise ValueError("a model in shards needs a batch on every rank to be evaluated")
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right ones, samples
     try:
         for images, labels in loader:
@@ -54,6 +65,8 @@ def evaluate(
             right = (logits.argmax(1) == labels).sum()
             sums += torch.stack([loss, right.double(), torch.full_like(loss, len(labels))])
             after_batch()
+        for _ in range(spare):
+            model(images if plain is None else plain(images))
     finally:
         if training:
             transfer.train_mode(model)

@@ -21,6 +21,11 @@ from fastmp.ops.update import Growth, Options
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+# from gradients, their parameters' positions and a step's options to the options that all ranks
+# have agreed on, the norm over all ranks, and the position of what was not finite, or -1
+Agree = Callable[[Sequence[Tensor], Sequence[int], Options], tuple[Options, Tensor, Tensor]]
+
+
 class Fused(torch.optim.Optimizer):
     """What the fused optimizers share: state, the step, and what the step decided.
 
@@ -36,6 +41,7 @@ class Fused(torch.optim.Optimizer):
     _told: Tensor | None = None
     _growth: Growth | None = None
     _schedule: Tensor | None = None
+    agree: Agree | None = None  # where each rank holds a part of every parameter
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -127,7 +133,15 @@ class Fused(torch.optim.Optimizer):
             self._growth,
         )
         lrs = [] if self._schedule is not None else self._lrs_on_gpu()
-        update.run(plan, np.array(hypers, np.float64), self._record_for(device), options, lrs)
+        record = self._record_for(device)
+        if self.agree is not None:
+            numbers = [slot.number for slot in plan.slots]
+            options, norm, offender = self.agree(grads, numbers, options)
+            offender = torch.where(offender < 0, self.offender, offender)
+        update.run(plan, np.array(hypers, np.float64), record, options, lrs)
+        if self.agree is not None:
+            self.grad_norm.copy_(norm)
+            self.offender.copy_(offender)
         # the kernel wrote behind autograd's back: a backward through the old weights must raise
         torch.autograd.graph.increment_version(plan.params)
         return loss

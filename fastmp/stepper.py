@@ -43,6 +43,7 @@ class Stepper:
         world: World,
         ema: Average | None,
         telemetry: bool,
+        sharded: bool,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -52,6 +53,7 @@ class Stepper:
         self.accumulate = accumulate
         self.world = world
         self.ema = ema
+        self.sharded = sharded
         self.device = next(model.parameters()).device
         self.telemetry = Telemetry(optimizer) if telemetry else None
         self._accumulator = Accumulator(p for g in optimizer.param_groups for p in g["params"])
@@ -63,7 +65,7 @@ class Stepper:
         if self._parallel is not None and not changed:
             return
         self._parallel = self.model
-        if self.world.size > 1:
+        if self.world.size > 1 and not self.sharded:
             self._parallel = distributed.parallel(
                 self.model, self._accumulator, static=self.accumulate == 1
             )
@@ -158,7 +160,8 @@ class Stepper:
     def _update(self, loss: Tensor, scale: Tensor) -> Decided:
         if self.telemetry is not None:
             self.telemetry.before()
-        if isinstance(self.scaler, GradScaler):
+        # where ranks agree, the scale that the kernels divide by is not the scaler's own
+        if isinstance(self.scaler, GradScaler) and not self.sharded:
             self.scaler.step_and_update(self.optimizer)
         else:
             self.scaler.step(self.optimizer)

@@ -47,6 +47,7 @@ from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.progress import EpochResult, NonFiniteLoss, Progress, RunStopped
 from fastmp.schedule import Schedule, apply, bind
+from fastmp.sharded import Shards
 from fastmp.stepper import Batch, Decided, Drawn, Stepper
 
 __all__ = ["EpochResult", "Evaluation", "NonFiniteLoss", "RunStopped", "Trainer"]
@@ -69,6 +70,8 @@ class Trainer:
         cuda_graph: replay whole steps as one CUDA graph; where that cannot be, the reason is
             printed and the steps run one kernel at a time.
         telemetry: count gradients flushed to zero and updates lost to rounding.
+        shards: of a model that is split over the ranks, see ``fastmp.sharded``; None: every rank
+            has all of it.
         folder: where ``metrics.jsonl``, ``events/`` and ``checkpoints/`` go; None writes nothing.
         save_every: steps between checkpoints, besides those after every epoch; 0: only those.
         keep: newest checkpoints to keep, besides the best.
@@ -77,7 +80,8 @@ class Trainer:
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0.
+        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0, or ``shards`` with
+            something that needs whole parameters.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Trainer:
         unfreeze: transfer.GradualUnfreezing | None = None,
         cuda_graph: bool = False,
         telemetry: bool = False,
+        shards: Shards | None = None,
         folder: str | os.PathLike[str] | None = None,
         save_every: int = 0,
         keep: int = 2,
@@ -114,6 +119,10 @@ class Trainer:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
         if save_every < 0:
             raise ValueError(f"save_every must be at least 0, got {save_every}")
+        if shards is not None and (ema or unfreeze or cuda_graph or telemetry):
+            raise ValueError(
+                "ema, unfreeze, cuda_graph, telemetry: expected none of them with shards"
+            )
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
@@ -124,6 +133,7 @@ class Trainer:
         self.accumulate = accumulate
         self.ema = None if ema is None else Average(model, ema)
         self.unfreeze = unfreeze
+        self.shards = shards
         self.save_every = save_every
         self.world = distributed.current() if world is None else world
         self.progress = progress and self.world.is_first
@@ -138,6 +148,7 @@ class Trainer:
             world=self.world,
             ema=self.ema,
             telemetry=telemetry,
+            sharded=shards is not None,
         )
         self._wants_graph = cuda_graph
         self._applied = int(optimizer.applied_steps)
@@ -194,7 +205,7 @@ class Trainer:
                 while self.epoch < last:
                     results.append(self._epoch(train_loader, val_loader, last))
                     self._save_in_folder(score=results[-1].val_accuracy)
-                    self._asked = self.world.any(self._signal())
+                    self._asked = self.world.max(self._signal())
                     self._stop_if_asked()
         except RunStopped as stopped:
             raise type(stopped)(f"{stopped}; {self._save_and_wait()}") from None
@@ -408,6 +419,7 @@ class Trainer:
                 plain=self.mixup.plain if self.mixup is not None else None,
                 world=self.world,
                 after_batch=self._stop_alone,
+                in_step=self.shards is not None,
             )
 
     # ---- state ----
@@ -420,9 +432,14 @@ class Trainer:
             "epoch_start": self._epoch_start,
             "loader": position.own_state(self._loader),
         }
+        if self.shards is None:
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        else:
+            model = self.shards.whole_model()
+            optimizer = self.shards.whole_optimizer(self.optimizer)
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "progress": asdict(self.done),
@@ -438,8 +455,12 @@ class Trainer:
             ValueError, RuntimeError: the state of another model, optimizer or scaler.
         """
         self._pending, self._last = None, None
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.shards is None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.shards.load_model(state["model"])
+            self.shards.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])

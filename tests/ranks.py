@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fastmp.optim
-from fastmp import amp, distributed
+from fastmp import amp, distributed, sharded
 from fastmp.distributed import World
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def model_in(dtype=torch.float32, *, norm=False):
     torch.manual_seed(0)
-    layers = [torch.nn.Flatten(), torch.nn.Linear(12, 16)]
+    layers = [torch.nn.Flatten(), torch.nn.Linear(12, 16, bias=not norm)]
     layers += [torch.nn.BatchNorm1d(16)] if norm else []
     layers += [torch.nn.ReLU(), torch.nn.Linear(16, 3)]
     return amp.convert(torch.nn.Sequential(*layers), dtype)
@@ -151,6 +151,97 @@ def terminated(world, folder):
     return {"kind": "none"}
 
 
+def in_shards(model, dtype=torch.float32, **options):
+    shards = sharded.shard(model, dtype)
+    optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=0.01, max_grad_norm=0.5)
+    shards.join(optimizer)
+    return Trainer(model, optimizer, CrossEntropyLoss(), progress=False, shards=shards, **options)
+
+
+def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None):
+    """Each rank with its part of the weights, against one rank with everything."""
+    data = batches(STEPS, 2 * BATCH, dtype)
+    split = in_shards(model_in(norm=norm), dtype, accumulate=accumulate, scaler=scaler)
+    # BatchNorm takes the statistics of what a rank sees: both then see the same
+    share = (lambda batch: batch) if norm else (lambda batch: half(batch, world.rank))
+    alone = trainer_for(model_in(dtype, norm=norm), accumulate=accumulate, world=World())
+    norms = []
+    for start in range(0, STEPS, accumulate):
+        group = data[start : start + accumulate]
+        split.train_step([share(batch) for batch in group])
+        alone.train_step(group)
+        norms.append([float(t.optimizer.grad_norm) for t in (split, alone)])
+    together = split.evaluate(data[: 3 - world.rank])
+    return {
+        "weights": split.state_dict()["model"],
+        "alone": alone.model.state_dict(),
+        "norms": norms,
+        "losses": [split.last_loss(), alone.last_loss()],
+        "own": sum(p.numel() for _, p in split.shards.named_parameters()),
+        "evaluation": together,
+        "expected": in_whole(split, dtype, norm).evaluate([*data[:3], *data[:2]]),
+    }
+
+
+def in_whole(trainer, dtype, norm):
+    alone = trainer_for(model_in(dtype, norm=norm), world=World())
+    alone.model.load_state_dict(trainer.state_dict()["model"])
+    return alone
+
+
+def _explode(module, inputs, output):
+    """Make the gradients of a layer infinite."""
+    output.register_hook(lambda grad: grad * math.inf)
+
+
+def sharded_overflow(world):
+    """In the third step the gradients of rank 1 are infinite."""
+    trainer = in_shards(model_in(), torch.float16, scaler=amp.GradScaler("cpu", init_scale=256.0))
+    seen = []
+    for number, batch in enumerate(batches(5, 2 * BATCH, torch.float16)):
+        images, labels = half(batch, world.rank)
+        handle = None
+        if number == 2 and world.rank == 1:
+            handle = trainer.model[1].register_forward_hook(_explode)
+        before = trainer.state_dict()["model"]
+        trainer.train_step([(images, labels)])
+        if handle is not None:
+            handle.remove()
+        after = trainer.state_dict()["model"]
+        seen.append(
+            {
+                "unchanged": all(torch.equal(before[name], after[name]) for name in after),
+                "scale": trainer.scaler.get_scale(),
+                "skipped": int(trainer.optimizer.skipped_steps),
+                "offender": trainer.optimizer.last_overflow(),
+            }
+        )
+    return seen
+
+
+def sharded_resumes(world, folder):
+    """Saved half way, loaded into a new trainer, and into one that is not split."""
+    data = batches(10, 2 * BATCH, torch.bfloat16)
+
+    def train(trainer, part):
+        for batch in part:
+            trainer.train_step([half(batch, world.rank)])
+        return trainer
+
+    first = train(in_shards(model_in(), torch.bfloat16), data[:5])
+    first.save(folder / "sharded")
+    second = in_shards(model_in(), torch.bfloat16)
+    second.resume(folder / "sharded")
+    whole = trainer_for(model_in(), world=World())
+    whole.resume(folder / "sharded")
+    states = [train(t, data[5:]).state_dict() for t in (first, second)]
+    return {
+        "states": [[s["model"], s["optimizer"]["state"]] for s in states],
+        "whole": whole.optimizer.state_dict()["state"],
+        "step": whole.step,
+    }
+
+
 def main(folder):
     torch.set_num_threads(1)
     with distributed.joined(CPU) as world:
@@ -160,6 +251,12 @@ def main(folder):
             "overflow": overflow_on_one_rank(world),
             "accumulation": accumulation(world),
             "evaluation": evaluation(world),
+            "sharded": sharded_equals_whole(world, torch.float32),
+            "sharded accumulation": sharded_equals_whole(world, torch.float32, accumulate=2),
+            "sharded norm": sharded_equals_whole(world, torch.float32, norm=True),
+            "sharded bf16 norm": sharded_equals_whole(world, torch.bfloat16, norm=True),
+            "sharded overflow": sharded_overflow(world),
+            "sharded resumes": sharded_resumes(world, folder),
             "terminated": terminated(world, folder),
         }
         torch.save(seen, folder / f"rank-{world.rank}.pt")

@@ -20,7 +20,7 @@ FLOORS = [
     ["nn", "optim", "mixup", "schedule"],
     ["scheduler", "fusion", "accumulate", "ema", "graph", "position"],
     ["amp", "data", "models", "checkpoint", "metrics", "telemetry", "distributed"],
-    ["checkpoints", "curves"],
+    ["checkpoints", "curves", "sharded"],
     ["transfer", "stepper", "report", "progress"],
     ["evaluation"],
     ["probe", "trainer"],

@@ -166,7 +166,7 @@ def _dtype(
 
 def _measured(config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device) -> str:
     assert config.batch_size is not None
-    alone = dataclasses.replace(config, cuda_graph=False, telemetry=False)
+    alone = dataclasses.replace(config, cuda_graph=False, telemetry=False, shard=False)
     steps: dict[str, probe.Step] = {}
     for name, dtype in DTYPES.items():
         trainer = recipe.build_trainer(

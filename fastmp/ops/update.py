@@ -154,6 +154,11 @@ def _address(value: Tensor | None) -> int | None:
     return None if value is None else value.data_ptr()
 
 
+def clip(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of a norm are multiplied by, as in ``torch.nn.utils.clip_grad_norm_``."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 # ---- the reference ----
 
 
@@ -179,9 +184,9 @@ def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options)
     limit = limits[0][1] if limits else options.max_grad_norm
     norm, unscale, skip = _judge(plan, record, options, limit)
     if not skip:
-        clip = min(1.0, limit / (norm + 1e-6)) if limit >= 0 else 1.0
+        factor = float(clip(norm, limit)) if limit >= 0 else 1.0
         for slot, grad in zip(plan.slots, plan.grads, strict=True):
-            _update(slot, grad, unscale * clip, limits[slot.group][0])
+            _update(slot, grad, unscale * factor, limits[slot.group][0])
     record_field(record, "found_inf").fill_(float(skip))
     record_field(record, "skipped" if skip else "applied").add_(1)
     if options.growth is not None:
@@ -191,7 +196,9 @@ def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options)
         torch._amp_update_scale_(options.grad_scale, tracker, found, factor, backoff, interval)
 
 
-def _judge(plan: Plan, record: Tensor, options: Options, limit: float) -> tuple[float, float, bool]:
+def _judge(
+    plan: Plan, record: Tensor, options: Options, limit: float
+) -> tuple[Tensor, float, bool]:
     """(norm of the unscaled gradients, factor that unscales, whether to skip the step)."""
     scale = 1.0 if options.grad_scale is None else float(options.grad_scale)
     usable = bool(np.isfinite(scale)) and scale != 0.0
@@ -200,8 +207,8 @@ def _judge(plan: Plan, record: Tensor, options: Options, limit: float) -> tuple[
     bad = [not trusted and not bool(grad.isfinite().all()) for grad in plan.grads]
     # hypot over the tensors' norms: the squares of fp64 gradients may not fit
     norms = [float((_wide(grad).double() * unscale).norm()) for grad in plan.grads]
-    norm = float(torch.tensor(norms, dtype=torch.float64).norm()) if norms else 0.0
-    record_field(record, "grad_norm").fill_(np.nan if trusted else norm)
+    norm = torch.tensor(norms, dtype=torch.float64).norm()
+    record_field(record, "grad_norm").fill_(np.nan if trusted else float(norm))
     if any(bad):
         record_field(record, "offender").fill_(plan.slots[bad.index(True)].number)
     told = options.found_inf is not None and float(options.found_inf) != 0.0

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import nn
 
-from fastmp import amp, data, distributed, models, optim, transfer
+from fastmp import amp, data, distributed, models, optim, sharded, transfer
 from fastmp.checkpoints import Checkpoints
 from fastmp.data import Dataset
 from fastmp.distributed import World
@@ -120,14 +120,18 @@ def build_trainer(
         folder, progress, world: as ``Trainer`` takes them.
     """
     world = distributed.current() if world is None else world
-    trained = amp.convert(copy.deepcopy(model).to(device), dtype)
+    trained = copy.deepcopy(model).to(device)
     if config.freeze:
         transfer.freeze(trained, *config.freeze)
+    shards = sharded.shard(trained, dtype) if config.shard else None
+    if shards is None:
+        amp.convert(trained, dtype)
     # every rank mixes in its own way; the first one as if it were alone
     generator = torch.Generator().manual_seed((config.seed + (world.rank << 32)) % 2**63)
+    optimizer = _optimizer(config, trained, shards)
     return Trainer(
         trained,
-        _optimizer(config, trained),
+        optimizer,
         CrossEntropyLoss(label_smoothing=config.label_smoothing),
         schedule=_schedule(config, total_steps),
         scaler=amp.GradScaler(
@@ -149,6 +153,7 @@ def build_trainer(
         unfreeze=_unfreezing(config),
         cuda_graph=config.cuda_graph,
         telemetry=config.telemetry,
+        shards=shards,
         folder=folder,
         save_every=config.save_every,
         keep=config.keep,
@@ -163,23 +168,33 @@ def _unfreezing(config: TrainConfig) -> transfer.GradualUnfreezing | None:
     return transfer.GradualUnfreezing(every=config.unfreeze_every)
 
 
-def _optimizer(config: TrainConfig, model: nn.Module) -> optim.AdamW | optim.Adam | optim.SGD:
+def _optimizer(
+    config: TrainConfig, model: nn.Module, shards: sharded.Shards | None
+) -> optim.AdamW | optim.Adam | optim.SGD:
     assert config.lr is not None, "the config must be resolved"
     groups = transfer.layerwise_lr(
         model, config.lr, config.layer_decay, weight_decay=config.weight_decay
     )
+    if shards is not None:
+        for group in groups:
+            group["params"] = [(name, shards[name]) for name, _ in group["params"]]
     clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
+    optimizer: optim.AdamW | optim.Adam | optim.SGD
     if config.optimizer == "sgd":
-        return optim.SGD(
+        optimizer = optim.SGD(
             groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             max_grad_norm=clip,
         )
-    kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
-    betas = (config.momentum, config.beta2)
-    return kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
+    else:
+        kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
+        betas = (config.momentum, config.beta2)
+        optimizer = kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
+    if shards is not None:
+        shards.join(optimizer)
+    return optimizer
 
 
 def _schedule(config: TrainConfig, total_steps: int) -> Schedule:

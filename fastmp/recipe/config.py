@@ -128,6 +128,9 @@ class TrainConfig:
     cuda_graph: bool = False
     """Record a training step as one CUDA graph and replay it; needs static shapes."""
 
+    shard: bool = False
+    """Split weights and optimizer state over the devices (FSDP2), for models too large for one."""
+
     threads: int = 0
     """CPU threads; 0: as many as PyTorch chooses."""
 
@@ -167,6 +170,12 @@ class TrainConfig:
                 "layer whether it trains"
             )
 
+        if self.shard and (self.ema or self.cuda_graph or self.telemetry or self.unfreeze_every):
+            raise ConfigError(
+                "shard: expected none of ema, cuda_graph, telemetry, unfreeze_every with it; they "
+                "need whole parameters"
+            )
+
     def one_lr(self, defaults: TrainConfig) -> TrainConfig:
         """The same, where a flag with one of lr and base_lr outdoes the other in ``defaults``."""
         if self.lr is None or self.base_lr is None:
@@ -184,8 +193,13 @@ class TrainConfig:
             devices: how many train together; the learning rate is scaled to the global batch.
 
         Raises:
-            ConfigError: both a learning rate and one to scale.
+            ConfigError: both a learning rate and one to scale, or ``shard`` on one device.
         """
+        if self.shard and devices == 1:
+            raise ConfigError(
+                "shard: expected several processes, got one; start them with "
+                "torchrun --nproc-per-node=N -m fastmp train --shard ..."
+            )
         if self.lr is not None and self.base_lr is not None:
             raise ConfigError(
                 f"lr, base_lr: expected one of them, got {self.lr:g} and {self.base_lr:g}; "
