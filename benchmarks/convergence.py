@@ -69,25 +69,29 @@ def main() -> None:
         ours = accuracies(dataclasses.replace(whole, seed=seed), dataset)
         runs.append({"seed": seed, "constant": theirs, "recipe": ours})
         print(runs[-1], flush=True)
-        write(options.epochs, runs)
+        write(environment(), options.epochs, runs)
 
 
-def write(epochs: int, runs: list[dict[str, Any]]) -> None:
-    facts = environment()
+def write(facts: dict[str, Any], epochs: int, runs: list[dict[str, Any]]) -> None:
     where = folder()
     content = {**facts, "epochs": epochs, "runs": runs}
     (where / "convergence.json").write_text(json.dumps(content, indent=1) + "\n")
     means = [statistics.mean(run[key][-1] for run in runs) for key in ("constant", "recipe")]
+    best = statistics.mean(max(run["constant"]) for run in runs)
     reached = sum(run["recipe"][-1] >= run["constant"][-1] for run in runs)
     lines = [
         "# convergence\n",
         *(f"- {key}: {value}" for key, value in facts.items()),
         "\nFashion-MNIST, convnet, bf16; test accuracy after the last epoch.",
         f"Constant lr {CONSTANT_LR:g}.\n",
-        f"| seed | constant lr, {epochs} epochs | recipe, {epochs // 2} epochs |",
-        "| --- | --- | --- |",
-        *(f"| {r['seed']} | {r['constant'][-1]:.2%} | {r['recipe'][-1]:.2%} |" for r in runs),
-        f"| mean | {means[0]:.2%} | **{means[1]:.2%}** |",
+        f"| seed | constant lr, {epochs} epochs | best of these | recipe, {epochs // 2} epochs |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {r['seed']} | {r['constant'][-1]:.2%} | {max(r['constant']):.2%} "
+            f"| {r['recipe'][-1]:.2%} |"
+            for r in runs
+        ),
+        f"| mean | {means[0]:.2%} | {best:.2%} | **{means[1]:.2%}** |",
         f"\nAs accurate in half the epochs: {reached} of {len(runs)} seeds; "
         f"in the mean {'reached' if means[1] >= means[0] else '**missed**'} "
         f"({100 * (means[1] - means[0]):+.2f} points).",
