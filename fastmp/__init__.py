@@ -19,6 +19,7 @@ from fastmp.amp import convert
 if TYPE_CHECKING:
     from fastmp import checkpoint, data, transfer
     from fastmp.trainer import Trainer
+    from fastmp.verification import verify
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "schedule",
     "scheduler",
     "transfer",
+    "verify",
 ]
 
 
@@ -43,4 +45,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fastmp.{name}")
     if name == "Trainer":
         return importlib.import_module("fastmp.trainer").Trainer
+    if name == "verify":
+        return importlib.import_module("fastmp.verification").verify
     raise AttributeError(f"module 'fastmp' has no attribute {name!r}")

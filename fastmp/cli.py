@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fastmp.commands import lr_find, train
+from fastmp.commands import doctor, lr_find, train, verify
+from fastmp.commands.verify import VerificationFailed
 from fastmp.data import DataError
 from fastmp.interrupts import Terminated
 from fastmp.models import ModelError
@@ -21,6 +22,8 @@ TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.main,
     "lr-find": lr_find.main,
+    "verify": verify.main,
+    "doctor": doctor.main,
 }
 
 
@@ -28,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``fastmp`` with these arguments.
 
     Returns:
-        0: done; 1: the run was stopped, its state saved; 2: bad usage or bad input; 143: SIGTERM
-        came, the state is saved.
+        0: done; 1: the run was stopped, its state saved, or a check failed; 2: bad usage or bad
+        input; 143: SIGTERM came, the state is saved.
     """
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         COMMANDS[command](rest)
     except USER_ERRORS as error:
         return _fail(command, f"error: {error}", 2)
-    except RunStopped as error:
+    except (RunStopped, VerificationFailed) as error:
         return _fail(command, str(error), 1)
     except Terminated as error:
         return _fail(command, f"{error}; --resume goes on from there", TERMINATED)
