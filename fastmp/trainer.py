@@ -409,9 +409,9 @@ class Trainer:
         Raises:
             ValueError: a loader without batches.
         """
-        if self.world.size > 1:  # batch statistics are the first rank's: DDP hands them out
-            distributed.share_buffers(self.model)
         with self.ema.in_place() if self.ema is not None else nullcontext():
+            if self.world.size > 1:  # each rank has seen other batches: the first one's count
+                distributed.share_buffers(self.model)
             return evaluate(
                 self.model,
                 loader,

@@ -162,3 +162,8 @@ def test_torchrun_restarts_a_killed_worker(folder, monkeypatch):
         assert ("resumed at step" in done.stdout) == (kill == "1")
         results.append(final_state(out))
     assert_same(*results)
+    epochs = [
+        metrics.read(folder / f"killed-{k}" / "metrics.jsonl", "epoch") for k in ("nobody", "1")
+    ]
+    losses = [[(row["train_loss"], row["val_loss"]) for row in rows] for rows in epochs]
+    assert losses[0] == losses[1]
