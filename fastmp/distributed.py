@@ -111,27 +111,31 @@ def _met(store: Store, rank: int, size: int) -> Store:
     """A part of ``store`` that nobody but the processes of this attempt has written to.
 
     torchrun (2.13) keeps its store when it starts workers again. A process that finds the address
-    of a dead one there before the new one has written its own fails or waits for ever: so did 4 of
-    5 killed runs on a busy machine, and with this none of 14. All show the first rank a fresh number, it shows all of them to everybody until
-    everybody has seen its own, and its own number names the part.
+    of a dead one there, before the new one has written its own, fails or waits for ever: so did 4
+    of 5 killed runs on a busy machine, and with this none of 14. Every process shows the first one
+    a fresh number; the first one shows what it sees until all have found their own number in it.
+    Its own names the part.
     """
-    own = uuid.uuid4().hex.encode()
+    own = uuid.uuid4().hex
     store.set(f"fastmp/{rank}", own)
-    if rank == 0:
-        seen: list[bytes] = []
-        while seen != [own] * (size - 1):
-            shown = [store.get(f"fastmp/{other}") for other in range(size)]
-            store.set("fastmp/all", b" ".join(shown))
+
+    def read(*keys: str) -> list[str]:
+        return [store.get(f"fastmp/{key}").decode() for key in keys]
+
+    if rank > 0:
+        shown: list[str] = []
+        while own not in shown:
             time.sleep(0.01)
-            present = [f"fastmp/seen/{other}" for other in range(1, size)]
-            seen = [store.get(key) for key in present] if store.check(present) else []
-        return PrefixStore(own.decode(), store)
-    shown = []
-    while own not in shown:
-        shown = store.get("fastmp/all").split()
+            shown = read("all")[0].split()
+        store.set(f"fastmp/seen/{rank}", shown[0])
+        return PrefixStore(shown[0], store)
+    seen: list[str] = []
+    while seen != [own] * (size - 1):
+        store.set("fastmp/all", " ".join(read(*map(str, range(size)))))
         time.sleep(0.01)
-    store.set(f"fastmp/seen/{rank}", shown[0])
-    return PrefixStore(shown[0].decode(), store)
+        answers = [f"seen/{other}" for other in range(1, size)]
+        seen = read(*answers) if store.check([f"fastmp/{key}" for key in answers]) else []
+    return PrefixStore(own, store)
 
 
 def own_device(kind: str) -> torch.device:
