@@ -23,7 +23,7 @@ bench: $(STAMP)
 # On a machine with a GPU, which may have no network: with its own python, torch and Triton.
 RESULTS ?= build/gpu-check-results
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu_check $(RESULTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
