@@ -152,6 +152,9 @@ def terminated(world, folder):
 
 
 def in_shards(model, dtype=torch.float32, **options):
+    if distributed.current().rank == 1:  # the first rank's weights are those that count
+        for param in model.parameters():
+            param.data += 1
     shards = sharded.shard(model, dtype)
     optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=0.01, max_grad_norm=0.5)
     shards.join(optimizer)
@@ -171,6 +174,13 @@ def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None)
         split.train_step([share(batch) for batch in group])
         alone.train_step(group)
         norms.append([float(t.optimizer.grad_norm) for t in (split, alone)])
+    seen = []
+    handle = split.model[-2].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].dtype)
+    )
+    with torch.no_grad():
+        split.model.eval()(data[0][0])
+    handle.remove()
     together = split.evaluate(data[: 3 - world.rank])
     return {
         "weights": split.state_dict()["model"],
@@ -179,6 +189,7 @@ def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None)
         "losses": [split.last_loss(), alone.last_loss()],
         "own": sum(p.numel() for _, p in split.shards.named_parameters()),
         "evaluation": together,
+        "activations": seen,
         "expected": in_whole(split, dtype, norm).evaluate([*data[:3], *data[:2]]),
     }
 

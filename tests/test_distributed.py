@@ -103,6 +103,7 @@ def test_shards_train_as_the_whole_model_does(seen, case):
     statistics = 32 if "norm" in case else 0  # buffers are not split
     assert one["own"] + two["own"] == total - statistics
     assert max(one["own"], two["own"]) < 0.6 * total
+    assert one["activations"] == [torch.bfloat16 if "bf16" in case else torch.float32]
     rtol = 2e-2 if "bf16" in case else 1e-5  # gradients have eight bits there, and Adam divides
     for name, value in one["weights"].items():
         assert torch.equal(value, two["weights"][name])
