@@ -1,0 +1,233 @@
+"""The linear layer: fp16 both ways, bf16 and fp32 with gelu; on a GPU plain products too.
+
+Operations: 2 M N K a product, three products forward and backward; on a CPU held against the
+multiply-adds that it can do (peak.py). Every case checks its error against fp64 on the tensors it
+timed, on a GPU on their last rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastmp
+from fastmp.bench.harness import OURS, Case, Row, Run, dtype_name, kernel_clock, timed
+from fastmp.bench.peak import peak
+from fastmp.ops.linear import activate, linear_cuda
+
+SECONDS = {"cpu": 6.0, "cuda": 1.5}
+LAST = 64  # rows, of those checked on a GPU
+Layer = Callable[..., Tensor]
+Values = tuple[Tensor, ...]
+Direction = Callable[[Layer, Values, str], list[Tensor]]
+Shape = tuple[int, int, int]  # rows, in_features, out_features
+
+GELU: list[Shape] = [(16384, 512, 2048), (16384, 1024, 4096), (8192, 8192, 8192)]
+# Training batches of transformers and classifiers, square ones, few rows.
+PLAIN: list[Shape] = [
+    (8192, 8192, 8192), (4096, 4096, 4096), (2048, 2048, 2048), (16384, 1024, 4096),
+    (16384, 4096, 1024), (8192, 4096, 14336), (8192, 14336, 4096), (4096, 4096, 32000),
+    (65536, 512, 512), (1024, 1024, 1024), (256, 4096, 4096), (16, 4096, 4096),
+]  # fmt: skip
+
+
+def ours(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    """fastmp's."""
+    return fastmp.functional.linear(x, w, b, activation)
+
+
+def theirs(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    """torch's."""
+    return activate(F.linear(x, w, b), activation)
+
+
+def tensors(shape: Shape, dtype: torch.dtype, device: str) -> Values:
+    """x, w, b and the incoming gradient; outputs of unit size."""
+    rows, depth, columns = shape
+    generator = torch.Generator(device).manual_seed(0)
+    x, w, b, grad = (
+        torch.randn(size, generator=generator, device=device)
+        for size in ((rows, depth), (columns, depth), (columns,), (rows, columns))
+    )
+    return tuple(t.to(dtype) for t in (x, w / depth**0.5, b, grad))
+
+
+def both_ways(layer: Layer, values: Values, activation: str) -> list[Tensor]:
+    """The output and three gradients."""
+    *inputs, grad = (t.detach() for t in values)
+    for t in inputs:
+        t.requires_grad_()
+    y = layer(*inputs, activation)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def forward(layer: Layer, values: Values, activation: str) -> list[Tensor]:
+    """The output."""
+    with torch.no_grad():
+        return [layer(*values[:3], activation)]
+
+
+def check(found: list[Tensor], torchs: list[Tensor], exact: list[Tensor]) -> str:
+    """Assert the error budget; the errors of y in words."""
+    errors = [
+        [
+            (t.double() - reference).abs().max().item()
+            for t, reference in zip(ts, exact, strict=True)
+        ]
+        for ts in (found, torchs)
+    ]
+    for mine, other in zip(*errors, strict=True):
+        assert mine <= 2 * other + 1e-6, (mine, other)
+    return f"largest error of y {errors[0][0]:.1e}, of torch's {errors[1][0]:.1e}"
+
+
+def check_last(found: Tensor, torchs: Tensor, values: Values, activation: str) -> str:
+    """The same for the last rows of y."""
+    x, w, b = (t.detach().double() for t in values[:3])
+    exact = theirs(x[-LAST:], w, b, activation)
+    return check([found[-LAST:]], [torchs[-LAST:]], [exact])
+
+
+def label_of(kind: str, shape: Shape) -> str:
+    """As in "plain product, 16 x 4096 -> 4096"."""
+    return f"{kind}, {shape[0]} x {shape[1]} -> {shape[2]}"
+
+
+# ---- on a CPU ----
+
+
+def case(
+    shape: Shape,
+    dtype: torch.dtype,
+    activation: str,
+    direction: Direction,
+    goals: dict[str, float],
+    seconds: float,
+) -> list[Row]:
+    """One shape: fastmp against torch in the same dtype, compiled too, and in fp32."""
+    name = dtype_name(dtype)
+    values, wide = (tensors(shape, t, "cpu") for t in (dtype, torch.float32))
+    torch._dynamo.reset()
+    runs = {
+        OURS: partial(direction, ours, values, activation),
+        f"torch {name}": partial(direction, theirs, values, activation),
+        "torch float32": partial(direction, theirs, wide, activation),
+    }
+    if dtype != torch.float16:  # the same product, which takes longest by far
+        compiled = torch.compile(theirs)
+        runs[f"compiled {name}"] = partial(direction, compiled, values, activation)
+    products = 1 if direction is forward else 3
+    kind = f"{name} {'forward' if products == 1 else 'both ways'}"
+    label = label_of(kind + ("" if activation == "none" else f", {activation}"), shape)
+    timings = timed(dict(runs), seconds, label, kernel_clock("cpu"))
+    exact = direction(theirs, tuple(t.double() for t in values), activation)
+    notes = check(runs[OURS](), runs[f"torch {name}"](), exact)
+    operations = products * 2 * math.prod(shape)
+    return [
+        Row("linear", label, timings, goals=goals, notes=notes, operations=operations,
+            peak=peak(dtype))
+    ]  # fmt: skip
+
+
+def cpu_cases(quick: bool) -> list[Case]:
+    """Few and many rows, narrow and wide."""
+    seconds = 0.5 if quick else SECONDS["cpu"]
+    heights, widths = ((256,), (1024,)) if quick else ((256, 2048), (1024, 4096))
+    shapes = [(m, k, n) for m in heights for k in widths for n in widths]
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    kinds: list[tuple[torch.dtype, str, Direction, dict[str, float]]] = [
+        (fp16, "none", forward, {"torch float16": 4.0, "torch float32": 1.2}),
+        (fp16, "none", both_ways, {"torch float16": 4.0}),
+        (bf16, "gelu", both_ways, {"torch bfloat16": 1.15}),
+        (fp32, "gelu", both_ways, {"torch float32": 1.0}),
+    ]
+    return [
+        Case(f"{dtype} {direction.__name__} {s}", partial(case, s, dtype, act, direction, goals, seconds))
+        for dtype, act, direction, goals in kinds
+        for s in shapes
+        # torch's backward in fp16 runs at 1 to 3 GFLOP/s: minutes a step for the larger shapes
+        if (dtype, direction) != (fp16, both_ways) or math.prod(s) < 5e8
+    ]
+
+
+# ---- on a GPU, bf16 ----
+
+
+def _timed(kind: str, runs: dict[str, Run], shape: Shape, **about: object) -> list[Row]:
+    label = label_of(kind, shape)
+    timings = timed(runs, SECONDS["cuda"], label, kernel_clock("cuda"))
+    return [Row("linear", label, timings, **about)]  # type: ignore[arg-type]
+
+
+def gelu_case(shape: Shape) -> list[Row]:
+    """Forward and backward with bias and gelu."""
+    values = tensors(shape, torch.bfloat16, "cuda")
+    torch._dynamo.reset()
+    compiled = torch.compile(theirs, mode="max-autotune-no-cudagraphs")
+    layers = {OURS: ours, "F.linear + F.gelu": theirs, "max-autotune": compiled}
+    runs = {name: partial(both_ways, layer, values, "gelu") for name, layer in layers.items()}
+    notes = check_last(runs[OURS]()[0], runs["F.linear + F.gelu"]()[0], values, "gelu")
+    goals = {"F.linear + F.gelu": 1.25 if shape[1] <= 1024 else 1.04, "max-autotune": 1.05}
+    count = 6 * math.prod(shape)
+    kind = "bias + gelu, both ways, bf16"
+    return _timed(kind, dict(runs), shape, goals=goals, operations=count, notes=notes)
+
+
+def forward_case(shape: Shape) -> list[Row]:
+    """Both routes of the forward with gelu, whichever the rule takes: what it should be set by."""
+    from fastmp.backends.triton import linear as kernels
+
+    values = tensors(shape, torch.bfloat16, "cuda")
+    x, w, b, _ = values
+    runs: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: linear_cuda(x, w, b, "gelu", True)[0],
+        "our product": lambda: kernels.linear(x, w, b, "gelu", True)[0],
+        "vendor's product + pass": lambda: theirs(x, w, b, "gelu"),
+    }
+    notes = check_last(runs["our product"](), runs["vendor's product + pass"](), values, "gelu")
+    goals = {"best": 1.0}
+    count = 2 * math.prod(shape)
+    kind = "forward with gelu, bf16"
+    return _timed(kind, dict(runs), shape, goals=goals, operations=count, notes=notes)
+
+
+def plain_case(shape: Shape) -> list[Row]:
+    """The product alone."""
+    from fastmp.backends.triton import linear as kernels
+
+    values = tensors(shape, torch.bfloat16, "cuda")
+    x, w, b, _ = values
+    wt = w.t()
+    runs: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: fastmp.functional.linear(x, w),
+        "torch.mm": lambda: torch.mm(x, wt),
+        "our product": lambda: kernels.linear(x, w, None, "none", False)[0],
+    }
+    bare = (x, w, torch.zeros_like(b))
+    notes = check_last(runs["our product"](), runs["torch.mm"](), bare, "none")
+    count = 2 * math.prod(shape)
+    return _timed("plain product, bf16", dict(runs), shape, operations=count, notes=notes)
+
+
+def plain_mean(rows: list[Row]) -> tuple[str, float, float]:
+    """The geometric mean over the plain products against torch.mm, and what was asked for."""
+    ratios = [row.ratios["torch.mm"] for row in rows if row.case.startswith("plain")]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
+    return f"plain product, geometric mean of {len(ratios)} shapes", mean, 0.98
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Every case of this subject."""
+    if device == "cpu":
+        return cpu_cases(quick)
+    kinds = ((forward_case, GELU), (plain_case, PLAIN), (gelu_case, GELU))
+    return [
+        Case(f"{make.__name__} {shape}", partial(make, shape))
+        for make, shapes in kinds
+        for shape in (shapes[:1] if quick else shapes)
+    ]

@@ -1,0 +1,272 @@
+"""The optimizer step: the update alone, and the whole of what AMP does around it.
+
+Bytes a parameter (csrc/cpu/update.cpp, csrc/cuda/update.cu): fp32 weights 32, fp16 weights with fp32
+masters 30, bf16 weights with split masters 28. Every candidate takes as many steps from the same
+start and must come to the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastmp
+from fastmp.bench import rivals
+from fastmp.bench.harness import OURS, Case, Row, Run, dtype_name, interleave, kernel_clock, timed
+from fastmp.ops.update import join_master
+
+LR = 1e-3
+MAX_NORM = 1.0
+SCALE = 2.0**10
+SECONDS = {"cpu": 4.0, "cuda": 1.0}
+BYTES = {torch.float32: 32, torch.float16: 30, torch.bfloat16: 28}  # a parameter
+Shapes = list[tuple[int, ...]]
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+MANY: Shapes = [(1024,)] * 1000
+BLOCKS: Shapes = [(500_000,)] * 50
+LARGE: Shapes = [(4096, 4096)] * 6 + [(1024, 1024)] * 4  # 105 M
+SERIES = "whole step, float16"
+
+
+def resnet50() -> Shapes:
+    """ResNet-50's 161 tensors (He et al. 2015), 25.6 M parameters."""
+
+    def layer(wide: int, deep: int, kernel: int) -> Shapes:
+        return [(wide, deep, kernel, kernel), (wide,), (wide,)]
+
+    shapes, deep = layer(64, 3, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += layer(width, deep, 1) + layer(width, width, 3) + layer(4 * width, width, 1)
+            shapes += layer(4 * width, deep, 1) if block == 0 else []
+            deep = 4 * width
+    return [*shapes, (1000, deep), (1000,)]
+
+
+def size_of(shapes: Shapes) -> int:
+    """Number of parameters."""
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Parameters with gradients, random normal; the same at every call."""
+    generator = torch.Generator(device).manual_seed(1)
+    params = []
+    for shape in shapes:
+        values = torch.randn((2, *shape), generator=generator, device=device)
+        params.append(values[0].to(dtype).requires_grad_())
+        params[-1].grad = (values[1] * 1e-3).to(dtype)
+    return params
+
+
+def masters(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    """The fp32 values behind the parameters of one of our optimizers."""
+    found = []
+    for p in params:
+        state = optimizer.state[p]
+        value = p.detach()
+        if "remainder" in state:
+            value = join_master(value, state["remainder"])
+        found.append(state.get("master", value))
+    return found
+
+
+def check(results: dict[str, list[Tensor]]) -> None:
+    """Every candidate took as many steps from the same start: their weights must agree."""
+    for name, found in results.items():
+        for ours, theirs in zip(results[OURS], found, strict=True):
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def update_alone(
+    shapes: Shapes,
+    label: str,
+    device: str,
+    seconds: float,
+    *,
+    checked: bool,
+    goal: float,
+    compiled: bool = False,
+) -> list[Row]:
+    """fp32 parameters, nothing but step(); checked: the gradients are looked at first."""
+    kinds: dict[str, Make] = {
+        OURS: lambda p: fastmp.optim.AdamW(p, lr=LR, skip_nonfinite=checked),
+        "AdamW(fused=True)": lambda p: torch.optim.AdamW(p, lr=LR, fused=True),
+        "AdamW(foreach=True)": lambda p: torch.optim.AdamW(p, lr=LR, foreach=True),
+    }
+    models = {name: parameters(shapes, torch.float32, device) for name in kinds}
+    steps: dict[str, Run] = {name: kinds[name](params).step for name, params in models.items()}
+    if compiled:
+        models["torch.compile"] = parameters(shapes, torch.float32, device)
+        lr = torch.tensor(LR)  # a tensor: a number would be compiled in
+        steps["torch.compile"] = torch.compile(torch.optim.AdamW(models["torch.compile"], lr).step)
+    label = f"update alone, fp32, {label}" + (", overflow check" if checked else "")
+    timings = timed(steps, seconds, label, kernel_clock(device))
+    check({name: [p.detach() for p in params] for name, params in models.items()})
+    moved = (32 if checked else 28) * size_of(shapes)
+    notes = "torch's optimizers do not check" if checked else ""
+    return [Row("optimizer", label, timings, moved, {"best": goal}, notes=notes)]
+
+
+def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float) -> list[Row]:
+    """One launch with check and clip, of the bandwidth of a copy; others' update without them."""
+    weights = parameters(shapes, dtype, device)
+    optimizer = fastmp.optim.AdamW(weights, lr=LR, max_grad_norm=MAX_NORM)
+    exact = [p.detach().float().requires_grad_() for p in weights]
+    for p, w in zip(exact, weights, strict=True):
+        assert w.grad is not None
+        p.grad = w.grad.float()
+    theirs = torch.optim.AdamW(exact, lr=LR, fused=True)
+    torch.nn.utils.clip_grad_norm_(exact, MAX_NORM)
+    runs: dict[str, Run] = {OURS: optimizer.step, "AdamW(fused=True), fp32": theirs.step}
+    others = rivals.optimizers(device, LR) if dtype != torch.float32 else {}
+    # made beside the rest: they take their steps on weights of their own
+    beside = rivals.working(
+        {name: other.call(parameters(shapes, dtype, device)).step for name, other in others.items()}
+    )
+    label = f"step with clip, {dtype_name(dtype)}, {size_of(shapes) / 1e6:.0f} M"
+    timings = timed(runs | beside, seconds, label, kernel_clock(device))
+    check({OURS: masters(optimizer, weights), "torch": [p.detach() for p in exact]})
+    notes = "the others neither look at the gradients nor clip"
+    moved = BYTES[dtype] * size_of(shapes)
+    aside = [name for name in beside if not others[name].same_work]
+    return [Row("optimizer", label, timings, moved, share=0.92, notes=notes, aside=aside)]
+
+
+class TorchPipeline:
+    """What PyTorch does for 16-bit weights with fp32 masters, each part in its fastest form."""
+
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        device = weights[0].device
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights]
+        self.grads = [torch.empty_like(p) for p in self.masters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=LR, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
+        self.scaler.scale(torch.ones((), device=device))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Cast, unscale, clip, update, cast back."""
+        torch._foreach_copy_(self.grads, [p.grad for p in self.weights])
+        for p, grad in zip(self.masters, self.grads, strict=True):
+            p.grad = grad
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.masters, MAX_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        torch._foreach_copy_(self.weights, self.masters)
+
+
+class FastmpPipeline:
+    """The same work."""
+
+    def __init__(self, weights: list[Tensor]):
+        self.weights = weights
+        device = weights[0].device
+        self.optimizer = fastmp.optim.AdamW(self.weights, lr=LR, max_grad_norm=MAX_NORM)
+        self.scaler = fastmp.amp.GradScaler(device.type, init_scale=SCALE)
+        self.scaler.scale(torch.ones((), device=device))
+
+    def step(self) -> None:
+        """One fused step."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def whole_step(
+    shapes: Shapes,
+    label: str,
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    *,
+    goal: float | None = None,
+) -> list[Row]:
+    """Unscale, overflow check, clip, AdamW, 16-bit weights."""
+    ours = FastmpPipeline(parameters(shapes, dtype, device))
+    theirs = TorchPipeline(parameters(shapes, dtype, device))
+    label = f"whole step, {dtype_name(dtype)}, {label}"
+    runs: dict[str, Run] = {OURS: ours.step, "GradScaler + fused": theirs.step}
+    timings = timed(runs, seconds, label, kernel_clock(device))
+    found = [p.detach() for p in theirs.masters]
+    check({OURS: masters(ours.optimizer, ours.weights), "GradScaler + fused": found})
+    goals = {} if goal is None else {"best": goal}
+    series = SERIES if dtype == torch.float16 else ""
+    moved = BYTES[dtype] * size_of(shapes)
+    return [Row("optimizer", label, timings, moved, goals, series=series)]
+
+
+def on_the_host(changed: bool) -> list[Row]:
+    """The time until step() returns, 500 tensors; the GPU is done with the step before."""
+    shapes: Shapes = [(256,)] * 500
+
+    def candidate(make: Make) -> Callable[[], float]:
+        params = parameters(shapes, torch.float32, "cuda")
+        optimizer = make(params)
+        two = [[p.grad, torch.randn_like(p)] for p in params]
+        turn = 0
+
+        def run() -> float:
+            nonlocal turn
+            turn += changed
+            for p, grads in zip(params, two, strict=True):
+                p.grad = grads[turn % 2]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            return (time.perf_counter() - start) * 1e3
+
+        return run
+
+    runs: dict[str, Run] = {
+        OURS: candidate(lambda p: fastmp.optim.AdamW(p, lr=LR)),
+        "AdamW(fused=True)": candidate(lambda p: torch.optim.AdamW(p, lr=LR, fused=True)),
+    }
+    which = "changed" if changed else "the same"
+    label = f"host time of a step, 500 tensors, gradients {which}"
+    timings = interleave(runs, 61, label, lambda run: run())  # type: ignore[arg-type,return-value]
+    return [Row("optimizer", label, timings, 0, {"best": 1.0})]
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Every case of this subject."""
+    seconds = 0.3 if quick else SECONDS[device]
+    fp32, fp16, bf16 = BYTES
+    found: list[Case] = []
+
+    def add(name: str, make: Callable[..., list[Row]], *arguments: object, **options: object) -> None:
+        found.append(Case(name, partial(make, *arguments, device, seconds, **options)))
+
+    for size in (1_000, 5_000) if quick else (2_000, 20_000, 100_000):
+        name = f"50 x {size:,}"
+        add(f"whole step {name}", whole_step, [(size,)] * 50, name, fp16)
+    if quick:
+        return found
+    if device == "cuda":
+        for dtype in BYTES:
+            add(f"step with clip {dtype}", clipped_step, LARGE, dtype)
+        for name, shapes, goal in (
+            ("105 M", LARGE, 2.0),
+            ("ResNet-50", resnet50(), 5.0),
+            ("1000 x 1,024", MANY, 5.0),
+        ):
+            add(f"whole step {name}", whole_step, shapes, name, fp16, goal=goal)
+        return found + [Case(f"host, changed: {c}", partial(on_the_host, c)) for c in (True, False)]
+    name = "50 x 500,000"
+    add(f"whole step {name}", whole_step, BLOCKS, name, fp16, goal=2.0)
+    add(f"whole step {name}, bf16", whole_step, BLOCKS, name, bf16)
+    for checked in (False, True):  # not compiled: that unrolls the list and takes minutes
+        options = {"checked": checked, "goal": 3.0}
+        add(f"many, checked: {checked}", update_alone, MANY, "1000 x 1,024", **options)
+    # torch.compile last: what it loads slows every later call from Python
+    add("large, checked", update_alone, BLOCKS, name, checked=True, goal=0.95)
+    add("large", update_alone, BLOCKS, name, checked=False, goal=0.95, compiled=True)
+    return found

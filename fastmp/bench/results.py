@@ -1,0 +1,118 @@
+"""Where results go: a table in Markdown, everything in JSON, and pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import fastmp
+from fastmp.backends import cpu, report
+from fastmp.bench import pictures
+from fastmp.bench.harness import OURS, Row
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Where and with what."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "device": device_name(device),
+        "date": date.today().isoformat(),
+        "fastmp": fastmp.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "backend": cpu.load()[1],
+        "python": platform.python_version(),
+        "reports": "; ".join(f"{s.op}: {s.backend}" for s in report() if s.device == device),
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def folder(parent: Path, device: str = "cpu") -> Path:
+    """The device's folder under ``parent``; it is made."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = parent / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def table(rows: list[Row], copy: float) -> str:
+    """The rows in Markdown; bytes moved are held against copy, the GB/s of a plain copy."""
+    lines = [
+        "| case | fastmp, ms (p20 to p80) | best baseline, ms | ratio | others | asked "
+        "| rate (of bound) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ours, best = row.timings[OURS], row.timings[row.baseline]
+        others = ", ".join(
+            f"{name} {ratio:.2f}x" + (" (other work)" if name in row.aside else "")
+            for name, ratio in row.ratios.items()
+            if name != row.baseline
+        )
+        lines.append(
+            f"| {row.case} | {_digits(ours.median)} ({_digits(ours.p20)} to {_digits(ours.p80)}) "
+            f"| {_digits(best.median)} ({row.baseline}) | **{row.ratio:.2f}x** | {others or '-'} "
+            f"| {asked(row, copy) or '-'} | {row.rate(copy)} |"
+        )
+    return "\n".join(lines)
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
+
+
+def asked(row: Row, copy: float) -> str:
+    """What was asked of this row and whether it was reached, in words."""
+    words = [
+        f"{goal:g}x {name}: {reached:.2f}x {'reached' if reached >= goal else '**missed**'}"
+        for name, reached, goal in row.verdicts()
+    ]
+    if row.share:
+        part = row.gigabytes_per_second / copy
+        verdict = "reached" if part >= row.share else "**missed**"
+        words.append(f"{row.share:.0%} of a copy: {part:.0%} {verdict}")
+    return ", ".join(words)
+
+
+def write(title: str, rows: list[Row], copy: float, where: Path, device: str) -> None:
+    """Write <title>.json, <title>.md and the pictures of what there is to be seen."""
+    facts = environment(device)
+    content = {**facts, "copy_gigabytes_per_second": copy, "rows": [asdict(row) for row in rows]}
+    (where / f"{title}.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    peaks = sorted({row.peak for row in rows if row.peak})
+    if peaks:
+        head += f"\n- multiply-adds at most, GFLOP/s: {', '.join(f'{p:.0f}' for p in peaks)}"
+    notes = "\n".join(f"- {row.case}: {row.notes}" for row in rows if row.notes)
+    text = (
+        f"# {title}\n\n{head}\n- a plain copy in the same process: {copy:.1f} GB/s "
+        f"(read + write, not counting that it also reads the lines it writes)\n\n"
+        f"{table(rows, copy)}\n\n{notes}\n"
+    )
+    (where / f"{title}.md").write_text(text.rstrip() + "\n")
+    heading = f"{title}: {facts['device']}, {facts['date']}"
+    pictures.ratios(where / f"{title}.png", heading, rows)
+    pictures.bandwidth(where / f"{title}-bandwidth.png", heading, rows, copy)
+    pictures.accuracy(where / f"{title}-accuracy.png", heading, rows)
