@@ -18,7 +18,7 @@ soak: $(STAMP)
 	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_checkpoints.py $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/fastmp bench --out benchmarks/results $(ARGS)
 
 # On a machine with a GPU, which may have no network: with its own python, torch and Triton.
 RESULTS ?= build/gpu-check-results

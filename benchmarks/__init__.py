@@ -1,1 +1,5 @@
-"""Benchmarks: one file per subject, one shared harness, results by device."""
+"""Longer experiments, `make gpu-check`, and results by device; `fastmp bench` is in the package."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.harness import environment, folder
+from benchmarks import RESULTS
 from fastmp import data, recipe
+from fastmp.bench.results import environment, folder
 from fastmp.data import Dataset
 from fastmp.recipe import DTYPES, DtypeName, TrainConfig
 
@@ -125,7 +126,7 @@ def main() -> None:
 def write(runs: list[dict[str, float]], epochs: int, dtype: str) -> None:
     facts = environment()
     ours, theirs = (statistics.mean(run[k] for run in runs) for k in ("fastmp", "torch_fp32"))
-    where = folder()
+    where = folder(RESULTS)
     content = {**facts, "epochs": epochs, "dtype": dtype, "runs": runs}
     (where / "accuracy.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [

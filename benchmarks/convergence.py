@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment, folder
+from benchmarks import RESULTS
 from fastmp import data, recipe
+from fastmp.bench.results import environment, folder
 from fastmp.data import Dataset
 from fastmp.distributed import World
 from fastmp.recipe import TrainConfig
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def write(facts: dict[str, Any], epochs: int, runs: list[dict[str, Any]]) -> None:
-    where = folder()
+    where = folder(RESULTS)
     content = {**facts, "epochs": epochs, "runs": runs}
     (where / "convergence.json").write_text(json.dumps(content, indent=1) + "\n")
     means = [statistics.mean(run[key][-1] for run in runs) for key in ("constant", "recipe")]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.harness import environment, folder
+from benchmarks import RESULTS
 from fastmp import amp, models, optim
+from fastmp.bench.results import environment, folder
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle, apply
@@ -103,7 +104,7 @@ def main() -> None:
             name: measure(name, options.rounds, Path(out) / name)
             for name in ("convnet", "vit", "mlp")
         }
-    facts, where = environment(), folder()
+    facts, where = environment(), folder(RESULTS)
     (where / "overhead.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [
         "# overhead\n",

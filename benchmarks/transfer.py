@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import environment, folder
+from benchmarks import RESULTS
 from fastmp import amp, data, models, optim, transfer
+from fastmp.bench.results import environment, folder
 from fastmp.data import Arrays, Dataset
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
@@ -114,7 +115,7 @@ def main() -> None:
 
 def write(runs: list[dict[str, Any]], epochs: int) -> None:
     facts = environment()
-    where = folder()
+    where = folder(RESULTS)
     content = {**facts, "epochs": epochs, "runs": runs}
     (where / "transfer.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [

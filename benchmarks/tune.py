@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import DeviceTime, interleave, wall_time
 from fastmp.backends import triton as devices
 from fastmp.backends.triton import linear, loss
 from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
+from fastmp.bench.harness import interleave, kernel_clock
 
 Run = Callable[[], Any]
 ROUNDS = 9
@@ -83,7 +83,7 @@ def best(
     Args:
         cases: (what to run, what raises AssertionError if its result is wrong).
     """
-    measure = DeviceTime() if torch.cuda.is_available() else wall_time
+    measure = kernel_clock("cuda" if torch.cuda.is_available() else "cpu")
     found, tried, wrong = Finding(row, present, 1.0, 0), 0, 0
     for tile in candidates:
         if time.perf_counter() > deadline:

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fastmp.commands import doctor, lr_find, train, verify
+from fastmp.commands import bench, doctor, lr_find, train, verify
+from fastmp.commands.bench import BenchmarkFailed
 from fastmp.commands.verify import VerificationFailed
 from fastmp.data import DataError
 from fastmp.interrupts import Terminated
@@ -22,6 +23,7 @@ TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.main,
     "lr-find": lr_find.main,
+    "bench": bench.main,
     "verify": verify.main,
     "doctor": doctor.main,
 }
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         COMMANDS[command](rest)
     except USER_ERRORS as error:
         return _fail(command, f"error: {error}", 2)
-    except (RunStopped, VerificationFailed) as error:
+    except (BenchmarkFailed, RunStopped, VerificationFailed) as error:
         return _fail(command, str(error), 1)
     except Terminated as error:
         return _fail(command, f"{error}; --resume goes on from there", TERMINATED)

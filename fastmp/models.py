@@ -153,12 +153,12 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attention = _Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _Mlp(width, 2 * width)
+        self.mlp = _Mlp(width, expansion * width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -170,7 +170,15 @@ class VisionTransformer(nn.Module):
     """A pre-norm vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), mean-pooled."""
 
     def __init__(
-        self, in_shape: Shape, classes: int, patch: int, width: int, depth: int, heads: int
+        self,
+        in_shape: Shape,
+        classes: int,
+        *,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        expansion: int = 2,
     ) -> None:
         super().__init__()
         channels, height, wide = in_shape
@@ -178,7 +186,7 @@ class VisionTransformer(nn.Module):
         self.padding = (0, -wide % patch, 0, -height % patch)
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.position = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(_Block(width, heads, expansion) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -192,7 +200,7 @@ class VisionTransformer(nn.Module):
 def vit(in_shape: Shape, classes: int) -> nn.Module:
     """A small vision transformer: 4 blocks, 128 wide, 4 heads, at most 49 patches (7 a side)."""
     patch = max(2, math.ceil(max(in_shape[1:]) / 7))
-    return VisionTransformer(in_shape, classes, patch, width=128, depth=4, heads=4)
+    return VisionTransformer(in_shape, classes, patch=patch, width=128, depth=4, heads=4)
 
 
 #: Every model, by the name ``build`` takes.

@@ -26,7 +26,7 @@ FLOORS = [
     ["probe", "trainer", "verification"],
     ["lr_find"],
     ["__init__"],
-    ["recipe", "doctor"],
+    ["recipe", "doctor", "bench"],
     ["commands"],
     ["cli"],
     ["__main__"],

@@ -147,7 +147,10 @@ def cpu_cases(quick: bool) -> list[Case]:
         (fp32, "gelu", both_ways, {"torch float32": 1.0}),
     ]
     return [
-        Case(f"{dtype} {direction.__name__} {s}", partial(case, s, dtype, act, direction, goals, seconds))
+        Case(
+            f"{dtype} {direction.__name__} {s}",
+            partial(case, s, dtype, act, direction, goals, seconds),
+        )
         for dtype, act, direction, goals in kinds
         for s in shapes
         # torch's backward in fp16 runs at 1 to 3 GFLOP/s: minutes a step for the larger shapes

@@ -107,9 +107,7 @@ def case(rows: int, classes: int, dtype: torch.dtype, device: str, seconds: floa
     moved = 2 * logits.element_size() * logits.numel()
     aside = [name for name in beside if not others[name].same_work]
     series = f"loss, {dtype_name(dtype)}, {classes} classes"
-    return [
-        Row("loss", label, timings, moved, goals, share=share, aside=aside, series=series)
-    ]
+    return [Row("loss", label, timings, moved, goals, share=share, aside=aside, series=series)]
 
 
 def cases(device: str, quick: bool) -> list[Case]:

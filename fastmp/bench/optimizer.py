@@ -242,7 +242,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     fp32, fp16, bf16 = BYTES
     found: list[Case] = []
 
-    def add(name: str, make: Callable[..., list[Row]], *arguments: object, **options: object) -> None:
+    def add(
+        name: str, make: Callable[..., list[Row]], *arguments: object, **options: object
+    ) -> None:
         found.append(Case(name, partial(make, *arguments, device, seconds, **options)))
 
     for size in (1_000, 5_000) if quick else (2_000, 20_000, 100_000):

@@ -1,94 +1,305 @@
-"""A whole training step of the Fashion-MNIST mlp, 784-2048-2048-10, 256 images.
+"""A whole training step, and the seconds to a given accuracy.
 
-Forward, loss with smoothing, backward, AdamW step. fastmp converts the model, scales the loss in
-fp16 and keeps fp32 masters; torch runs autocast, or fp32, with AdamW(fused=True).
+One step is what a recipe does with a batch of uint8 images: normalise, mixup, forward, loss of the
+mixed pair with smoothing, backward, overflow check where there is a loss scale, clip, AdamW. fastmp
+converts the model and keeps masters; torch runs autocast, eager and compiled, or fp32, with
+AdamW(fused=True). All have the same weights, batches, λ and schedule.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastmp
-from benchmarks.harness import OURS, Row, interleave, rounds_within
-from benchmarks.peak import peak
-from fastmp import models
+from fastmp import data, models
+from fastmp.bench import networks
+from fastmp.bench.harness import (
+    OURS,
+    Case,
+    Curve,
+    Row,
+    Run,
+    Timing,
+    dtype_name,
+    step_clock,
+    timed,
+)
+from fastmp.bench.rivals import SMOOTHING
+from fastmp.schedule import OneCycle, apply
 
-BATCH = 256
-SMOOTHING = 0.1
-LR = 1e-4
+LR = 1e-4  # small: all candidates must still agree after some dozens of steps on one batch
+LAM = 0.7
+MAX_NORM = 1.0
+SECONDS = {"cpu": 15.0, "cuda": 3.0}
+MEAN, STD = 0.3, 0.35
+CHUNK = 25  # steps between two looks at the accuracy
+Wrap = Callable[[nn.Module], nn.Module]
 
 
-def our_step(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Callable[[], float]:
+@dataclass(frozen=True)
+class Work:
+    """A model, and how many images of which shape a step has."""
+
+    name: str
+    build: Callable[[models.Shape, int], nn.Module]
+    shape: models.Shape
+    classes: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One candidate, ready to train."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor, Tensor, float], Tensor]  # (images, labels, λ) -> loss
+    predict: Callable[[Tensor], Tensor]  # images -> logits
+
+
+def ours(
+    model: nn.Module, device: str, dtype: torch.dtype, *, compiled: bool, wrap: Wrap | None = None
+) -> Learner:
+    """fastmp's way."""
     model = fastmp.convert(copy.deepcopy(model), dtype)
-    optimizer = fastmp.optim.AdamW(model.parameters(), lr=LR)
-    criterion = fastmp.nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
-    scaler = fastmp.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    x = x.to(dtype)
+    optimizer = fastmp.optim.AdamW(model.parameters(), lr=LR, max_grad_norm=MAX_NORM)
+    scaler = fastmp.amp.GradScaler(device, enabled=dtype == torch.float16)
+    called = model if wrap is None else wrap(model)
+    mean, std = (torch.tensor([value], device=device) for value in (MEAN, STD))
 
-    def step() -> float:
+    def loss_of(images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
+        partner = torch.arange(len(images) - 1, -1, -1, device=images.device)
+        x = fastmp.functional.mix(images, lam, partner, mean=mean, std=std, dtype=dtype)
+        return fastmp.functional.cross_entropy(
+            called(x), labels, label_smoothing=SMOOTHING, target_b=labels.flip(0), lam=lam
+        )
+
+    run = torch.compile(loss_of) if compiled else loss_of
+
+    def step(images: Tensor, labels: Tensor, lam: float) -> Tensor:
         optimizer.zero_grad()
-        loss = criterion(model(x), y)
+        loss = run(images, labels, torch.tensor(lam, device=device))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        return loss.item()
+        return loss.detach()
 
-    return step
+    def predict(images: Tensor) -> Tensor:
+        logits: Tensor = model(((images.float() / 255 - MEAN) / STD).to(dtype))
+        return logits
+
+    return Learner(model, optimizer, step, predict)
 
 
-def torch_step(model: nn.Module, x: Tensor, y: Tensor, *, autocast: bool) -> Callable[[], float]:
+def torchs(
+    model: nn.Module,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    wrap: Wrap | None = None,
+) -> Learner:
+    """PyTorch's way: autocast to ``dtype``, or fp32; unscale and clip as its pages say."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    called = model if wrap is None else wrap(model)
 
-    def step() -> float:
+    def autocast() -> Any:
+        return torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
+
+    def loss_of(images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
+        with autocast():
+            x = images.float() * (1 / (255 * STD)) - MEAN / STD
+            logits = called(lam * x + (1 - lam) * x.flip(0))
+            one, two = (
+                F.cross_entropy(logits, y, label_smoothing=SMOOTHING)
+                for y in (labels, labels.flip(0))
+            )
+            return lam * one + (1 - lam) * two
+
+    run = torch.compile(loss_of) if compiled else loss_of
+
+    def step(images: Tensor, labels: Tensor, lam: float) -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            loss = F.cross_entropy(model(x), y, label_smoothing=SMOOTHING)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        loss = run(images, labels, torch.tensor(lam, device=device))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
 
-    return step
+    def predict(images: Tensor) -> Tensor:
+        with autocast():
+            logits: Tensor = model((images.float() / 255 - MEAN) / STD)
+            return logits
+
+    return Learner(model, optimizer, step, predict)
 
 
-def case(dtype: torch.dtype, goals: dict[str, float], seconds: float) -> Row:
+def learners(
+    work: Work, device: str, dtype: torch.dtype, *, compiled: bool, wrap: Wrap | None = None
+) -> dict[str, Learner]:
+    """Every candidate, from the same weights; ``compiled``: with torch.compile too."""
     torch.manual_seed(0)
-    model = models.mlp((1, 28, 28), 10)
-    x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
-    runs = {
-        OURS: our_step(model, x, y, dtype),
-        "torch autocast bfloat16": torch_step(model, x, y, autocast=True),
-        "torch float32": torch_step(model, x, y, autocast=False),
+    torch._dynamo.reset()
+    model = work.build(work.shape, work.classes).to(device)
+    name = f"AMP {dtype_name(dtype)}"
+    made = {
+        OURS: ours(model, device, dtype, compiled=False, wrap=wrap),
+        name: torchs(model, device, dtype, compiled=False, wrap=wrap),
+        "fp32": torchs(model, device, torch.float32, compiled=False, wrap=wrap),
     }
-    first = {name: step() for name, step in runs.items()}
-    assert all(math.isclose(loss, first[OURS], rel_tol=1e-2) for loss in first.values()), first
-    label = f"mlp step, {str(dtype).removeprefix('torch.')}"
-    timings = interleave(runs, rounds_within(runs, seconds), label)
-    # Every candidate took as many steps: they learnt the same.
-    last = {name: step() for name, step in runs.items()}
-    assert all(abs(loss - last[OURS]) < 0.02 * first[OURS] for loss in last.values()), last
-    weights = [layer.weight.numel() for layer in model if isinstance(layer, nn.Linear)]
-    products = 3 * sum(weights) - weights[0]  # the images need no gradient
-    return Row(
-        "training", label, timings, bytes_moved=0, goals=goals,
-        notes=f"losses {first[OURS]:.4f} to {last[OURS]:.4f}, "
-        + ", ".join(f"{name} {last[name]:.4f}" for name in runs if name != OURS),
-        operations=2 * BATCH * products, peak=peak(dtype),
-    )  # fmt: skip
+    if compiled:
+        made[f"compiled {name}"] = torchs(model, device, dtype, compiled=True)
+        made["fastmp, compiled"] = ours(model, device, dtype, compiled=True)
+    return made
 
 
-def rows(quick: bool) -> list[Row]:
-    """Every case of this subject; quick ones for a look, full ones for a result."""
-    seconds = 2 if quick else 30
-    auto = {"torch autocast bfloat16": 1.25, "torch float32": 4.0}
+def batch(work: Work, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (work.batch, *work.shape), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(work.classes, (work.batch,), generator=generator)
+    return images.to(device), labels.to(device)
+
+
+def step_case(
+    work: Work, device: str, dtype: torch.dtype, seconds: float, *, compiled: bool
+) -> list[Row]:
+    """The time of a step on random images."""
+    made = learners(work, device, dtype, compiled=compiled)
+    images, labels = batch(work, device)
+    runs: dict[str, Run] = {
+        name: partial(learner.step, images, labels, LAM) for name, learner in made.items()
+    }
+    first = {name: float(run()) for name, run in runs.items()}  # type: ignore[arg-type]
+    _agree(first, first[OURS])
+    label = f"{work.name} step, {dtype_name(dtype)}, {work.batch} images {_size(work.shape)}"
+    timings = timed(runs, seconds, label, step_clock(device))
+    last = {name: float(run()) for name, run in runs.items()}  # type: ignore[arg-type]
+    _agree(last, first[OURS])  # every candidate took as many steps: they learnt the same
+    notes = f"losses {first[OURS]:.4f} to " + ", ".join(f"{k} {v:.4f}" for k, v in last.items())
+    return [Row("train", label, timings, notes=notes, aside=["fastmp, compiled"])]
+
+
+def _agree(losses: dict[str, float], first: float) -> None:
+    assert all(abs(loss - losses[OURS]) < 0.02 * first for loss in losses.values()), losses
+
+
+def _size(shape: models.Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+# ---- to a given accuracy ----
+
+
+def accuracy_case(
+    work: Work, device: str, dtype: torch.dtype, steps: int, target: float, lr: float
+) -> list[Row]:
+    """Seconds of training until the accuracy on Fashion-MNIST's test images is reached.
+
+    The candidates take turns of 25 steps. Compiling, reading the data and looking at the accuracy
+    do not count.
+    """
+    dataset = data.load("fashion-mnist")
+    made = learners(work, device, dtype, compiled=True)
+    warm = batch(work, device)
+    for learner in made.values():
+        before = [copy.deepcopy(part.state_dict()) for part in (learner.model, learner.optimizer)]
+        learner.step(*warm, LAM)
+        learner.model.load_state_dict(before[0])
+        learner.optimizer.load_state_dict(before[1])
+    curves: dict[str, Curve] = {name: [] for name in made}
+    spent = dict.fromkeys(made, 0.0)
+    schedule = OneCycle(lr, steps)
+    batches = list(_batches(dataset, work.batch, steps, device))
+    test = [(x.to(device), y.to(device)) for x, y in data.loader(dataset.test, 1000, shuffle=False)]
+    for start in range(0, steps, CHUNK):
+        for name, learner in made.items():
+            begun = time.perf_counter()
+            for number in range(start, min(start + CHUNK, steps)):
+                apply(learner.optimizer, *schedule(number))
+                learner.step(*batches[number])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            spent[name] += time.perf_counter() - begun
+            curves[name].append((spent[name], _accuracy(learner, test)))
+    seconds = {name: _reached(curve, target, name) for name, curve in curves.items()}
+    timings = {name: Timing(*[1e3 * value] * 3) for name, value in seconds.items()}
+    label = f"{work.name} to {target:.0%} of Fashion-MNIST, {dtype_name(dtype)}"
+    notes = f"after {steps} steps: " + ", ".join(f"{k} {c[-1][1]:.2%}" for k, c in curves.items())
+    aside = ["fastmp, compiled"]
+    return [Row("train", label, timings, notes=notes, aside=aside, curves=curves)]
+
+
+def _batches(
+    dataset: data.Dataset, size: int, steps: int, device: str
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Batches of training images with their λ, the same for every candidate."""
+    torch.manual_seed(0)
+    beta = torch.distributions.Beta(0.2, 0.2)
+    loader = data.loader(dataset.train, size, shuffle=True)
+    for number in range(steps):
+        if number % len(loader) == 0:
+            loader.set_epoch(number // len(loader))
+            epoch = iter(loader)
+        images, labels = next(epoch)
+        yield images.to(device), labels.to(device), float(beta.sample())
+
+
+@torch.no_grad()
+def _accuracy(learner: Learner, test: list[tuple[Tensor, Tensor]]) -> float:
+    learner.model.eval()
+    right = sum(int((learner.predict(x).argmax(1) == y).sum()) for x, y in test)
+    learner.model.train()
+    return right / sum(len(y) for _, y in test)
+
+
+def _reached(curve: Curve, target: float, name: str) -> float:
+    for seconds, accuracy in curve:
+        if accuracy >= target:
+            return seconds
+    raise AssertionError(f"{name} ended at {curve[-1][1]:.2%}, {target:.0%} was the aim")
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Every case of this subject."""
+    seconds = 0.5 if quick else SECONDS[device]
+    on_gpu = device == "cuda"
+    dtype = torch.float16 if on_gpu else torch.bfloat16
+    gray, photo = (1, 28, 28), (3, 224, 224)
+    small = [Work(n, models.MODELS[n], gray, 10, 256) for n in ("mlp", "convnet", "vit")]
+    large = [
+        Work("ResNet-50", networks.resnet50, photo, 1000, 256 if on_gpu else 8),
+        Work("ViT-B/16", networks.vit_b16, photo, 1000, 128 if on_gpu else 4),
+    ]
+
+    def step(work: Work, dtype: torch.dtype, *, compiled: bool) -> Case:
+        make = partial(step_case, work, device, dtype, seconds, compiled=compiled)
+        return Case(f"{work.name} step {dtype_name(dtype)}", make)
+
+    if quick:
+        return [step(small[0], dtype, compiled=False)]
+    aims = {"mlp": (400, 0.85, 1e-3), "convnet": (300, 0.85, 4e-3), "vit": (400, 0.80, 1e-3)}
     return [
-        case(torch.bfloat16, auto, seconds),
-        case(torch.float16, {"torch float32": 1.2}, seconds),
+        *(step(work, dtype, compiled=True) for work in small + large),
+        *([] if on_gpu else [step(small[0], torch.float16, compiled=False)]),
+        *(
+            Case(
+                f"{w.name} to an accuracy", partial(accuracy_case, w, device, dtype, *aims[w.name])
+            )
+            for w in small
+        ),
     ]

@@ -1,0 +1,105 @@
+"""Data parallel: the same batch on each of 1, 2, ... devices, and what a step takes then.
+
+On CPUs every process has one thread and gloo, on GPUs a device and NCCL. A step exchanges
+2 (n-1)/n of the gradients' bytes: 2 a parameter here, 4 under autocast, whose gradients are fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmp import distributed, models
+from fastmp.accumulate import Accumulator
+from fastmp.bench import train
+from fastmp.bench.harness import OURS, Case, Row, Run, Timing, interleave, step_clock
+from fastmp.bench.train import LAM, Work
+
+ROUNDS = 15
+
+
+def _ours(model: nn.Module) -> nn.Module:
+    return distributed.parallel(model, Accumulator(model.parameters()), static=True)
+
+
+def _theirs(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+
+def _work(name: str) -> Work:
+    return Work(name, models.MODELS[name], (1, 28, 28), 10, 256)
+
+
+def _worker(rank: int, size: int, name: str, device: str, rounds: int, folder: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    store = f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+    work = _work(name)
+    torch.manual_seed(0)
+    model = work.build(work.shape, work.classes).to(device)
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    made = {
+        OURS: train.ours(model, device, dtype, compiled=False, wrap=_ours),
+        "DDP + AMP": train.torchs(model, device, dtype, compiled=False, wrap=_theirs),
+        "DDP, fp32": train.torchs(model, device, torch.float32, compiled=False, wrap=_theirs),
+    }
+    images, labels = train.batch(work, device, seed=rank)
+
+    def together(learner: train.Learner) -> float:
+        loss = learner.step(images, labels, LAM)
+        dist.all_reduce(loss)  # the step is over when it is over on all
+        return float(loss) / size
+
+    runs: dict[str, Run] = {name: partial(together, learner) for name, learner in made.items()}
+    first = {name: together(learner) for name, learner in made.items()}
+    timings = interleave(runs, rounds, f"{name} on {size}", step_clock(device))
+    last = {name: together(learner) for name, learner in made.items()}
+    for losses in (first, last):
+        assert all(abs(v - losses[OURS]) < 0.02 * first[OURS] for v in losses.values()), losses
+    if rank == 0:
+        found = {name: asdict(timing) for name, timing in timings.items()}
+        (Path(folder) / "timings.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measured(size: int, name: str, device: str, rounds: int) -> dict[str, Timing]:
+    """Milliseconds a step with that many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (size, name, device, rounds, folder)
+        torch.multiprocessing.spawn(_worker, arguments, nprocs=size)  # type: ignore[attr-defined]
+        found = json.loads((Path(folder) / "timings.json").read_text())
+    return {name: Timing(**timing) for name, timing in found.items()}
+
+
+def case(name: str, sizes: list[int], device: str, rounds: int) -> list[Row]:
+    """One row for each number of processes."""
+    rows, alone = [], {}
+    for size in sizes:
+        timings = measured(size, name, device, rounds)
+        alone = alone or timings
+        kept = ", ".join(f"{k} {alone[k].median / t.median:.0%}" for k, t in timings.items())
+        label = f"{name}, {size} x 256 images, {size} process{'es' if size > 1 else ''}"
+        rows.append(Row("scaling", label, timings, notes=f"of the speed of one, each: {kept}"))
+    return rows
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """mlp has the most to exchange for its work, convnet the least."""
+    most = torch.cuda.device_count() if device == "cuda" else min(os.cpu_count() or 1, 8)
+    sizes = [n for n in (1, 2, 4, 8) if n <= most]
+    if quick:
+        return [Case("mlp", partial(case, "mlp", sizes[:1], device, 3))]
+    return [Case(n, partial(case, n, sizes, device, ROUNDS)) for n in ("mlp", "convnet")]
