@@ -114,6 +114,7 @@ class DeviceTime:
         self._other_data = torch.empty(128 << 20, dtype=torch.float32, device="cuda")
 
     def __call__(self, run: Run) -> float:
+        """Of one call, between two events."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._other_data.zero_()
         start.record()

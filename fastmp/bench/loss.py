@@ -6,7 +6,7 @@ partner is the one opposite in the batch, as in timm, so that timm's own loss is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -54,7 +54,7 @@ def both_ways(loss: Loss, logits: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor,
     return value.detach(), grad
 
 
-def check(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]], *inputs: Tensor) -> None:
+def check(runs: Mapping[str, Callable[[], tuple[Tensor, Tensor]]], *inputs: Tensor) -> None:
     """The loss, and the gradient of the last rows, against fp64 and torch's own error."""
     logits, a, b = inputs
     last = slice(-LAST, None)

@@ -1,14 +1,14 @@
 """The optimizer step: the update alone, and the whole of what AMP does around it.
 
-Bytes a parameter (csrc/cpu/update.cpp, csrc/cuda/update.cu): fp32 weights 32, fp16 weights with fp32
-masters 30, bf16 weights with split masters 28. Every candidate takes as many steps from the same
-start and must come to the same weights.
+Bytes a parameter (csrc/cpu/update.cpp, csrc/cuda/update.cu): fp32 weights 32, fp16 weights with
+fp32 masters 30, bf16 weights with split masters 28. Every candidate takes as many steps from the
+same start and must come to the same weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ MAX_NORM = 1.0
 SCALE = 2.0**10
 SECONDS = {"cpu": 4.0, "cuda": 1.0}
 BYTES = {torch.float32: 32, torch.float16: 30, torch.bfloat16: 28}  # a parameter
-Shapes = list[tuple[int, ...]]
+Shapes = Sequence[tuple[int, ...]]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 MANY: Shapes = [(1024,)] * 1000
@@ -36,7 +36,7 @@ SERIES = "whole step, float16"
 def resnet50() -> Shapes:
     """ResNet-50's 161 tensors (He et al. 2015), 25.6 M parameters."""
 
-    def layer(wide: int, deep: int, kernel: int) -> Shapes:
+    def layer(wide: int, deep: int, kernel: int) -> list[tuple[int, ...]]:
         return [(wide, deep, kernel, kernel), (wide,), (wide,)]
 
     shapes, deep = layer(64, 3, 7), 64
@@ -80,9 +80,8 @@ def check(results: dict[str, list[Tensor]]) -> None:
     """Every candidate took as many steps from the same start: their weights must agree."""
     for name, found in results.items():
         for ours, theirs in zip(results[OURS], found, strict=True):
-            torch.testing.assert_close(
-                ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            explained = partial("{}: {}".format, name)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=explained)
 
 
 def update_alone(
@@ -155,7 +154,7 @@ class TorchPipeline:
     @torch.no_grad()
     def step(self) -> None:
         """Cast, unscale, clip, update, cast back."""
-        torch._foreach_copy_(self.grads, [p.grad for p in self.weights])
+        torch._foreach_copy_(self.grads, [p.grad for p in self.weights if p.grad is not None])
         for p, grad in zip(self.masters, self.grads, strict=True):
             p.grad = grad
         self.scaler.unscale_(self.optimizer)
@@ -239,7 +238,7 @@ def on_the_host(changed: bool) -> list[Row]:
 def cases(device: str, quick: bool) -> list[Case]:
     """Every case of this subject."""
     seconds = 0.3 if quick else SECONDS[device]
-    fp32, fp16, bf16 = BYTES
+    fp16, bf16 = torch.float16, torch.bfloat16
     found: list[Case] = []
 
     def add(

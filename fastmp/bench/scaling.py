@@ -79,14 +79,15 @@ def measured(size: int, name: str, device: str, rounds: int) -> dict[str, Timing
     """Milliseconds a step with that many processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, name, device, rounds, folder)
-        torch.multiprocessing.spawn(_worker, arguments, nprocs=size)  # type: ignore[attr-defined]
+        torch.multiprocessing.spawn(_worker, arguments, nprocs=size)  # type: ignore[attr-defined,no-untyped-call]
         found = json.loads((Path(folder) / "timings.json").read_text())
     return {name: Timing(**timing) for name, timing in found.items()}
 
 
 def case(name: str, sizes: list[int], device: str, rounds: int) -> list[Row]:
     """One row for each number of processes."""
-    rows, alone = [], {}
+    rows: list[Row] = []
+    alone: dict[str, Timing] = {}
     for size in sizes:
         timings = measured(size, name, device, rounds)
         alone = alone or timings
