@@ -1,10 +1,12 @@
 """``make gpu-check RESULTS=dir``: everything on one GPU, offline, in under ten minutes.
 
 Uses the native library or builds it, runs the tests on the device, measures what the kernels are
-asked to reach, looks for races and stray accesses and runs the rest of the suite. A stage that
-fails does not stop the next one. All that was said lies in stages.log, the verdict in summary.md,
-the figures in gpu.md, gpu.json and gpu.png. ``--only tune`` tries other tiles. ``--dry-run`` goes
-through every stage without a GPU, small, in Triton's interpreter.
+asked to reach and whole training steps, looks for races and stray accesses and runs the rest of
+the suite. A stage that fails does not stop the next one; what took too long is cut, and said.
+summary.md opens with the goals and what was reached; the figures lie in gpu.md, gpu.json and three
+pictures, all that was said in stages.log. ``--only tune`` tries other tiles. ``--dry-run`` goes
+through every stage without a GPU, small, in Triton's interpreter. Needs pytest and hypothesis, and
+nothing else that does not come with torch.
 """
 
 from __future__ import annotations
@@ -16,18 +18,29 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks import measure
 
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 LIBRARY = ROOT / "fastmp" / "libfastmp_cpu.so"
+LIMIT = 590.0  # seconds, for all stages that run unasked
+Run = Callable[[Path, float], tuple[bool, str]]  # (log, seconds) -> whether it passed, and words
 
 
 class Stage(NamedTuple):
-    """One stage and what became of it."""
+    """Something to do, and the seconds that it may take."""
+
+    seconds: float
+    run: Run
+
+
+class Done(NamedTuple):
+    """A stage and what became of it."""
 
     name: str
     passed: bool
@@ -54,11 +67,11 @@ def command(arguments: list[str], log: Path, seconds: float) -> tuple[bool, str]
     return code == 0, words.replace("|", "/")  # it goes into a table
 
 
-def library(log: Path) -> tuple[bool, str]:
+def library(log: Path, seconds: float) -> tuple[bool, str]:
     """The installed library if it loads, else one built with CMake next to the package."""
     probe = [sys.executable, "-c", "import sys; from fastmp.backends import cpu; "
              "library, reason = cpu.load(); print(reason); sys.exit(library is None)"]  # fmt: skip
-    found, words = command(probe, log, 60)
+    found, words = command(probe, log, seconds)
     if found:
         return found, words
     build = ROOT / "build" / "gpu-check"
@@ -66,108 +79,68 @@ def library(log: Path) -> tuple[bool, str]:
         ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"],
         ["cmake", "--build", str(build), "--parallel"],
     ):
-        done, words = command(arguments, log, 120)
+        done, words = command(arguments, log, seconds)
         if not done:
             return False, words
     shutil.copy(build / LIBRARY.name, LIBRARY)
-    return command(probe, log, 60)
+    return command(probe, log, seconds)
 
 
-def tests(paths: list[str], seconds: float) -> Callable[[Path], tuple[bool, str]]:
+def tests(*paths: str) -> Run:
     """pytest on these paths; where pytest-xdist is there, in several processes that compile."""
     processes = str(min(os.cpu_count() or 1, 12))
     parallel = ["-n", processes] if importlib.util.find_spec("xdist") else []
-    arguments = [*PYTEST, "-rs", *paths]
-    return lambda log: command(arguments + parallel, log, seconds)
+    return partial(command, [*PYTEST, "-rs", *paths, *parallel])
 
 
-def module(seconds: float, *arguments: str) -> Callable[[Path], tuple[bool, str]]:
+def module(*arguments: str) -> Run:
     """python -m with these arguments."""
-    return lambda log: command([sys.executable, "-m", *arguments], log, seconds)
+    return partial(command, [sys.executable, "-m", *arguments])
 
 
-def sanitizer(paths: list[str], seconds: float) -> Callable[[Path], tuple[bool, str]]:
+def sanitizer(log: Path, seconds: float) -> tuple[bool, str]:
     """NVIDIA's memcheck and racecheck on a few tests: each slows a kernel down a hundred times."""
-
-    def stage(log: Path) -> tuple[bool, str]:
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            return True, "cut: compute-sanitizer is not installed"
-        for kind in ("memcheck", "racecheck"):
-            arguments = [tool, "--tool", kind, "--error-exitcode", "1", *PYTEST, *paths]
-            done, words = command(arguments, log, seconds / 2)
-            if not done:
-                return False, f"{kind}: {words}"
-        return True, "memcheck and racecheck found nothing"
-
-    return stage
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return True, "cut: compute-sanitizer is not installed"
+    for kind in ("memcheck", "racecheck"):
+        arguments = [tool, "--tool", kind, "--error-exitcode", "1", *PYTEST, *SANITIZED]
+        done, words = command(arguments, log, seconds / 2)
+        if not done:
+            return False, f"{kind}: {words}"
+    return True, "memcheck and racecheck found nothing"
 
 
-def measure(results: Path) -> bool:
-    """Every case of benchmarks/gpu.py, each written as soon as it is there. Whether all passed."""
-    from benchmarks import gpu, harness
-
-    copy = harness.copy_bandwidth(500_000_000, "cuda", harness.DeviceTime())
-    rows: list[harness.Row] = []
-    failed: list[str] = []
-    verdicts: list[tuple[str, str]] = []
-    for number, (name, case) in enumerate(gpu.cases(), 1):
-        start = time.perf_counter()
-        try:
-            rows.append(case())
-        except Exception:
-            failed.append(name)
-            traceback.print_exc()
-        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
-        if not rows:
-            continue
-        harness.write("gpu", rows, copy, results, "cuda")
-        mean, ratio, goal = gpu.plain_mean(rows)
-        verdicts = [(_verdict(row.reached(copy)), row.case) for row in rows]
-        verdicts += [(_verdict(ratio >= goal), f"{mean}: {ratio:.3f}x, {goal}x asked")]
-        verdicts += [("**error**", name) for name in failed]
-        verdicts += [("not reached", name) for name, _ in gpu.cases()[number:]]
-        lines = [f"| {verdict} | {case} |" for verdict, case in verdicts]
-        (results / "verdicts.md").write_text("\n".join(["| | case |", "| --- | --- |", *lines]))
-    passed = sum(verdict == "pass" for verdict, _ in verdicts)
-    print(f"{passed} of {len(verdicts)} passed, of {len(gpu.cases())} cases and a mean")
-    return bool(verdicts) and passed == len(verdicts)
-
-
-def _verdict(reached: bool) -> str:
-    return "pass" if reached else "**fail**"
-
+# ---- the stages ----
 
 DEVICE_TESTS = ["tests/test_gpu.py", "tests/test_gpu_update.py", "tests/test_gpu_trainer.py"]
 SANITIZED = ["tests/test_gpu.py", "-k", "three_runs"]  # every kernel, a few times
 
 
-def plan(results: Path) -> dict[str, Callable[[Path], tuple[bool, str]]]:
-    """The stages on a GPU, with the seconds that each may take: 590 in all, without the last."""
+def plan(results: Path) -> dict[str, Stage]:
+    """The stages on a GPU; all but the last fit into ``LIMIT``."""
     device = [*DEVICE_TESTS, "tests/interpret"]
-    rest = ["tests", *(f"--ignore={path}" for path in device)]
     return {
-        "library": library,
-        "device-tests": tests(device, 200),
-        "benchmarks": module(200, "benchmarks.gpu_check", "--measure", str(results)),
-        "sanitizer": sanitizer(SANITIZED, 60),
-        "other-tests": tests(rest, 130),
-        "tune": module(240, "benchmarks.tune", "--seconds", "200"),
+        "library": Stage(60, library),
+        "device-tests": Stage(180, tests(*device)),
+        "benchmarks": Stage(220, module("benchmarks.measure", str(results), "--seconds", "200")),
+        "sanitizer": Stage(40, sanitizer),
+        "other-tests": Stage(90, tests("tests", *(f"--ignore={path}" for path in device))),
+        "tune": Stage(240, module("benchmarks.tune", "--seconds", "200")),
     }
 
 
-def dry_plan() -> dict[str, Callable[[Path], tuple[bool, str]]]:
+def dry_plan(results: Path) -> dict[str, Stage]:
     """The same stages where there is no GPU: the interpreter runs the kernels, small."""
     os.environ["TRITON_INTERPRET"] = "1"
+    kernels = ["tests/interpret/test_mix.py", *DEVICE_TESTS, "-k", "out_of_range or gpu"]
     return {
-        "library": library,
-        "device-tests": tests(
-            ["tests/interpret/test_mix.py", *DEVICE_TESTS, "-k", "out_of_range or gpu"], 200
-        ),
-        "benchmarks": module(200, "benchmarks", "--quick", "loss"),
-        "sanitizer": sanitizer(SANITIZED, 60),
-        "other-tests": tests(["tests/test_backends.py"], 130),
-        "tune": module(240, "benchmarks.tune", "--small"),
+        "library": Stage(60, library),
+        "device-tests": Stage(180, tests(*kernels)),
+        "benchmarks": Stage(220, module("benchmarks.measure", str(results), "--seconds", "200")),
+        "sanitizer": Stage(40, sanitizer),
+        "other-tests": Stage(90, tests("tests/test_backends.py")),
+        "tune": Stage(240, module("benchmarks.tune", "--small")),
     }
 
 
@@ -177,7 +150,6 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="where the results go; made if need be")
     parser.add_argument("--only", choices=names, help="this stage alone")
     parser.add_argument("--dry-run", action="store_true", help="every stage, without a GPU")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     import torch
 
@@ -188,52 +160,54 @@ def main() -> None:
         )
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    if options.measure:
-        sys.exit(not measure(results))
-    stages = dry_plan() if options.dry_run else plan(results)
+    stages = dry_plan(results) if options.dry_run else plan(results)
     # tuning is for when somebody asks: it alone takes minutes
-    chosen = (
-        [options.only] if options.only else [n for n in names if n != "tune" or options.dry_run]
-    )
-    done = run([(name, stages[name]) for name in chosen], results)
+    unasked = [name for name in names if name != "tune" or options.dry_run]
+    chosen = [options.only] if options.only else unasked
+    done = run({name: stages[name] for name in chosen}, results)
     sys.exit(not all(stage.passed for stage in done))
 
 
-def run(plan: list[tuple[str, Callable[[Path], tuple[bool, str]]]], results: Path) -> list[Stage]:
-    """Every stage in turn, whatever became of the one before."""
-    stages: list[Stage] = []
+def run(stages: dict[str, Stage], results: Path, limit: float = LIMIT) -> list[Done]:
+    """Every stage in turn, whatever became of the one before, until the time is up."""
+    done: list[Done] = []
     log = results / "stages.log"
     log.unlink(missing_ok=True)
-    for name, stage in plan:
+    (results / measure.GOALS).unlink(missing_ok=True)
+    end = time.perf_counter() + limit
+    for name, stage in stages.items():
         with log.open("a") as out:
             out.write(f"\n==== {name} ====\n")
         start = time.perf_counter()
-        passed, words = stage(log)
-        stages.append(Stage(name, passed, time.perf_counter() - start, words))
+        left = end - start
+        passed, words = (
+            stage.run(log, min(stage.seconds, left)) if left > 0 else (False, "cut: time was up")
+        )
+        done.append(Done(name, passed, time.perf_counter() - start, words))
         verdict = "pass" if passed else "FAIL"
-        print(f"{name}: {verdict}, {stages[-1].seconds:.0f} s: {words}", flush=True)
-        write_summary(results, stages)
-    return stages
+        print(f"{name}: {verdict}, {done[-1].seconds:.0f} s: {words}", flush=True)
+        write_summary(results, done)
+    return done
 
 
-def write_summary(results: Path, stages: list[Stage]) -> None:
-    """summary.md: the machine, the stages so far, the verdict on each case."""
+def write_summary(results: Path, done: list[Done]) -> None:
+    """summary.md: the goals and what was reached, then the machine, then the stages so far."""
     import torch
 
-    from benchmarks.harness import environment
+    from fastmp.bench.results import environment
 
+    goals = results / measure.GOALS
+    reached = goals.read_text() if goals.exists() else "The goals were not measured.\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = "\n".join(f"- {key}: {value}" for key, value in environment(device).items())
     table = "\n".join(
         f"| {s.name} | {'pass' if s.passed else '**fail**'} | {s.seconds:.0f} | {s.words} |"
-        for s in stages
+        for s in done
     )
-    verdicts = results / "verdicts.md"
-    text = (
-        f"# gpu-check\n\n{facts}\n\n| stage | | seconds | |\n| --- | --- | --- | --- |\n{table}\n"
+    (results / "summary.md").write_text(
+        f"# gpu-check\n\n{reached}\n{facts}\n\n"
+        f"| stage | | seconds | |\n| --- | --- | --- | --- |\n{table}\n"
     )
-    text += "\n" + verdicts.read_text() + "\n" if verdicts.exists() else ""
-    (results / "summary.md").write_text(text)
 
 
 if __name__ == "__main__":

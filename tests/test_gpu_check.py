@@ -3,28 +3,30 @@
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_check, tune
+from benchmarks import gpu_check, measure, tune
 from fastmp.backends.triton import tiles
+from fastmp.bench.harness import Case, Row, Timing
 
 ROOT = Path(__file__).parent.parent
 
 
 def python(code, seconds=60):
-    return lambda log: gpu_check.command([sys.executable, "-c", code], log, seconds)
+    return gpu_check.Stage(seconds, partial(gpu_check.command, [sys.executable, "-c", code]))
 
 
 def test_every_stage_runs_and_is_reported(tmp_path):
-    plan = [
-        ("broken", python("print('started'); raise SystemExit('something broke')")),
-        ("endless", python("print('waits', flush=True); import time; time.sleep(60)", 2)),
-        ("missing", lambda log: gpu_check.command(["/no/such/program"], log, 2)),
-        ("sound", python("print('all is well')")),
-    ]
+    plan = {
+        "broken": python("print('started'); raise SystemExit('something broke')"),
+        "endless": python("print('waits', flush=True); import time; time.sleep(60)", 2),
+        "missing": gpu_check.Stage(2, partial(gpu_check.command, ["/no/such/program"])),
+        "sound": python("print('all is well')"),
+    }
     stages = gpu_check.run(plan, tmp_path)
     assert [stage.passed for stage in stages] == [False, False, False, True]
     assert [stage.words for stage in stages[:2]] == ["something broke", "stopped after 2 s"]
@@ -35,8 +37,79 @@ def test_every_stage_runs_and_is_reported(tmp_path):
         assert row in summary
 
 
+def test_what_no_time_is_left_for_is_cut_and_said(tmp_path):
+    plan = {"long": python("import time; time.sleep(60)"), "late": python("print('ran')")}
+    long, late = gpu_check.run(plan, tmp_path, limit=0.5)
+    assert long.words == "stopped after 0 s"
+    assert (late.passed, late.words) == (False, "cut: time was up")
+
+
+def test_the_stages_fit_into_ten_minutes(tmp_path):
+    stages = gpu_check.plan(tmp_path)
+    assert sum(stage.seconds for name, stage in stages.items() if name != "tune") <= 590
+    assert list(stages) == list(gpu_check.dry_plan(tmp_path))
+
+
+def row(ratio, goals, **about):
+    timings = {"fastmp": Timing(1, 1, 1), "torch.mm": Timing(ratio, ratio, ratio)}
+    return Row("linear", f"plain, {ratio}", timings, goals=goals, **about)
+
+
+def test_the_summary_opens_with_the_goals(tmp_path):
+    """Reached, missed, failed and cut, each in a line of its own."""
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    cases = [
+        Case("one", lambda: [row(2.0, {"best": 1.5}, bytes_moved=10**9, share=0.9)]),
+        Case("two", lambda: [row(0.5, {"torch.mm": 1.25})]),
+        Case("three", broken),
+    ]
+    bad = measure.measure([*cases, Case("late", broken)], tmp_path, "cpu", 60)
+    assert bad[-2:] == ["three", "late"]
+    measure.measure([*cases, Case("late", broken)][2:], tmp_path, "cpu", 0)
+    assert (tmp_path / measure.GOALS).read_text().splitlines()[2:] == [
+        "| three | - | **error** |",
+        "| late | not measured | cut |",
+    ]
+    measure.measure(cases[:2], tmp_path, "cpu", 60)
+    gpu_check.write_summary(tmp_path, [gpu_check.Done("library", True, 1.0, "there")])
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert lines[:5] == [
+        "# gpu-check",
+        "",
+        "| goal | measured | |",
+        "| --- | --- | --- |",
+        "| plain, 2.0: 1.5x torch.mm | 2.00x | pass |",
+    ]
+    assert "| plain, 2.0: 90% of a copy | " in lines[5]
+    assert lines[6] == "| plain, 0.5: 1.25x torch.mm | 0.50x | **fail** |"
+    assert lines[7] == ("| plain products, geometric mean of 2: 0.98x torch.mm | 1.000x | pass |")
+    assert "| library | pass | 1 | there |" in lines
+
+
+def test_it_measures_with_nothing_but_torch(tmp_path):
+    """A GPU machine without a network has no tqdm, matplotlib or tyro: no picture, but figures."""
+    code = (
+        "import sys, pathlib\n"
+        "for name in ('tqdm', 'matplotlib', 'tyro', 'tensorboard', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "from benchmarks import measure\n"
+        "from fastmp.bench.subjects import SUBJECTS\n"
+        f"cases = SUBJECTS['optimizer']('cpu', True)[:1]\n"
+        f"sys.exit(len(measure.measure(cases, pathlib.Path({str(tmp_path)!r}), 'cpu', 60)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no pictures: they need matplotlib" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["goals.md", "gpu.json", "gpu.md"]
+
+
 def test_the_library_is_found(tmp_path):
-    found, words = gpu_check.library(tmp_path / "library.log")
+    found, words = gpu_check.library(tmp_path / "library.log", 60)
     assert found
     assert words.startswith("libfastmp_cpu, instruction set")
 

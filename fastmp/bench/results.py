@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -85,19 +87,14 @@ def _digits(milliseconds: float) -> str:
 
 def asked(row: Row, copy: float) -> str:
     """What was asked of this row and whether it was reached, in words."""
-    words = [
-        f"{goal:g}x {name}: {reached:.2f}x {'reached' if reached >= goal else '**missed**'}"
-        for name, reached, goal in row.verdicts()
-    ]
-    if row.share:
-        part = row.gigabytes_per_second / copy
-        verdict = "reached" if part >= row.share else "**missed**"
-        words.append(f"{row.share:.0%} of a copy: {part:.0%} {verdict}")
-    return ", ".join(words)
+    return ", ".join(
+        f"{goal}: {measured} {'reached' if reached else '**missed**'}"
+        for goal, measured, reached in row.verdicts(copy)
+    )
 
 
 def write(title: str, rows: list[Row], copy: float, where: Path, device: str) -> None:
-    """Write <title>.json, <title>.md and the pictures of what there is to be seen."""
+    """Write <title>.json and <title>.md."""
     facts = environment(device)
     content = {**facts, "copy_gigabytes_per_second": copy, "rows": [asdict(row) for row in rows]}
     (where / f"{title}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -112,7 +109,14 @@ def write(title: str, rows: list[Row], copy: float, where: Path, device: str) ->
         f"{table(rows, copy)}\n\n{notes}\n"
     )
     (where / f"{title}.md").write_text(text.rstrip() + "\n")
-    heading = f"{title}: {facts['device']}, {facts['date']}"
+
+
+def draw(title: str, rows: list[Row], copy: float, where: Path, device: str) -> None:
+    """The pictures: <title>.png, and -bandwidth and -accuracy if there is any to be seen."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: they need matplotlib, pip install 'fastmp[train]'", file=sys.stderr)
+        return
+    heading = f"{title}: {device_name(device)}, {date.today().isoformat()}"
     pictures.ratios(where / f"{title}.png", heading, rows)
     pictures.bandwidth(where / f"{title}-bandwidth.png", heading, rows, copy)
     pictures.accuracy(where / f"{title}-accuracy.png", heading, rows)

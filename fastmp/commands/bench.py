@@ -75,6 +75,7 @@ def measure(given: Bench) -> None:
         if not given.quick:
             where = results.folder(given.out, device)
             results.write(subject, rows, copy, where, device)
+            results.draw(subject, rows, copy, where, device)
             print(f"written to {where}/{subject}.md, .json and .png")
     if failed:
         raise BenchmarkFailed(f"{len(failed)} cases failed: {'; '.join(failed)}")
