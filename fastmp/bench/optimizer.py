@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastmp
-from fastmp.bench import rivals
+from fastmp.bench import networks, rivals
 from fastmp.bench.harness import OURS, Case, Row, Run, dtype_name, interleave, kernel_clock, timed
 from fastmp.ops.update import join_master
 
@@ -34,18 +34,9 @@ SERIES = "whole step, float16"
 
 
 def resnet50() -> Shapes:
-    """ResNet-50's 161 tensors (He et al. 2015), 25.6 M parameters."""
-
-    def layer(wide: int, deep: int, kernel: int) -> list[tuple[int, ...]]:
-        return [(wide, deep, kernel, kernel), (wide,), (wide,)]
-
-    shapes, deep = layer(64, 3, 7), 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += layer(width, deep, 1) + layer(width, width, 3) + layer(4 * width, width, 1)
-            shapes += layer(4 * width, deep, 1) if block == 0 else []
-            deep = 4 * width
-    return [*shapes, (1000, deep), (1000,)]
+    """ResNet-50's 161 tensors, 25.6 M parameters."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in networks.resnet50((3, 224, 224), 1000).parameters()]
 
 
 def size_of(shapes: Shapes) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fastmp.bench import linear, loss, optimizer, scaling, train
 from fastmp.bench.harness import Case, Row
+from fastmp.data import DataError
 
 #: Functions of (device, quick) by subject; quick: small, to see that it runs.
 SUBJECTS: dict[str, Callable[[str, bool], list[Case]]] = {
@@ -27,6 +28,8 @@ def run(cases: Sequence[Case]) -> Iterator[tuple[str, list[Row] | None]]:
         rows: list[Row] | None = None
         try:
             rows = case.rows()
+        except DataError as error:
+            print(f"{case.name}: {error}", file=sys.stderr)
         except Exception:
             traceback.print_exc()
         verdict = "failed, " if rows is None else ""

@@ -1,0 +1,293 @@
+"""The benchmarks: baselines are fair, what is timed is checked, results and pictures are there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmp import cli, data
+from fastmp.bench import (
+    harness,
+    linear,
+    loss,
+    networks,
+    optimizer,
+    pictures,
+    results,
+    rivals,
+    scaling,
+    subjects,
+    train,
+)
+from fastmp.bench.harness import Case, Row, Timing
+
+
+def row(case="a case", ours=1.0, series="", **others):
+    timings = {k: Timing(v, v, v) for k, v in {"fastmp": ours, **others}.items()}
+    return Row("loss", case, timings, 10**6, series=series)
+
+
+# ---- rows ----
+
+
+def test_the_fastest_baseline_is_the_baseline():
+    assert row(eager=5.0, compiled=3.0).baseline == "compiled"
+    assert row(eager=5.0, compiled=3.0).ratio == 3.0
+    slow = row(ours=2.0, eager=1.0)
+    assert slow.ratio == 0.5
+
+
+def test_who_does_other_work_is_no_baseline():
+    timings = {k: Timing(v, v, v) for k, v in (("fastmp", 1.0), ("AMP", 4.0), ("8 bits", 2.0))}
+    made = Row("optimizer", "case", timings, aside=["8 bits"])
+    assert (made.baseline, made.ratio) == ("AMP", 4.0)
+    assert "8 bits 2.00x (other work)" in results.table([made], 1.0)
+
+
+def test_a_goal_is_of_its_own_baseline_or_of_the_best():
+    timings = {k: Timing(v, v, v) for k, v in (("fastmp", 1.0), ("eager", 4.0), ("compiled", 2.0))}
+    made = Row("loss", "case", timings, 10**7, {"eager": 4.5, "best": 2.0}, share=0.5)
+    found = made.verdicts(copy=10.0)  # it moves 10 MB in 1 ms, 10 GB/s
+    assert [(v.goal, v.measured, v.reached) for v in found] == [
+        ("4.5x eager", "4.00x", False),
+        ("2x compiled", "2.00x", True),
+        ("50% of a copy", "100%", True),
+    ]
+    assert "4.5x eager: 4.00x **missed**, 2x compiled: 2.00x reached" in results.table([made], 10.0)
+
+
+# ---- timing ----
+
+
+def test_candidates_take_turns_in_changing_order():
+    called = []
+    runs = {name: (lambda name=name: called.append(name)) for name in "abc"}
+
+    def measure(run):
+        run()
+        return float(len(called))
+
+    timings = harness.interleave(runs, 10, "test", measure)
+    rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
+    assert len(rounds) == 12  # two of warm-up
+    assert all(set(turn) == set("abc") for turn in rounds)
+    assert len(set(rounds)) > 2
+    for timing in timings.values():
+        assert 6 < timing.p20 < timing.median < timing.p80 <= 36
+
+
+def test_how_often_depends_on_how_long_it_takes():
+    assert harness.rounds_within({"fast": lambda: None}, 0.5) == 61
+    assert harness.rounds_within({"slow": lambda: torch.randn(10**6)}, 0.0) == 5
+
+
+def test_a_copy_has_a_bandwidth():
+    assert 1 < harness.copy_bandwidth("cpu") < 1000
+
+
+# ---- what is timed is checked ----
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    """Each subject's own check sees an error of a few ulps of the 16-bit type, or less."""
+    monkeypatch.setattr(loss, "ours", lambda *inputs: loss.eager_pair(*inputs) * 1.0001)
+    with pytest.raises(AssertionError):
+        loss.case(64, 100, torch.float32, "cpu", 0.1)
+    right = linear.theirs
+    monkeypatch.setattr(linear, "ours", lambda x, w, b, act: right(x, w, b, act) * 1.0001)
+    with pytest.raises(AssertionError):
+        linear.case((64, 64, 64), torch.float32, "gelu", linear.forward, {}, 0.1)
+    monkeypatch.setattr(optimizer.FastmpPipeline, "step", lambda self: None)
+    with pytest.raises(AssertionError, match="GradScaler"):
+        optimizer.whole_step([(100,)], "small", torch.float16, "cpu", 0.1)
+    monkeypatch.setattr(train, "SMOOTHING", 0.1)
+    real = train.torchs
+
+    def worse(*arguments, **options):
+        learner = real(*arguments, **options)
+        learner.optimizer.param_groups[0]["lr"] = -0.01
+        return learner
+
+    monkeypatch.setattr(train, "torchs", worse)
+    work = train.Work("mlp", train.models.MODELS["mlp"], (1, 8, 8), 10, 32)
+    with pytest.raises(AssertionError, match="AMP"):
+        train.step_case(work, "cpu", torch.bfloat16, 0.1, compiled=False)
+
+
+def test_a_case_that_fails_does_not_stop_the_others(capsys):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    def missing():
+        raise data.DataError("there is no such data set")
+
+    cases = [Case("one", broken), Case("two", missing), Case("three", lambda: [row(eager=1.0)])]
+    found = dict(subjects.run(cases))
+    assert (found["one"], found["two"]) == (None, None)
+    assert found["three"][0].case == "a case"
+    said = capsys.readouterr().err
+    assert "RuntimeError: no such kernel" in said
+    assert "two: there is no such data set\n" in said
+    assert "DataError" not in said  # theirs to mend: no traceback
+
+
+# ---- the subjects ----
+
+
+def test_the_networks_are_those_that_everybody_measures():
+    """He et al. 2015 and Dosovitskiy et al. 2021; the ViT without class token and its position."""
+    shape = (3, 224, 224)
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in make(shape, 1000).parameters())
+                  for make in (networks.resnet50, networks.vit_b16)]  # fmt: skip
+    assert counts == [25_557_032, 86_567_656 - 2 * 768]
+    assert (len(optimizer.resnet50()), optimizer.size_of(optimizer.resnet50())) == (161, counts[0])
+    small = networks.resnet50((3, 32, 32), 7)
+    assert small(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_time_to_an_accuracy():
+    """A curve for every candidate, the seconds where it crosses the line; none at all is said."""
+    digits = data.load("digits")
+    work = train.Work("mlp", train.models.MODELS["mlp"], digits.shape, 10, 64)
+    aim = train.Aim(75, 0.5, 3e-3)
+    (found,) = train.accuracy_case(work, digits, "cpu", torch.bfloat16, aim)
+    assert set(found.curves) == {
+        "fastmp", "AMP bfloat16", "fp32", "compiled AMP bfloat16", "fastmp, compiled",
+    }  # fmt: skip
+    for name, curve in found.curves.items():
+        seconds = [point[0] for point in curve]
+        assert seconds == sorted(seconds)
+        assert len(curve) == 3
+        assert found.timings[name].median / 1e3 in seconds
+    assert "to 50% of digits" in found.case
+    with pytest.raises(AssertionError, match=r"fp32 ended at 40.00%, 50% was the aim"):
+        train._reached([(1.0, 0.3), (2.0, 0.4)], 0.5, "fp32")
+
+
+def test_scaling_compares_two_processes_with_one():
+    one, two = scaling.case("mlp", [1, 2], "cpu", 3)
+    assert (one.case, two.case) == (
+        "mlp, 1 x 256 images, 1 process",
+        "mlp, 2 x 256 images, 2 processes",
+    )
+    assert set(two.timings) == {"fastmp", "DDP + AMP", "DDP, fp32"}
+    assert "fastmp 100%" in one.notes
+
+
+# ---- rivals ----
+
+
+def test_who_is_not_installed_is_passed_over(capsys):
+    assert rivals._found("no_such_package.optim") is None
+    assert capsys.readouterr().err == ""
+
+
+def test_who_is_installed_but_broken_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_rival.py").write_text("import a_library_it_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rivals._found("broken_rival") is None
+    assert "broken_rival is installed, but cannot be imported: No module" in capsys.readouterr().err
+
+
+def test_who_does_not_run_costs_only_its_own_line(capsys):
+    def broken():
+        raise ValueError("unsupported")
+
+    assert list(rivals.working({"broken": broken, "sound": lambda: 1})) == ["sound"]
+    assert capsys.readouterr().err == "broken does not run: ValueError: unsupported\n"
+
+
+def test_timms_loss_is_the_same_function():
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'fastmp[rivals]'")
+    rival = rivals.losses("cpu")["timm"]
+    assert rival.same_work
+    logits, a = torch.randn(64, 10, dtype=torch.float64), torch.randint(10, (64,))
+    value = rival.call(logits, a, a.flip(0), lam=loss.LAM)
+    torch.testing.assert_close(value, loss.eager_pair(logits, a, a.flip(0)))
+
+
+# ---- files ----
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    where = tmp_path_factory.mktemp("results")
+    curves = {"fastmp": [(0.1, 0.5), (0.2, 0.8)], "AMP": [(0.2, 0.5), (0.4, 0.8)]}
+    timings = {"fastmp": Timing(200, 200, 200), "AMP": Timing(400, 400, 400)}
+    rows = [
+        row("small", 1.0, "loss, float32", eager=2.0, compiled=1.5),
+        row("large", 4.0, "loss, float32", eager=9.0),
+        Row("train", "mlp to 80%", timings, curves=curves, notes="after 2 steps"),
+    ]
+    results.write("everything", rows, 12.5, where, "cpu")
+    results.draw("everything", rows, 12.5, where, "cpu")
+    return where, rows
+
+
+def test_results_name_device_date_versions_and_commit(written):
+    where, rows = written
+    content = json.loads((where / "everything.json").read_text())
+    assert {"device", "date", "fastmp", "commit", "torch", "python", "backend"} <= set(content)
+    assert Row(**content["rows"][0]).ratios == rows[0].ratios
+    text = (where / "everything.md").read_text()
+    for word in ("- device: ", "- date: 20", "- commit: ", "- torch: 2", "12.5 GB/s", "**1.50x**"):
+        assert word in text
+    assert "mlp to 80%: after 2 steps" in text
+
+
+def test_there_is_a_picture_of_each_kind(written):
+    where, _ = written
+    from matplotlib import image
+
+    for name in ("everything", "everything-bandwidth", "everything-accuracy"):
+        pixels = image.imread(where / f"{name}.png")
+        assert min(pixels.shape[:2]) > 200
+        assert pixels[..., :3].std() > 0.05  # not blank
+
+
+def test_no_picture_of_what_is_not_there(tmp_path):
+    rows = [row("alone", 1.0, "a series", eager=2.0)]
+    results.draw("few", rows, 1.0, tmp_path, "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["few.png"]
+    pictures.accuracy(tmp_path / "none.png", "none", rows)
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_folder_is_named_after_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "device_name", lambda device: "NVIDIA H200 (SXM)")
+    assert results.folder(tmp_path, "cuda") == tmp_path / "nvidia-h200-sxm"
+    assert (tmp_path / "nvidia-h200-sxm").is_dir()
+
+
+# ---- the command ----
+
+
+def test_fastmp_bench_times_and_writes(tmp_path, monkeypatch, capsys):
+    made = [Case("sound", lambda: [row("a sound case", eager=2.0)])]
+    monkeypatch.setitem(subjects.SUBJECTS, "loss", lambda device, quick: made)
+    assert cli.main(["bench", "loss", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["loss.json", "loss.md", "loss.png"]
+    assert "| a sound case |" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_fails_is_an_error_and_the_rest_is_written(tmp_path, monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    made = [Case("broken", broken), Case("sound", lambda: [row("a sound case", eager=2.0)])]
+    monkeypatch.setitem(subjects.SUBJECTS, "loss", lambda device, quick: made)
+    assert cli.main(["bench", "loss", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert "fastmp bench: failed: broken" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/loss.md"))) == 1
+
+
+def test_quick_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "fastmp", "bench", "optimizer", "--quick", "--threads", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| whole step, float16, 50 x 1,000 |" in done.stdout
+    assert list(tmp_path.iterdir()) == []
