@@ -83,10 +83,10 @@ def ours(
     optimizer = fastmp.optim.AdamW(model.parameters(), lr=LR, max_grad_norm=MAX_NORM)
     scaler = fastmp.amp.GradScaler(device, enabled=dtype == torch.float16)
     called = model if wrap is None else wrap(model)
-    mean, std = (torch.tensor([value], device=device) for value in (MEAN, STD))
 
     def loss_of(images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
         partner = torch.arange(len(images) - 1, -1, -1, device=images.device)
+        mean, std = ((value,) * images.shape[1] for value in (MEAN, STD))
         x = fastmp.functional.mix(images, lam, partner, mean=mean, std=std, dtype=dtype)
         return fastmp.functional.cross_entropy(
             called(x), labels, label_smoothing=SMOOTHING, target_b=labels.flip(0), lam=lam
