@@ -24,8 +24,9 @@ def ratios(path: Path, heading: str, rows: list[Row]) -> None:
     places = range(len(rows))[::-1]
     axes.barh(list(places), [row.ratio for row in rows], color=OUR_COLOR, height=0.62)
     for place, row in zip(places, rows, strict=True):
-        axes.text(row.ratio, place, f" {row.ratio:.2f}x  vs {row.baseline}", va="center", size=8)
         goal = row.goals.get("best", row.goals.get(row.baseline))
+        words = f" {row.ratio:.2f}x  vs {row.baseline}"
+        axes.text(max(row.ratio, goal or 0), place, words, va="center", size=8)
         if goal is not None:
             axes.plot([goal] * 2, [place - 0.4, place + 0.4], color=COLORS[0], lw=2)
     axes.axvline(1, color="#333333", lw=1, ls=":")

@@ -173,6 +173,7 @@ def learners(
     }
     if compiled:
         made[f"compiled {name}"] = torchs(model, device, dtype, compiled=True)
+    if compiled and device == "cuda":  # on a CPU it gains nothing, and compiling takes minutes
         made["fastmp, compiled"] = ours(model, device, dtype, compiled=True)
     return made
 
@@ -215,7 +216,7 @@ def _size(shape: models.Shape) -> str:
 # ---- to a given accuracy ----
 
 # Accuracies on the last, steep part of the schedule: a curve crosses each once.
-AIMS = {"mlp": Aim(200, 0.866, 1e-3), "convnet": Aim(200, 0.865, 4e-3), "vit": Aim(60, 0.61, 2e-3)}
+AIMS = {"mlp": Aim(200, 0.866, 1e-3), "convnet": Aim(200, 0.865, 4e-3), "vit": Aim(60, 0.57, 2e-3)}
 
 
 def accuracy_case(
