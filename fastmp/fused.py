@@ -308,6 +308,37 @@ class Fused(torch.optim.Optimizer):
         for name, count in state_dict.get("counts", {}).items():
             self._read(name).copy_(count)
 
+    def masters(self) -> list[Tensor]:
+        """What the parameters stand for: fp32 copies (fp64 of fp64), in the order of the groups.
+
+        With them and ``state_dict`` a run goes on in plain PyTorch: copy them into the fp32 model,
+        and load the state into torch's optimizer of the same name.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [state.master_of(p, self.state.get(p, {})).clone() for p in params]
+
+    @torch.no_grad()
+    def load_masters(self, values: Sequence[Tensor]) -> None:
+        """Set the parameters to these values: 16-bit weights round them, their state has the rest.
+
+        Args:
+            values: fp32 (fp64 for fp64), one for each parameter in the order of the groups, of its
+                shape, as from ``masters`` or from the parameters of an fp32 model.
+
+        Raises:
+            ValueError: another number of values, or one of another shape. Nothing has changed then.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if [v.shape for v in values] != [p.shape for p in params]:
+            raise ValueError(
+                f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
+                f"{[tuple(v.shape) for v in values]}"
+            )
+        for group in self.param_groups:
+            state.allocate(self.state, group["params"], self._state_keys(group))
+        for p, value in zip(params, values, strict=True):
+            state.set_master(p, self.state[p], value)
+
     # ---- what the last step decided ----
 
     def _read(self, name: str) -> Tensor:

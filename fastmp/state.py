@@ -7,7 +7,7 @@ entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmp.ops.plan import is_dense
+from fastmp.ops.update import join_master, split_master
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 _ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line
@@ -61,6 +62,28 @@ def _add_views(states: States, key: str, params: list[Tensor], dtype: torch.dtyp
         else:
             view = piece[: p.numel()].view(p.shape)
         states[p][key] = view
+
+
+def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What a parameter stands for, in fp32 or fp64; for fp16 and fp32 it is no copy."""
+    if "master" in state:
+        master: Tensor = state["master"]
+        return master
+    if "remainder" in state:
+        return join_master(param.detach(), state["remainder"])
+    return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
+
+
+def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
+    """Make a parameter, whose state is allocated, stand for an fp32 value, to the bit."""
+    if "remainder" in state:
+        weight, remainder = split_master(value)
+        param.copy_(weight)
+        state["remainder"].copy_(remainder)
+        return
+    param.copy_(value)
+    if "master" in state:
+        state["master"].copy_(value)
 
 
 # ---- state from elsewhere ----

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmp.fused import Fused
-from fastmp.ops.update import join_master
+from fastmp.state import master_of
 
 NAMES = ("gradients", "gradients_zero", "gradients_subnormal", "updates_lost", "updates_saved")
 
@@ -49,7 +49,8 @@ class Telemetry:
             zero.append((~moves).sum())
             subnormal.append((moves & (grad.abs() < torch.finfo(grad.dtype).tiny)).sum())
             total += grad.numel()
-            self._before.append((p, moves, p.detach().clone(), self._kept(p).clone()))
+            kept = master_of(p, self._optimizer.state.get(p, {})).clone()
+            self._before.append((p, moves, p.detach().clone(), kept))
         if params:
             counts = torch.stack(zero).sum(), torch.stack(subnormal).sum()
             self._counts = [torch.full_like(counts[0], total), *counts]
@@ -61,20 +62,10 @@ class Telemetry:
             return {}
         lost, saved = [], []
         for p, moves, weight, kept in self._before:
-            same = self._kept(p) == kept
+            same = master_of(p, self._optimizer.state.get(p, {})) == kept
             lost.append((moves & same).sum())
             saved.append((~same & (p == weight)).sum())
         applied = 1 - self._optimizer.found_inf.long()
         self._before = []
         updates = (torch.stack(part).sum() * applied for part in (lost, saved))
         return dict(zip(NAMES, (*self._counts, *updates), strict=True))
-
-    def _kept(self, param: Tensor) -> Tensor:
-        """The weight as the optimizer keeps it: in fp32 or fp64."""
-        state = self._optimizer.state.get(param, {})
-        if "master" in state:
-            master: Tensor = state["master"]
-            return master
-        if "remainder" in state:
-            return join_master(param.detach(), state["remainder"])
-        return param.detach().float() if param.dtype.itemsize == 2 else param.detach()

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmp import amp, functional, models, optim, state
+from fastmp import amp, functional, models, optim
 from fastmp.fused import Fused
 from fastmp.ops.linear import activate
-from fastmp.ops.update import join_master
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
@@ -271,17 +270,8 @@ def _stepped(
         if not is_ours:
             nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-    exact = [_master(optimizer, p) if is_ours else p.detach() for p in params]
+    exact = optimizer.masters() if isinstance(optimizer, Fused) else [p.detach() for p in params]
     return {"masters": torch.cat([t.flatten() for t in exact])}
-
-
-def _master(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
-    """The fp32 value that the optimizer keeps of a parameter."""
-    own = optimizer.state[param].get(state.MASTER_KEYS.get(param.dtype))
-    weight = param.detach()
-    if own is None:
-        return weight
-    return join_master(weight, own) if own.dtype == torch.int16 else own
 
 
 def _overflow(place: Tensor) -> Iterator[Check]:

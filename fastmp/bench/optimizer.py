@@ -17,7 +17,6 @@ from torch import Tensor
 import fastmp
 from fastmp.bench import networks, rivals
 from fastmp.bench.harness import OURS, Case, Row, Run, dtype_name, interleave, kernel_clock, timed
-from fastmp.ops.update import join_master
 
 LR = 1e-3
 MAX_NORM = 1.0
@@ -53,18 +52,6 @@ def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
         params.append(values[0].to(dtype).requires_grad_())
         params[-1].grad = (values[1] * 1e-3).to(dtype)
     return params
-
-
-def masters(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
-    """The fp32 values behind the parameters of one of our optimizers."""
-    found = []
-    for p in params:
-        state = optimizer.state[p]
-        value = p.detach()
-        if "remainder" in state:
-            value = join_master(value, state["remainder"])
-        found.append(state.get("master", value))
-    return found
 
 
 def check(results: dict[str, list[Tensor]]) -> None:
@@ -123,7 +110,7 @@ def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float
     )
     label = f"step with clip, {dtype_name(dtype)}, {size_of(shapes) / 1e6:.0f} M"
     timings = timed(runs | beside, seconds, label, kernel_clock(device))
-    check({OURS: masters(optimizer, weights), "torch": [p.detach() for p in exact]})
+    check({OURS: optimizer.masters(), "torch": [p.detach() for p in exact]})
     notes = "the others neither look at the gradients nor clip"
     moved = BYTES[dtype] * size_of(shapes)
     aside = [name for name in beside if not others[name].same_work]
@@ -187,7 +174,7 @@ def whole_step(
     runs: dict[str, Run] = {OURS: ours.step, "GradScaler + fused": theirs.step}
     timings = timed(runs, seconds, label, kernel_clock(device))
     found = [p.detach() for p in theirs.masters]
-    check({OURS: masters(ours.optimizer, ours.weights), "GradScaler + fused": found})
+    check({OURS: ours.optimizer.masters(), "GradScaler + fused": found})
     goals = {} if goal is None else {"best": goal}
     series = SERIES if dtype == torch.float16 else ""
     moved = BYTES[dtype] * size_of(shapes)
