@@ -229,7 +229,7 @@ def test_results_name_device_date_versions_and_commit(written):
     where, rows = written
     content = json.loads((where / "everything.json").read_text())
     assert {"device", "date", "fastmp", "commit", "torch", "python", "backend"} <= set(content)
-    assert Row(**content["rows"][0]).ratios == rows[0].ratios
+    assert [r["ratios"] for r in content["rows"]] == [r.ratios for r in rows]
     text = (where / "everything.md").read_text()
     for word in ("- device: ", "- date: 20", "- commit: ", "- torch: 2", "12.5 GB/s", "**1.50x**"):
         assert word in text

@@ -1,5 +1,6 @@
 """gpu-check: a stage that fails or hangs does not keep the next one from running."""
 
+import json
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from benchmarks import gpu_check, measure, tune
 from fastmp.backends.triton import tiles
 from fastmp.bench.harness import Case, Row, Timing
+from fastmp.bench.subjects import SUBJECTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +125,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path):
     for stage in gpu_check.plan(tmp_path):
         assert f"{stage}: pass" in done.stdout
     assert len(list(tmp_path.iterdir())) <= 8
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["subject"] for row in rows} == set(SUBJECTS)
 
 
 def test_one_stage_alone(tmp_path):
