@@ -24,7 +24,8 @@ extern "C" {
 
 enum fastmp_status {
   FASTMP_OK = 0,
-  FASTMP_BAD_ARGUMENT = 1, /* a null pointer, a negative size, an unknown dtype or rule */
+  FASTMP_BAD_ARGUMENT = 1, /* null, misaligned or overlapping memory, a size that cannot be, an
+                              unknown dtype or rule */
   FASTMP_NO_MEMORY = 2,    /* scratch memory could not be allocated */
   FASTMP_BAD_TARGET = 3,   /* a class index outside [0, classes); see bad_row */
 };

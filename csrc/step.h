@@ -33,7 +33,8 @@ FASTMP_FN Scheduled scheduled_by(const fastmp_request& request) {
   const double silent = static_cast<double>(float_from_bits(0x7fc00000u));
   if (request.schedule == nullptr) return {silent, silent, silent};
   const int64_t last = request.schedule_rows - 1;
-  const int64_t applied = request.record->applied;
+  const int64_t counted = request.record->applied;
+  const int64_t applied = counted < 0 ? 0 : counted; /* a count that was loaded may be anything */
   const double* row = request.schedule + 3 * (applied < last ? applied : last);
   return {row[0], row[1], row[2]};
 }

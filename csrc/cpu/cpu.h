@@ -45,6 +45,41 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
+/* ---- what a caller may hand over ---- */
+
+/* Bytes of a value; dtype is one that exists. */
+static inline int64_t width_of(int32_t dtype) {
+  return dtype == FASTMP_F32 ? 4 : dtype == FASTMP_U8 ? 1 : 2;
+}
+
+/* Whether an array of these sizes could be in memory: none is negative, and their product, in
+ * values of so many bytes, is no more than the 47 bits that a process can address. */
+template <class... Sizes>
+static inline bool fits(int64_t width, Sizes... sizes) {
+  constexpr int64_t kMost = INT64_C(1) << 47;
+  int64_t bytes = width;
+  const auto grows = [&](int64_t size) {
+    return size >= 0 && size <= kMost && !__builtin_mul_overflow(bytes, size, &bytes) &&
+           bytes <= kMost;
+  };
+  return (grows(sizes) && ...);
+}
+
+/* Whether values of so many bytes may begin at each of these; null is for others to judge. */
+template <class... Pointers>
+static inline bool aligned(int64_t width, Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % static_cast<uintptr_t>(width) == 0) && ...);
+}
+
+/* Whether two blocks of memory share no byte, or one of them is null. Indices are checked before
+ * anything is written: what is written must not be an index. */
+static inline bool apart(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
+  if (a == nullptr || b == nullptr) return true;
+  return first + static_cast<uintptr_t>(bytes_a) <= second ||
+         second + static_cast<uintptr_t>(bytes_b) <= first;
+}
+
 template <class T>
 static inline T min_of(T a, T b) {
   return b < a ? b : a;

@@ -137,17 +137,23 @@ typedef Widened<bf16> Bf16Products;
 #endif
 
 static bool is_valid(const fastmp_gemm_args& args) {
-  if (args.rows < 0 || args.columns < 0 || args.depth < 0 || args.threads < 1) return false;
-  if (args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
+  if (args.threads < 1 || args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
+  if (!fits(4, args.rows, args.columns) || !fits(4, args.rows, args.depth)) return false;
+  if (!fits(4, args.depth, args.columns)) return false;
+  if (!fits(4, args.rows, args.a_stride) || !fits(4, args.depth, args.a_k_stride)) return false;
+  if (!fits(4, args.columns, args.b_stride) || !fits(4, args.depth, args.b_k_stride)) return false;
+  const int64_t width = width_of(args.dtype);
+  if (!aligned(width, args.a, args.b, args.bias, args.preactivation, args.out)) return false;
   if (args.activation < FASTMP_IDENTITY || args.activation > FASTMP_SILU) return false;
   if (args.a_stride != 1 && args.a_k_stride != 1) return false;
   if (args.b_stride != 1 && args.b_k_stride != 1) return false;
-  if (args.rows * args.columns == 0) return true;
+  if (args.rows == 0 || args.columns == 0) return true;
   return args.out != nullptr && (args.depth == 0 || (args.a != nullptr && args.b != nullptr));
 }
 
 int gemm(const fastmp_gemm_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  if (args->rows == 0 || args->columns == 0) return FASTMP_OK;
   return with_activation(args->activation, [&](auto act) {
     typedef decltype(act) Act;
     switch (args->dtype) {
@@ -182,15 +188,16 @@ template <class T, class Act, int64_t kCount>
 static void backward_rows(const fastmp_activation_args& args, int64_t row, float* sums) {
   const int64_t n = args.columns, first = row * n;
   const T* grad = static_cast<const T*>(args.grad_output) + first;
-  const T* saved = static_cast<const T*>(args.saved) + first;
-  T* out = static_cast<T*>(args.out) + first;
+  const bool changes = args.out != nullptr;
+  const T* saved = changes ? static_cast<const T*>(args.saved) + first : nullptr;
+  T* out = changes ? static_cast<T*>(args.out) + first : nullptr;
   for (int64_t i = 0; i < n; i += kWidth) {
     Vec dz[kCount];
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kCount; ++r) {
       const int64_t at = r * n + i;
       dz[r] = load_lanes(grad + at, n - i);
-      if (args.out != nullptr) {
+      if (changes) {
         dz[r] = Act::gradient(dz[r], load_lanes(saved + at, n - i));
         save_lanes(dz[r], out + at, n - i);
       }
@@ -244,8 +251,10 @@ static int backward_as(const fastmp_activation_args& args) {
 }
 
 static bool is_valid(const fastmp_activation_args& args) {
-  if (args.rows < 0 || args.columns < 0) return false;
+  if (!fits(4, args.rows, args.columns)) return false;
   if (args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
+  const int64_t width = width_of(args.dtype);
+  if (!aligned(width, args.saved, args.grad_output, args.out, args.grad_bias)) return false;
   return args.activation >= FASTMP_IDENTITY && args.activation <= FASTMP_SILU;
 }
 
@@ -262,7 +271,7 @@ static int with_element(int32_t dtype, const Body& body) {
 }
 
 int activation(const fastmp_activation_args* args) {
-  const bool empty = args->rows * args->columns == 0;
+  const bool empty = args->rows == 0 || args->columns == 0;
   if (!is_valid(*args) || (!empty && (args->saved == nullptr || args->out == nullptr))) {
     return FASTMP_BAD_ARGUMENT;
   }
@@ -274,8 +283,8 @@ int activation(const fastmp_activation_args* args) {
 }
 
 int activation_backward(const fastmp_activation_args* args) {
-  const bool empty = args->rows * args->columns == 0;
-  const bool reads_saved = args->activation != FASTMP_IDENTITY;
+  const bool empty = args->rows == 0 || args->columns == 0;
+  const bool reads_saved = args->activation != FASTMP_IDENTITY || args->out != nullptr;
   if (!is_valid(*args) || (!empty && args->grad_output == nullptr)) return FASTMP_BAD_ARGUMENT;
   if (!empty && reads_saved && (args->saved == nullptr || args->out == nullptr)) {
     return FASTMP_BAD_ARGUMENT;

@@ -117,13 +117,35 @@ static int backward_as(const Problem& problem) {
 
 /* ---- the call ---- */
 
+/* Whether nothing that is written is a target. */
+static bool keeps(const fastmp_loss_args& args, const int64_t* targets) {
+  const int64_t bytes = args.rows * 8, losses = args.reduction == FASTMP_NONE ? args.rows : 1;
+  return apart(targets, bytes, args.loss, losses * 4) &&
+         apart(targets, bytes, args.stats, args.rows * 8) &&
+         apart(targets, bytes, args.grad, args.rows * args.classes * width_of(args.dtype));
+}
+
 static bool is_valid(const fastmp_loss_args& args) {
-  if (args.rows < 0 || args.classes < 0 || args.dtype < 0 || args.dtype > FASTMP_BF16) return false;
+  if (args.dtype < 0 || args.dtype > FASTMP_BF16) return false;
   if (args.reduction < FASTMP_NONE || args.reduction > FASTMP_SUM) return false;
+  if (!fits(8, args.rows, args.classes) || !fits(8, args.rows, args.row_stride)) return false;
+  if (!fits(8, args.rows) || !fits(8, args.classes)) return false;
+  if (!aligned(width_of(args.dtype), args.logits, args.grad)) return false;
+  if (!aligned(8, args.target_a, args.target_b)) return false;
+  if (args.lam_stride < 0 || args.lam_stride > 1) return false;
+  if (args.grad_stride < 0 || args.grad_stride > 1) return false;
+  if (!aligned(4, args.lam, args.weight, args.grad_output, args.loss, args.stats)) return false;
   if (args.rows == 0) return true;
   if (args.target_a == nullptr || args.stats == nullptr) return false;
+  if (!keeps(args, args.target_a) || !keeps(args, args.target_b)) return false;
   if (args.target_b != nullptr && args.lam == nullptr) return false;
   return args.classes == 0 || args.logits != nullptr;
+}
+
+/* Whether the gradients that come in and go out have a place. */
+static bool has_gradients(const fastmp_loss_args& args) {
+  if (args.rows == 0 || args.classes == 0) return true;
+  return args.grad != nullptr && args.grad_output != nullptr;
 }
 
 /* Every target is in range or ignored; W: the weight of those that count (reduction mean). */
@@ -186,6 +208,8 @@ static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Pro
 
 int loss_forward(fastmp_loss_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  const bool none = args->reduction == FASTMP_NONE && args->rows == 0;
+  if (args->loss == nullptr && !none) return FASTMP_BAD_ARGUMENT;
   Scratch<double> row_losses(args->rows);
   if (row_losses.data == nullptr) return FASTMP_NO_MEMORY;
   if (args->classes == 0) { /* every row is ignored, or there is none */
@@ -213,7 +237,7 @@ int loss_forward(fastmp_loss_args* args) {
 }
 
 int loss_backward(fastmp_loss_args* args) {
-  if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
+  if (!is_valid(*args) || !has_gradients(*args)) return FASTMP_BAD_ARGUMENT;
   int (*const rows[])(const Problem&) = {backward_as<float>, backward_as<f16>, backward_as<bf16>};
   double divisors[2];
   return run(*args, nullptr, rows[args->dtype], divisors);

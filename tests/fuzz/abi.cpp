@@ -1,0 +1,296 @@
+/* Fuzzes the C ABI of csrc/fastmp.h: whatever comes, a status comes back.
+ *
+ * Each input is a stream of bytes that chooses an entry point and fills in its struct: sizes that
+ * are zero, negative or do not fit into memory, pointers that are null, misaligned or shared by two
+ * fields, dtypes, rules and targets that do not exist. Buffers have exactly the size that the
+ * struct promises, so that AddressSanitizer sees the first stray byte; FASTMP_OK and errors are
+ * both fine.
+ *
+ *     g++ -fsanitize=address,undefined ... && ./abi RUNS SEED
+ *     clang++ -fsanitize=fuzzer,address,undefined ...   (libFuzzer brings its own main)
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../csrc/fastmp.h"
+
+static const int64_t kHuge = INT64_C(1) << 62;
+static const int64_t kWidth[4] = {4, 2, 2, 1}; /* bytes of an fp32, fp16, bf16, uint8 */
+
+/* The choices of one input, and the buffers made for it. */
+struct Input {
+  const uint8_t* data;
+  size_t left;
+  void* blocks[64];
+  int64_t sizes[64];
+  int count;
+
+  Input(const uint8_t* bytes, size_t size) : data(bytes), left(size), count(0) {}
+  ~Input() {
+    for (int i = 0; i < count; ++i) free(blocks[i]);
+  }
+
+  uint8_t byte() {
+    if (left == 0) return 0;
+    --left;
+    return *data++;
+  }
+  bool one_in(int n) { return byte() % n == n - 1; }
+  int64_t below(int64_t n) { return byte() % n; }
+  int64_t extent(int64_t most) {
+    if (one_in(40)) return one_in(2) ? -1 - below(100) : kHuge;
+    return below(most + 1);
+  }
+  int32_t code(int32_t known) {
+    return one_in(24) ? byte() - 128 : static_cast<int32_t>(below(known));
+  }
+  float number() {
+    static const float special[4] = {1.0f / 0.0f, -1.0f / 0.0f, 0.0f / 0.0f, 3e38f};
+    return one_in(12) ? special[below(4)] : static_cast<float>(byte() - 128) / 32.0f;
+  }
+
+  /* Room for so many values of so many bytes; now and then null, one byte off, or another's. */
+  void* buffer(int64_t values, int64_t width) {
+    if (one_in(40)) return nullptr;
+    const bool fits = values >= 0 && values < 1 << 20;
+    const int64_t bytes = fits ? values * width : 0;
+    for (int i = 0; i < count && one_in(30); ++i) {
+      if (sizes[i] >= bytes) return blocks[i];
+    }
+    const int64_t off = one_in(40) ? 1 : 0;
+    char* made = static_cast<char*>(malloc(static_cast<size_t>(bytes + off)));
+    for (int64_t i = 0; i < bytes; ++i) made[off + i] = static_cast<char>(byte());
+    blocks[count] = made;
+    sizes[count++] = off == 0 ? bytes : 0; /* whole ones are shared */
+    return made + off;
+  }
+  float* floats(int64_t values) {
+    float* made = static_cast<float*>(buffer(values, 4));
+    if (made != nullptr && reinterpret_cast<uintptr_t>(made) % 4 == 0) {
+      for (int64_t i = 0; i < values && values < 1 << 20; ++i) made[i] = number();
+    }
+    return made;
+  }
+  int64_t* indices(int64_t values, int64_t known) {
+    int64_t* made = static_cast<int64_t*>(buffer(values, 8));
+    if (made != nullptr && reinterpret_cast<uintptr_t>(made) % 8 == 0) {
+      for (int64_t i = 0; i < values && values < 1 << 20; ++i) {
+        made[i] = one_in(60) || known < 1 ? byte() - 100 : below(known);
+      }
+    }
+    return made;
+  }
+};
+
+static int64_t width_of(int32_t dtype) {
+  return dtype >= 0 && dtype < 4 ? kWidth[dtype] : 4;
+}
+
+static int64_t product(int64_t a, int64_t b) {
+  int64_t result;
+  return __builtin_mul_overflow(a, b, &result) ? kHuge : result;
+}
+
+static int64_t size_field(Input& in, size_t size) {
+  return in.one_in(60) ? in.below(64) : static_cast<int64_t>(size);
+}
+
+static int32_t fuzz_update(Input& in) {
+  const int64_t groups = in.extent(3), rows = in.extent(4);
+  fastmp_hyper hypers[3];
+  for (fastmp_hyper& hyper : hypers) {
+    double* fields = reinterpret_cast<double*>(&hyper);
+    for (size_t i = 0; i < sizeof(hyper) / 8; ++i) fields[i] = static_cast<double>(in.number());
+    hyper.rule =
+        in.one_in(30) ? static_cast<double>(in.number()) : static_cast<double>(in.below(4));
+  }
+  fastmp_row table[4];
+  memset(table, 0, sizeof(table));
+  for (fastmp_row& row : table) {
+    const int64_t numel = in.extent(300);
+    row.numel = numel;
+    row.group = static_cast<uint16_t>(in.code(3));
+    row.param_dtype = static_cast<uint8_t>(in.code(3));
+    row.grad_dtype = static_cast<uint8_t>(in.code(3));
+    const uint8_t kinds[3] = {FASTMP_SELF, FASTMP_FULL, FASTMP_SPLIT};
+    row.master_kind = in.one_in(20) ? in.byte() : kinds[row.param_dtype % 3];
+    row.param = in.buffer(numel, width_of(row.param_dtype));
+    row.grad = in.buffer(numel, width_of(row.grad_dtype));
+    row.master = in.buffer(numel, 4);
+    row.state0 = in.floats(numel);
+    row.state1 = in.floats(numel);
+    row.state2 = in.floats(numel);
+    row.step = in.floats(1);
+  }
+  fastmp_update_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.rows = in.one_in(40) ? nullptr : table;
+  args.row_count = rows;
+  args.groups = in.one_in(40) ? nullptr : hypers;
+  args.group_count = groups;
+  fastmp_request& request = args.request;
+  if (in.one_in(2)) request.grad_scale = in.floats(1);
+  if (in.one_in(3)) request.found_inf = in.floats(1);
+  request.max_grad_norm = in.one_in(2) ? -1.0 : static_cast<double>(in.number());
+  request.unchecked = in.below(2);
+  if (in.one_in(3)) {
+    request.schedule_rows = in.extent(3);
+    request.schedule = static_cast<double*>(in.buffer(product(request.schedule_rows, 3), 8));
+  }
+  if (in.one_in(3)) request.scale = in.floats(1);
+  if (in.one_in(2)) request.growth_tracker = static_cast<int32_t*>(in.buffer(1, 4));
+  request.growth_factor = 2.0;
+  request.backoff_factor = 0.5;
+  request.growth_interval = in.below(5);
+  request.record = static_cast<fastmp_record*>(in.buffer(1, sizeof(fastmp_record)));
+  return fastmp_update(&args);
+}
+
+static int32_t fuzz_loss(Input& in) {
+  fastmp_loss_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.dtype = in.code(3);
+  args.reduction = in.code(3);
+  args.rows = in.extent(70);
+  args.classes = in.extent(40);
+  const int64_t numel = product(args.rows, args.classes);
+  const bool padded = in.one_in(3);
+  args.row_stride = args.classes + (padded ? in.below(4) : 0);
+  args.logits = in.buffer(product(args.rows, args.row_stride), width_of(args.dtype));
+  args.target_a = in.indices(args.rows, args.classes);
+  if (in.one_in(2)) {
+    args.target_b = in.indices(args.rows, args.classes);
+    args.lam_stride = in.below(2);
+    args.lam = in.floats(args.lam_stride == 1 ? args.rows : 1);
+  }
+  if (in.one_in(3)) args.weight = in.floats(args.classes);
+  args.ignore_index = in.one_in(2) ? -100 : in.below(40);
+  args.smoothing = in.one_in(2) ? 0.1 : static_cast<double>(in.number());
+  args.grad_stride = in.below(2);
+  args.grad_output = in.floats(args.grad_stride == 1 ? args.rows : 1);
+  args.loss = in.floats(args.reduction == FASTMP_NONE ? args.rows : 1);
+  args.stats = in.floats(product(args.rows, 2));
+  args.grad = in.buffer(numel, width_of(args.dtype));
+  const int32_t status = fastmp_loss_forward(&args);
+  return in.one_in(2) ? fastmp_loss_backward(&args) : status;
+}
+
+static int32_t fuzz_mix(Input& in) {
+  fastmp_mix_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.input_dtype = in.code(4);
+  args.output_dtype = in.code(3);
+  args.batch = in.extent(5);
+  args.channels = in.extent(3);
+  args.height = in.extent(9);
+  args.width = in.extent(9);
+  const int64_t numel =
+      product(product(args.batch, args.channels), product(args.height, args.width));
+  args.input = in.buffer(numel, width_of(args.input_dtype));
+  args.output = in.buffer(numel, width_of(args.output_dtype));
+  if (in.one_in(4) == false) args.index = in.indices(args.batch, args.batch);
+  args.lam_stride = in.below(2);
+  args.lam = in.floats(args.lam_stride == 1 ? args.batch : 1);
+  if (in.one_in(2)) {
+    args.box_stride = in.below(2) * 4;
+    const int64_t boxes = args.box_stride == 4 ? args.batch : 1;
+    int64_t* box = in.indices(product(boxes, 4), 6);
+    for (int64_t i = 0; box != nullptr && boxes < 9 && i < boxes; ++i) {
+      const bool aligned = reinterpret_cast<uintptr_t>(box) % 8 == 0;
+      if (!aligned || in.one_in(8)) break;
+      const int64_t sound[4] = {0, in.below(args.height > 0 && args.height < 99 ? args.height : 1),
+                                0, in.below(args.width > 0 && args.width < 99 ? args.width : 1)};
+      memcpy(box + 4 * i, sound, sizeof(sound));
+    }
+    args.box = box;
+  }
+  if (in.one_in(2)) args.scale = in.floats(args.channels);
+  if (in.one_in(2)) args.shift = in.floats(args.channels);
+  return fastmp_mix(&args);
+}
+
+/* A matrix of a given size in either order, now and then with a wide stride or none that is 1. */
+static void* matrix(Input& in, int64_t rows, int64_t columns, int32_t dtype, int64_t* row_stride,
+                    int64_t* column_stride) {
+  const bool along_rows = in.one_in(2);
+  const int64_t pad = in.one_in(4) ? in.below(5) : 0;
+  int64_t* far = along_rows ? row_stride : column_stride;
+  int64_t* near = along_rows ? column_stride : row_stride;
+  const int64_t inner = along_rows ? columns : rows, outer = along_rows ? rows : columns;
+  *near = in.one_in(50) ? 2 : 1;
+  *far = product(inner < 0 ? 1 : inner, *near) + pad;
+  return in.buffer(product(outer, *far), width_of(dtype));
+}
+
+static int32_t fuzz_gemm(Input& in) {
+  fastmp_gemm_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.dtype = in.code(3);
+  args.activation = in.code(5);
+  args.rows = in.extent(40);
+  args.columns = in.extent(40);
+  args.depth = in.extent(40);
+  args.a = matrix(in, args.rows, args.depth, args.dtype, &args.a_stride, &args.a_k_stride);
+  args.b = matrix(in, args.columns, args.depth, args.dtype, &args.b_stride, &args.b_k_stride);
+  const int64_t numel = product(args.rows, args.columns);
+  if (in.one_in(2)) args.bias = in.buffer(args.columns, width_of(args.dtype));
+  if (in.one_in(2)) args.preactivation = in.buffer(numel, width_of(args.dtype));
+  args.out = in.buffer(numel, width_of(args.dtype));
+  args.threads = in.one_in(30) ? in.below(3) - 1 : 1 + in.below(4);
+  return fastmp_gemm(&args);
+}
+
+static int32_t fuzz_activation(Input& in) {
+  fastmp_activation_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.dtype = in.code(3);
+  args.activation = in.code(5);
+  args.rows = in.extent(40);
+  args.columns = in.extent(40);
+  const int64_t numel = product(args.rows, args.columns);
+  args.saved = in.buffer(numel, width_of(args.dtype));
+  args.grad_output = in.buffer(numel, width_of(args.dtype));
+  args.out = in.buffer(numel, width_of(args.dtype));
+  if (in.one_in(2)) args.grad_bias = in.buffer(args.columns, width_of(args.dtype));
+  return in.one_in(2) ? fastmp_activation(&args) : fastmp_activation_backward(&args);
+}
+
+static int64_t statuses[4];
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  int32_t (*const targets[])(Input&) = {fuzz_update, fuzz_loss, fuzz_mix, fuzz_gemm,
+                                        fuzz_activation};
+  Input in(data, size);
+  const int32_t status = targets[in.below(5)](in);
+  if (status < FASTMP_OK || status > FASTMP_BAD_TARGET) abort();
+  ++statuses[status];
+  return 0;
+}
+
+#ifndef FASTMP_LIBFUZZER
+int main(int argc, char** argv) {
+  const long runs = argc > 1 ? atol(argv[1]) : 100000;
+  uint64_t state = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
+  static uint8_t bytes[16384];
+  for (long run = 0; run < runs; ++run) {
+    for (uint8_t& byte : bytes) { /* splitmix64 */
+      uint64_t z = (state += UINT64_C(0x9e3779b97f4a7c15));
+      z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+      z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+      byte = static_cast<uint8_t>(z >> 56);
+    }
+    LLVMFuzzerTestOneInput(bytes, sizeof(bytes));
+  }
+  printf("%ld calls: %lld ok, %lld bad arguments, %lld without memory, %lld bad targets\n", runs,
+         static_cast<long long>(statuses[0]), static_cast<long long>(statuses[1]),
+         static_cast<long long>(statuses[2]), static_cast<long long>(statuses[3]));
+  return statuses[FASTMP_OK] == 0 || statuses[FASTMP_BAD_ARGUMENT] == 0;
+}
+#endif
