@@ -74,7 +74,8 @@ class Fused(torch.optim.Optimizer):
         """As torch's, refusing parameters that no kernel and no reference can update.
 
         Raises:
-            ValueError: a sparse, complex or integer parameter, or ``differentiable=True``.
+            ValueError: a sparse, complex or integer parameter, a DTensor, or
+                ``differentiable=True``.
         """
         super().add_param_group(param_group)
         added = self.param_groups[-1]
@@ -87,12 +88,21 @@ class Fused(torch.optim.Optimizer):
                         f"parameter {i} of the group: expected a dense fp32, fp16, bf16 or fp64 "
                         f"tensor, got {param.dtype} with layout {param.layout}"
                     )
+                if hasattr(param, "device_mesh"):
+                    raise ValueError(
+                        f"parameter {i} of the group is a DTensor: split the model with "
+                        "fastmp.sharded.shard(model, dtype) instead of fully_shard, and take its "
+                        "named_parameters(); clip and overflow are then decided by all ranks"
+                    )
         except ValueError:
             self.param_groups.pop()
             raise
 
     # ---- the step ----
 
+    # One kernel: a compiled training loop calls it as it is. torch.compiler.disable, the public
+    # name, would import the compiler with fastmp; this one does so at the first call.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, unless one is not finite.

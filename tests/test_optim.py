@@ -532,36 +532,6 @@ def test_isinstance_hooks_closure_and_zero_grad():
     assert optimizer.applied_steps == 1
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=20),
-        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=5),
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.9**s),
-    ],
-)
-@pytest.mark.parametrize(
-    ("name", "options"), [("AdamW", {}), ("SGD", {"momentum": 0.9}), ("AdamW", {"lr": None})]
-)
-def test_torchs_schedulers_drive_it(scheduler, name, options):
-    def lr():  # a fresh tensor for each optimizer: schedulers write into it
-        return torch.tensor(0.01) if "lr" in options else 0.01
-
-    ours, theirs = parameters(), parameters()
-    a = getattr(fastmp.optim, name)(ours, **{**options, "lr": lr()})
-    b = getattr(torch.optim, name)(theirs, **{**options, "lr": lr()})
-    sa, sb = scheduler(a), scheduler(b)
-    for step in range(20):
-        give_gradients(ours, theirs, seed=step)
-        a.step()
-        b.step()
-        if step < 19:
-            sa.step()
-            sb.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
 def test_autograd_notices_the_step():
     p = torch.ones(3, requires_grad=True)
     optimizer = adam_w([p])
