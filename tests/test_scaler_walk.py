@@ -1,0 +1,74 @@
+"""Our scaler beside torch's over thousands of random steps: the same scale all the way."""
+
+import random
+
+import pytest
+import torch
+
+import fastmp
+
+STEPS = 5000
+# Overflows in one of eight steps, growth after five clean ones: the scale walks about its start.
+OPTIONS = {"init_scale": 2.0**13, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 5}
+
+
+def made(kind):
+    """A scaler of ours or of torch's with an optimizer of the same house, one fp32 parameter."""
+    p = torch.full((3,), 1.0).requires_grad_()
+    if kind == "ours":
+        return p, fastmp.optim.SGD([p], lr=1e-3), fastmp.amp.GradScaler("cpu", **OPTIONS)
+    return p, torch.optim.SGD([p], lr=1e-3), torch.amp.GradScaler("cpu", **OPTIONS)
+
+
+def walk(seed):
+    """What each step does: its gradient, an overflow in one of eight, misuse in one of ten."""
+    generator = random.Random(seed)
+    for _ in range(STEPS):
+        bad = generator.random() < 0.125
+        value = generator.choice([float("inf"), float("-inf"), float("nan")]) if bad else 0.0
+        grad = torch.tensor([generator.uniform(-1, 1) for _ in range(3)])
+        grad[generator.randrange(3)] += value
+        yield grad, generator.random() < 0.3, generator.choice([None] * 18 + ["twice", "late"])
+
+
+def one(p, optimizer, scaler, grad, unscale, misuse):
+    """A step of a training loop; the errors in words, and what the scaler then is."""
+    said = []
+    p.grad = None
+    (p * grad).sum().mul(1.0)  # a loss; its scaled gradient is set below, inf and all
+    scaler.scale(torch.ones(()))
+    p.grad = grad * scaler.get_scale()
+    try:
+        if unscale:
+            scaler.unscale_(optimizer)
+        if misuse == "twice":
+            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        if misuse == "late":
+            scaler.step(optimizer)
+    except RuntimeError as error:
+        said.append(str(error))
+    scaler.update()
+    return said, scaler.get_scale(), scaler._get_growth_tracker(), p.detach().clone()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scales_counters_skips_and_errors_are_torchs(seed):
+    """Every hundred steps the state is saved by one and loaded by the other, either way."""
+    ours, theirs = made("ours"), made("torch")
+    skipped, errors = 0, 0
+    for number, (grad, unscale, misuse) in enumerate(walk(seed)):
+        before = ours[0].detach().clone()
+        a, b = (one(*side, grad, unscale, misuse) for side in (ours, theirs))
+        assert a[:3] == b[:3], number
+        torch.testing.assert_close(a[3], b[3], rtol=1e-5, atol=1e-6)
+        skipped += int(torch.equal(before, a[3]))
+        errors += len(a[0])
+        if number % 100 == 99:
+            states = [ours[2].state_dict(), theirs[2].state_dict()]
+            assert states[0] == states[1]
+            ours[2].load_state_dict(states[1])
+            theirs[2].load_state_dict(states[0])
+    assert skipped > STEPS // 10
+    assert errors > STEPS // 20
