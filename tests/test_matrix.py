@@ -1,0 +1,126 @@
+"""Everything with everything: our pieces under torch.compile, CUDA graphs, autocast, channels_last,
+DDP and FSDP2. Each cell trains as the plain loop does, or is refused in words."""
+
+import copy
+import itertools
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+import fastmp.graph
+
+STEPS = 4
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4),
+        )  # fmt: skip
+
+
+def batches(dtype, *, channels_last=False):
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.channels_last if channels_last else torch.contiguous_format
+    for _ in range(STEPS):
+        images = torch.randn(8, 3, 6, 6, generator=generator).to(dtype)
+        labels = torch.randint(4, (8,), generator=generator)
+        yield images.to(memory_format=kind), fastmp.data.MixedTarget(labels, labels.flip(0), 0.7)
+
+
+def net(dtype, *, channels_last=False):
+    torch.manual_seed(0)
+    model = Net()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model if dtype == torch.float32 else fastmp.convert(model, dtype)
+
+
+def losses(model, parameters, dtype, *, step=None, autocast=False, channels_last=False):
+    """A plain loop of ours: loss, scaler where there is one, clip inside the step."""
+    optimizer = fastmp.optim.AdamW(parameters, lr=0.01, max_grad_norm=1.0)
+    criterion = fastmp.nn.CrossEntropyLoss(label_smoothing=0.1)
+    scaler = fastmp.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**8)
+
+    def loss_of(images, target):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return criterion(model(images), target)
+
+    forward = step(loss_of) if step else loss_of
+    seen = []
+    for images, target in batches(dtype, channels_last=channels_last):
+        optimizer.zero_grad()
+        loss = forward(images, target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(loss.item())
+    assert int(optimizer.applied_steps) == STEPS
+    return seen
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A process group of one, on a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+KINDS = ("compile", "autocast", "channels_last", "ddp")
+CELLS = [
+    pytest.param(dtype, kinds, id=f"{str(dtype)[6:]}-{'+'.join(kinds) or 'plain'}")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for count in range(len(KINDS) + 1)
+    for kinds in itertools.combinations(KINDS, count)
+    if count < 2 or dtype == torch.bfloat16  # all of them together in one dtype
+]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("dtype", "kinds"), CELLS)
+def test_cell(dtype, kinds):
+    torch.compiler.reset()  # or the ninth cell would be one recompilation too many, and run eagerly
+    plain = net(dtype)
+    expected = losses(plain, plain.parameters(), dtype)
+    last = "channels_last" in kinds
+    model = net(dtype, channels_last=last)
+    wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in kinds else model
+    found = losses(
+        wrapped, wrapped.parameters(), dtype, channels_last=last, autocast="autocast" in kinds,
+        step=torch.compile if "compile" in kinds else None,
+    )  # fmt: skip
+    assert found == pytest.approx(expected, rel=0.02)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_trainer records and replays steps")
+def test_graphs_without_a_gpu():
+    with pytest.raises(fastmp.graph.Unsupported, match="CUDA graphs need a CUDA device"):
+        fastmp.graph.Graphed(lambda x: x, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("group")
+def test_fsdp2():
+    """torch's own fully_shard: the optimizer names ours, which test_distributed trains with."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = net(torch.float32)
+    fully_shard(model)
+    with pytest.raises((TypeError, ValueError), match=r"DTensor.*sharded\.shard"):
+        losses(model, model.parameters(), torch.float32)
+
+
+def test_deepcopied_converted_models_train_alike():
+    model = net(torch.bfloat16)
+    twin = copy.deepcopy(model)
+    a = losses(model, model.parameters(), torch.bfloat16)
+    assert losses(twin, twin.parameters(), torch.bfloat16) == a
