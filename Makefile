@@ -1,11 +1,11 @@
-# The commands to remember: make train, make test, make soak, make bench, make gpu-check, make lint.
+# The commands to remember: make train, make test, make soak, make sanitize, make bench, make gpu-check, make lint.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: train test soak bench gpu-check lint format clean
+.PHONY: train test soak sanitize bench gpu-check lint format clean
 
 train: $(STAMP)
 	$(BIN)/fastmp train $(ARGS)
@@ -13,9 +13,29 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# The kill loops in full: 20 runs killed and resumed, 50 saves killed.
+# The kill loops in full: 20 runs killed and resumed, 50 saves killed; memory over 20,000 steps.
 soak: $(STAMP)
-	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_checkpoints.py $(ARGS)
+	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_checkpoints.py \
+		tests/test_faults.py $(ARGS)
+
+# The CPU library under AddressSanitizer and UBSan: its C ABI fuzzed, then the tests of every operation
+# on it. The leak check is off: Python and torch free at exit only what they want to.
+# --capture=sys: a report of AddressSanitizer is written past Python.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED_TESTS := $(addprefix tests/test_,amp fusion linear linear_engine loss mix mixup numerics optim \
+	scaler_walk torch_operators torch_optimizers update)
+RUNS ?= 200000
+sanitize: $(STAMP)
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 $(SANITIZE) -ffp-contract=fast -fno-exceptions -fno-rtti \
+		-DFASTMP_TARGET=base -o build/fuzz-abi tests/fuzz/abi.cpp csrc/cpu/*.cpp
+	build/fuzz-abi $(RUNS)
+	CXXFLAGS="-g $(SANITIZE)" $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-S csrc -B build/sanitize
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 FASTMP_TEST_LIBRARY=$(CURDIR)/build/sanitize/libfastmp_cpu.so \
+		$(BIN)/python -m pytest --capture=sys $(addsuffix .py,$(SANITIZED_TESTS)) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/fastmp bench --out benchmarks/results $(ARGS)
@@ -43,6 +63,7 @@ $(STAMP): pyproject.toml constraints.txt $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core cmake ninja
 	FASTMP_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --constraint constraints.txt \
 		--no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 clean:

@@ -1,14 +1,23 @@
 """One seed, one hypothesis profile: every run of the suite tries the same cases."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from fastmp.backends import cpu
+
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Another build of the CPU library, for ``make sanitize``; importing fastmp has loaded its own.
+if another := os.environ.get("FASTMP_TEST_LIBRARY"):
+    cpu._library_path = lambda: Path(another)
+    cpu.load.cache_clear()
+    assert cpu.load()[0]._name == another
 
 hypothesis.settings.register_profile("fastmp", derandomize=True, deadline=None, max_examples=60)
 hypothesis.settings.load_profile("fastmp")

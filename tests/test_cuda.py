@@ -1,6 +1,9 @@
 """What stands between the optimizer and a GPU: the compiler, its cache, the reasons given."""
 
+import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +130,37 @@ def test_a_gpu_that_nvrtc_cannot_serve_gets_the_reference(monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="FASTMP_BACKEND=cuda, but Tesla K40"):
         runs_on(torch.device("cuda", 0))
+
+
+FILL = """
+import hashlib, sys, time
+from pathlib import Path
+from fastmp.backends.cuda import compiler
+gate, file, kernel, architecture = sys.argv[1:]
+compiler.version()
+print("ready", flush=True)
+while not Path(gate).exists():
+    time.sleep(0.001)
+image = compiler.build(file, kernel, architecture)
+print(image.kernel, hashlib.sha256(image.code).hexdigest())
+"""
+
+
+def test_processes_that_fill_the_cache_at_once(folder, tmp_path, compiled):
+    """Four, let off by one gate: each gets a kernel, one entry stays, whole, and nothing else.
+
+    Which of them wrote it is open; NVRTC's own bytes differ from process to process.
+    """
+    gate = tmp_path / "gate"
+    line = [sys.executable, "-c", FILL, str(gate), *BUILD]
+    crowd = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for one in crowd:
+        assert one.stdout.readline() == "ready\n"
+    gate.touch()
+    found = [one.communicate(timeout=120)[0].split() for one in crowd]
+    assert [one.returncode for one in crowd] == [0] * 4
+    assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+    image = compiler.build(*BUILD)
+    assert not compiled
+    assert {kernel for kernel, _ in found} == {image.kernel}
+    assert hashlib.sha256(image.code).hexdigest() in {digest for _, digest in found}
