@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -91,6 +93,21 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     whole = (tmp_path / "train" / "cat" / "000.png").read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"003\.png cannot be read.*replace or delete it"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("side", [12_000, 20_000])
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_that_unpacks_to_gigabytes_is_refused_before_it_is_decoded(tmp_path, side):
+    """A PNG of a few bytes that claims so many pixels; pillow itself refuses the larger one."""
+    write(tmp_path, ("train", "val"))
+    bad = tmp_path / "train" / "dog" / "003.png"
+    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    bad.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"003\.png cannot be read: .*pixels.*replace or delete it"):
         data.load(str(tmp_path))
 
 

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(given: LrFind) -> None:
     """Run the test, print the suggestion and draw the curve."""
+    given.picture.parent.mkdir(parents=True, exist_ok=True)
     config = given.recipe.resolved()
     if config.threads:
         torch.set_num_threads(config.threads)

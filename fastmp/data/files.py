@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST = 224  # pixels a side, unless told otherwise: what ImageNet's models take
 _SAMPLE = 1000  # images for mean and std
+_MOST_PIXELS = 10**8  # of an image: 300 MB when it is decoded; a small file can hold any number
 _AREA = (0.08, 1.0)  # of a random crop, and its width : height (Szegedy et al. 2015, 1409.4842)
 _RATIO = (3 / 4, 4 / 3)
 
@@ -65,6 +66,8 @@ class Images:
         name = f"image {index}"
         try:
             image, name = self._read(index)
+            if image.width * image.height > _MOST_PIXELS:  # known before anything is decoded
+                raise OSError(f"{image.width} x {image.height} pixels, {_MOST_PIXELS} at most")
             image = image.convert("L" if channels == 1 else "RGB")
             dice = None if seed is None else random.Random(f"{seed} {index}")
             box = _middle(*image.size) if dice is None else _random_part(*image.size, dice)
@@ -130,7 +133,7 @@ class _Files:
         path = self._paths[index]
         try:
             return image.open(path), str(path)
-        except OSError as error:
+        except (OSError, image.DecompressionBombError) as error:
             raise DataError(
                 f"{path} cannot be read: expected an image, got: {error}; replace or delete it"
             ) from error
