@@ -96,7 +96,10 @@ class GradScaler(torch.amp.GradScaler):
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Grow or back off, as the steps since the last update went; see torch's method."""
+        """Grow or back off, as the steps since the last update went; see torch's method.
+
+        ``new_scale``, a number or fp32 of shape (1), is the scale from now on.
+        """
         if self._enabled and len(self._per_optimizer_states) > 1:
             # torch adds the verdicts up in place: not in our optimizers' own records
             for state in self._per_optimizer_states.values():

@@ -15,9 +15,10 @@ torch.fx.wrap("linear")  # one node where a model is traced, as torch's own laye
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` and its activation in one operation: ``act(x Wᵀ + b)``.
 
-    The arguments, parameters, their initialisation and the ``state_dict`` are torch's.
+    The parameters, their initialisation and the ``state_dict`` are torch's.
 
     Args:
+        in_features, out_features, bias, device, dtype: as in torch.
         activation: "none", "relu", "gelu", "gelu_tanh" or "silu"; see
             ``fastmp.functional.linear``.
 
@@ -54,8 +55,10 @@ class Linear(torch.nn.Linear):
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` on fastmp's kernels, with mixed targets.
 
-    The arguments, their order and defaults are torch's, and so are the values; the loss of 16-bit
-    logits comes in fp32.
+    The values are torch's; the loss of 16-bit logits comes in fp32.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch.
     """
 
     def forward(

@@ -65,7 +65,11 @@ class Bindable:
 
 @dataclass(frozen=True)
 class Constant(Bindable):
-    """The same values at every step."""
+    """The same ``lr`` and ``momentum`` (None: the optimizer's own) at every step.
+
+    Raises:
+        ValueError: an lr that is negative or not finite, a momentum outside [0, 1).
+    """
 
     lr: float
     momentum: float | None = None
@@ -92,7 +96,10 @@ class Cosine(Bindable):
     The lr after ``k`` steps is ``final_lr + (lr - final_lr) (1 + cos(pi k / total_steps)) / 2``:
     that of torch's ``CosineAnnealingLR(T_max=total_steps, eta_min=final_lr)``. All ``total_steps``
     steps lie above ``final_lr``, so none is wasted if that is 0; every later one has
-    ``final_lr``, where torch's climbs again.
+    ``final_lr``, where torch's climbs again. ``momentum`` stays; None: it is the optimizer's own.
+
+    Raises:
+        ValueError: a number outside its range; the message names the range.
     """
 
     lr: float
@@ -122,11 +129,15 @@ class Cyclic(Bindable):
     """Up and down between two rates, for ever (Smith 2015, arXiv:1506.01186).
 
     The lr climbs from ``base_lr`` to ``max_lr`` in ``step_size_up`` steps and falls back in
-    ``step_size_down`` (None: as many), in straight lines. The height of the peaks above ``base_lr``
-    stays ("triangular"), halves with every cycle ("triangular2"), or is multiplied by ``gamma``
-    with every step ("exp_range"). The momentum runs the other way, from ``max_momentum`` down
-    towards ``base_momentum`` at the peaks, as much less deep as they are less high; None, both of
-    them, leaves it alone. The values are those of ``torch.optim.lr_scheduler.CyclicLR``.
+    ``step_size_down`` (None: as many), in straight lines. As ``mode`` says, the height of the peaks
+    above ``base_lr`` stays ("triangular"), halves with every cycle ("triangular2"), or is
+    multiplied by ``gamma`` with every step ("exp_range"). The momentum runs the other way, from
+    ``max_momentum`` down towards ``base_momentum`` at the peaks, as much less deep as they are less
+    high; None, both of them, leaves it alone. The values are those of
+    ``torch.optim.lr_scheduler.CyclicLR``.
+
+    Raises:
+        ValueError: a number outside its range; the message names the range.
     """
 
     base_lr: float
@@ -183,7 +194,11 @@ class Cyclic(Bindable):
 class Warmup(Bindable):
     """A straight line up to the first lr of ``schedule`` in ``steps`` steps, then ``schedule``.
 
-    Step ``k`` of the warm-up has ``(k + 1) / (steps + 1)`` of that lr: no step is wasted at lr 0.
+    Goyal et al. 2017 (arXiv:1706.02677). Step ``k`` of the warm-up has ``(k + 1) / (steps + 1)`` of
+    that lr: no step is wasted at lr 0. The momentum is that of ``schedule``'s first step.
+
+    Raises:
+        ValueError: ``steps`` below 0.
     """
 
     schedule: Schedule
@@ -210,13 +225,17 @@ class OneCycle(Bindable):
     """The one-cycle policy (Smith and Topin 2017, arXiv:1708.07120).
 
     The lr climbs from ``max_lr / div_factor`` to ``max_lr`` over the first ``pct_start`` of the
-    steps, then falls to ``max_lr / div_factor / final_div_factor``; the momentum runs from
-    ``max_momentum`` to ``base_momentum`` and back. With ``three_phase`` the fall mirrors the climb
-    and a third phase leads down to the final lr. Give ``base_momentum=None`` to leave it alone.
+    steps, in a line or half a cosine (``anneal``), then falls to ``max_lr / div_factor /
+    final_div_factor``; the momentum runs from ``max_momentum`` to ``base_momentum`` and back. With
+    ``three_phase`` the fall mirrors the climb and a third phase leads down to the final lr. Give
+    ``base_momentum=None`` to leave it alone.
 
     The values are those of ``torch.optim.lr_scheduler.OneCycleLR``, except where that divides by
     zero or steps off its ends: a climb of one step or less starts at the peak, and every step from
     ``total_steps - 1`` on has the final lr instead of an error.
+
+    Raises:
+        ValueError: a number outside its range; the message names the range.
     """
 
     max_lr: float

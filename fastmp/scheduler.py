@@ -79,7 +79,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self._last_lr = [_copy(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
-        """The lr of the current step for every group, computed anew."""
+        """The lr of the current step, a float for each group (in torch it may be a tensor)."""
         lr, _ = self.schedule(self.last_epoch)
         return [lr * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
 

@@ -386,7 +386,11 @@ class Trainer:
             self._stop_if_asked()
 
     def last_loss(self) -> float:
-        """The loss of the last step; waits for it."""
+        """The loss of the last step; waits for it.
+
+        Raises:
+            RuntimeError: there was none.
+        """
         self._take_pending()
         if self._last is None:
             raise RuntimeError("there was no step yet")

@@ -37,8 +37,9 @@ class TransferError(ValueError):
 class Report:
     """What ``load_pretrained`` did with each entry.
 
-    ``reshaped`` ones have another shape in the source, (wanted, found): the model keeps its own,
-    as it does those that are ``missing`` there. ``unexpected`` ones the model has no use for.
+    ``loaded`` ones are the source's now. ``reshaped`` ones have another shape in the source,
+    (wanted, found): the model keeps its own, as it does those that are ``missing`` there.
+    ``unexpected`` ones the model has no use for.
     """
 
     loaded: tuple[str, ...]
@@ -243,7 +244,11 @@ def layerwise_lr(
 
 
 def freeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Let parameters keep their values: names, names of modules, or patterns such as "blocks.*".
+    """Let parameters of a model keep their values.
+
+    Args:
+        model: any.
+        patterns: names, names of modules, or such as "blocks.*".
 
     Their running statistics stay too where ``train_mode`` is used, as the trainer does.
 
@@ -257,7 +262,7 @@ def freeze(model: nn.Module, *patterns: str) -> list[str]:
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Let parameters train again; see ``freeze``."""
+    """Let parameters train again; ``model`` and ``patterns`` as in ``freeze``."""
     return _set_trainable(model, patterns, True)
 
 
@@ -294,6 +299,9 @@ class GradualUnfreezing:
 
     Howard and Ruder 2018 (arXiv:1801.06146). The epoch alone decides, so a run that is resumed
     needs nothing to be saved.
+
+    Raises:
+        ValueError: ``every`` below 1 epoch.
     """
 
     every: int = 1

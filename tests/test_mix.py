@@ -206,6 +206,7 @@ BAD = {
     "box flat": (ValueError, "N, C, H, W", (X.flatten(1), None, I), {"box": BOX}),
     "mean flat": (ValueError, "N, C, H, W", (X.flatten(1), 0.5, I), {"mean": [0.0]}),
     "mean size": (ValueError, "3 channels", (X, 0.5, I), {"mean": [0.0]}),
+    "index and lam swapped": (TypeError, "index must be an int64 tensor, got 0.5", (X, I, 0.5), {}),
     "std zero": (ValueError, "not be 0", (X, 0.5, I), {"std": [1.0, 0.0, 1.0]}),
 }
 

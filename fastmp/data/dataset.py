@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images with labels, by index."""
+    """Images with labels, by index: what a data set has to offer to be trained on."""
 
     @property
     def labels(self) -> Tensor:
@@ -86,9 +86,10 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels for training and testing.
+    """Images and labels for training and testing, ``train`` and ``test``.
 
-    ``mean`` and ``std`` are the training images' statistics per channel after scaling to [0, 1].
+    ``mean`` and ``std`` are the training images' statistics per channel after scaling to [0, 1];
+    ``classes`` are the names of the labels, ``name`` is that of the whole.
     """
 
     name: str

@@ -168,6 +168,8 @@ def _unpacked_size(shape: tuple[int, ...]) -> int:
 def read_idx(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
     """The uint8 array of ``shape`` in the IDX file at ``path``, plain or gzip (by its ending).
 
+    ``sha256`` is that of the unpacked file, in hexadecimal digits.
+
     Never unpacks more than one byte beyond the expected size, so a gzip bomb stays small.
 
     Raises:

@@ -98,7 +98,11 @@ def _cut(indices: list[int], size: int) -> list[list[int]]:
 
 
 class Loader:
-    """What ``loader`` returns: iterate over it for the batches of an epoch."""
+    """What ``loader`` returns: iterate over it for the batches of an epoch.
+
+    ``source`` has the images, ``order`` says which of them when; ``workers`` processes read ahead,
+    into ``pinned`` memory if a GPU takes them.
+    """
 
     def __init__(self, source: Source, order: _Order, workers: int, pinned: bool) -> None:
         self.source = source

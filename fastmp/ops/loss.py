@@ -31,7 +31,10 @@ _NONE, _MEAN = 0, 1
 
 
 class MixedTarget(NamedTuple):
-    """Targets of a mixed batch: class ``a`` with weight ``lam``, class ``b`` with ``1 - lam``."""
+    """Targets of a mixed batch: class ``a`` with weight ``lam``, class ``b`` with ``1 - lam``.
+
+    ``a`` and ``b`` are class indices (N), int64; ``lam`` is a number or floating, () or (N).
+    """
 
     a: Tensor
     b: Tensor

@@ -165,7 +165,8 @@ def mix(
 
     ``out[i] = lam * norm(x[i]) + (1 - lam) * norm(x[index[i]])``; with a box
     ``norm(x[index[i]])`` inside and ``norm(x[i])`` outside, and ``lam`` is not applied.
-    ``norm(x) = (x - mean) / std`` for each channel; uint8 is divided by 255 before.
+    ``norm(x) = (x - mean) / std`` for each channel; uint8 is divided by 255 before. Zhang et al.
+    2018 (mixup, arXiv:1710.09412), Yun et al. 2019 (CutMix, arXiv:1905.04899).
 
     Args:
         input: (N, ...), floating or uint8; (N, C, H, W) for a box, mean or std.
@@ -205,6 +206,19 @@ def mix(
     return output.reshape(input.shape)
 
 
+def _check_indices(
+    name: str, given: Tensor, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor, got {given!r}")
+    if given.dtype != torch.int64 or given.shape not in shapes:
+        raise ValueError(
+            f"{name} must be int64 of shape {' or '.join(map(str, shapes))}, "
+            f"got {given.dtype} of shape {tuple(given.shape)}"
+        )
+    check_device(name, given, device)
+
+
 def _check_partners(
     input: Tensor, lam: Tensor | float | None, index: Tensor | None, box: Tensor | None
 ) -> Tensor | None:
@@ -214,19 +228,9 @@ def _check_partners(
         if lam is not None or box is not None:
             raise ValueError("lam and box mix with a partner: give index, or leave them out")
         return None
-    if index.dtype != torch.int64 or index.shape != batch:
-        raise ValueError(
-            f"index must be int64 of shape {tuple(batch)}, "
-            f"got {index.dtype} of shape {tuple(index.shape)}"
-        )
-    check_device("index", index, input.device)
+    _check_indices("index", index, [tuple(batch)], input.device)
     if box is not None:
-        if box.dtype != torch.int64 or box.shape not in ((4,), (*batch, 4)):
-            raise ValueError(
-                f"box must be int64 of shape (4,) or {(*batch, 4)}, "
-                f"got {box.dtype} of shape {tuple(box.shape)}"
-            )
-        check_device("box", box, input.device)
+        _check_indices("box", box, [(4,), (*batch, 4)], input.device)
     elif lam is None:
         raise ValueError("lam is missing: mixing without a box needs a weight in [0, 1]")
     if lam is None:
