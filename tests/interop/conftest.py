@@ -12,7 +12,7 @@ CLASSES, FEATURES = 3, 12
 class Points(torch.utils.data.Dataset):
     """Gaussian clouds around one corner for each class."""
 
-    def __init__(self, dtype=torch.bfloat16):
+    def __init__(self, dtype):
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.arange(240) % CLASSES
         corners = 3 * torch.randn(CLASSES, FEATURES, generator=generator)
@@ -32,19 +32,30 @@ class Classifier(nn.Sequential):
 
 
 @pytest.fixture
-def points():
-    return Points()
+def dtype():
+    return torch.bfloat16
 
 
 @pytest.fixture
-def model():
+def points(dtype):
+    return Points(dtype)
+
+
+@pytest.fixture
+def model(dtype):
     torch.manual_seed(0)
-    return fastmp.convert(Classifier(), torch.bfloat16)
+    return fastmp.convert(Classifier(), dtype)
 
 
 @pytest.fixture
 def optimizer(model):
     return fastmp.optim.AdamW(model.parameters(), lr=0.01, max_grad_norm=1.0)
+
+
+@pytest.fixture
+def scaler():
+    """Its first steps overflow in fp16."""
+    return fastmp.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=10)
 
 
 def accuracy(model, points):

@@ -11,9 +11,8 @@ lightning = pytest.importorskip(
 )
 
 
-def test_the_trainer_with_accumulation(model, optimizer, points, tmp_path):
-    """It clips gradients itself only if asked: a fused optimizer with clipping is ours to do."""
-
+@pytest.fixture
+def module(model, optimizer):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -27,12 +26,25 @@ def test_the_trainer_with_accumulation(model, optimizer, points, tmp_path):
         def configure_optimizers(self):
             return optimizer
 
-    trainer = lightning.Trainer(
-        max_epochs=6, accumulate_grad_batches=2, accelerator="cpu", logger=False,
-        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    loader = torch.utils.data.DataLoader(points, 24, shuffle=True)
-    trainer.fit(Module(), loader)
+    return Module()
+
+
+@pytest.fixture
+def fit(module, points, tmp_path):
+    """Six epochs of ten batches with the arguments of Lightning's Trainer."""
+
+    def run(**more):
+        trainer = lightning.Trainer(
+            max_epochs=6, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+            enable_progress_bar=False, enable_model_summary=False, **more,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(points, 24, shuffle=True))
+
+    return run
+
+
+def test_the_trainer_with_accumulation(fit, model, optimizer, points, tmp_path):
+    fit(accumulate_grad_batches=2)
     assert int(optimizer.applied_steps) == 6 * 10 / 2
     assert accuracy(model, points) > 0.95
     resumed = torch.load(
@@ -43,29 +55,25 @@ def test_the_trainer_with_accumulation(model, optimizer, points, tmp_path):
     assert int(twin.applied_steps) == int(optimizer.applied_steps)
 
 
-def test_the_trainer_clips_too(model, points, tmp_path):
+def test_the_trainer_clips_too(fit, model, optimizer, points):
     """gradient_clip_val, by norm: on our 16-bit gradients, before our step."""
-    optimizer = fastmp.optim.AdamW(model.parameters(), lr=0.01)
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch, _):
-            return fastmp.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return optimizer
-
-    trainer = lightning.Trainer(
-        max_epochs=1, gradient_clip_val=0.25, accelerator="cpu", logger=False,
-        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(points, 24))
-    assert int(optimizer.applied_steps) == 10
+    fit(accumulate_grad_batches=2, gradient_clip_val=0.25)
+    assert int(optimizer.applied_steps) == 6 * 10 / 2
     assert float(optimizer.grad_norm) <= 0.25 * 1.01
+    assert accuracy(model, points) > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_fp16_with_our_scaler(fit, model, optimizer, points, scaler):
+    """With a scaler it leaves clipping to a fused optimizer; ours does it in the step."""
+    precision = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(plugins=precision, gradient_clip_val=0.25)
+    fit(plugins=precision, accumulate_grad_batches=2)
+    applied, skipped = int(optimizer.applied_steps), int(optimizer.skipped_steps)
+    assert applied + skipped == 30
+    assert 5 <= skipped < 15
+    assert accuracy(model, points) > 0.95
 
 
 def test_fabric(model, optimizer, points):

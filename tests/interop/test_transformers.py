@@ -49,6 +49,24 @@ def test_the_trainer_with_accumulation_and_clipping(model, optimizer, points, tm
     assert accuracy(model, points) > 0.95
 
 
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_fp16_with_our_scaler(model, optimizer, points, scaler, tmp_path):
+    given = arguments(tmp_path, save_strategy="no")
+    given.max_grad_norm = 0.0  # the optimizer clips
+    plan = fastmp.schedule.OneCycle(0.01, 30)
+    schedule = fastmp.scheduler.LRScheduler(optimizer, plan)
+    trainer = transformers.Trainer(
+        Labelled(model), given, train_dataset=rows(points), optimizers=(optimizer, schedule)
+    )
+    trainer.accelerator.scaler = scaler  # it makes one on a GPU, in mixed precision
+    trainer.train()
+    applied, skipped = int(optimizer.applied_steps), int(optimizer.skipped_steps)
+    assert applied + skipped == 30
+    assert 5 <= skipped < 15
+    assert schedule.get_last_lr() == [plan(applied)[0]]
+    assert accuracy(model, points) > 0.95
+
+
 def test_a_run_is_resumed_to_the_bit(points, tmp_path):
     """Its checkpoints hold our masters and moments."""
 
