@@ -34,9 +34,7 @@ def walk(seed):
 def one(p, optimizer, scaler, grad, unscale, misuse):
     """A step of a training loop; the errors in words, and what the scaler then is."""
     said = []
-    p.grad = None
-    (p * grad).sum().mul(1.0)  # a loss; its scaled gradient is set below, inf and all
-    scaler.scale(torch.ones(()))
+    scaler.scale(torch.ones(()))  # a loss, whose gradient is
     p.grad = grad * scaler.get_scale()
     try:
         if unscale:

@@ -67,20 +67,24 @@ def test_fp16_with_our_scaler(model, optimizer, points, scaler, tmp_path):
     assert accuracy(model, points) > 0.95
 
 
-def test_a_run_is_resumed_to_the_bit(points, tmp_path):
-    """Its checkpoints hold our masters and moments."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_run_is_resumed_to_the_bit(dtype, points, tmp_path):
+    """Its checkpoints hold our masters and moments, and the loss scale, which fell at once."""
 
     def trained(folder, resume):
         torch.manual_seed(0)
-        model = fastmp.convert(Classifier(), torch.bfloat16)
-        optimizer = fastmp.optim.AdamW(model.parameters(), lr=0.01)
+        model = fastmp.convert(Classifier(), dtype)
+        optimizer = fastmp.optim.AdamW(model.parameters(), lr=0.01, max_grad_norm=0.5)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
         given = arguments(folder, save_strategy="steps", save_steps=10, seed=1)
+        given.max_grad_norm = 0.0
         trainer = transformers.Trainer(
             Labelled(model), given, train_dataset=rows(points), optimizers=(optimizer, schedule)
         )
+        if dtype == torch.float16:
+            trainer.accelerator.scaler = fastmp.amp.GradScaler("cpu", init_scale=2.0**24)
         trainer.train(resume_from_checkpoint=resume)
-        return [p.detach().clone() for p in model.parameters()]
+        return [*optimizer.masters(), optimizer.skipped_steps]
 
     whole = trained(tmp_path / "run", None)
     again = trained(tmp_path / "again", str(tmp_path / "run" / "checkpoint-10"))
