@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 import fastmp
 from fastmp import amp, data, functional, nn, optim, schedule, scheduler, transfer
+
+tyro = pytest.importorskip("tyro", reason="tyro is not installed: no command line to try")
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

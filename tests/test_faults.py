@@ -1,5 +1,6 @@
 """What time and machines do to a run: memory, repetition, workers, a home that is read-only."""
 
+import importlib.util
 import json
 import os
 import statistics
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastmp
 
+needs_commands = pytest.mark.skipif(
+    importlib.util.find_spec("tyro") is None, reason="tyro is not installed: no command line"
+)
 SOAK = bool(os.environ.get("FASTMP_SOAK"))
 
 # ---- memory ----
@@ -87,6 +91,7 @@ def command(*words, home=None):
     return done.stdout + done.stderr
 
 
+@needs_commands
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_three_runs_end_with_the_same_bits(tmp_path, dtype):
     """Three processes, mixup, cutmix and an average of the weights: every tensor, every loss."""
@@ -142,6 +147,7 @@ def test_kernels_in_workers(method):
 # ---- a home that cannot be written to ----
 
 
+@needs_commands
 def test_without_a_home_to_write_to(tmp_path):
     """/proc takes no files, not even from root."""
     assert "accuracy" in command(
