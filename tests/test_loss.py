@@ -231,6 +231,39 @@ def test_double_backward_says_no(reduction):
         grad.square().sum().backward()  # a path through w exists, and would be half the truth
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("with_pair", [False, True], ids=["one", "pair"])
+@pytest.mark.parametrize(
+    "kind", ["jacrev", "jacfwd", "hessian", "jvp", "vmap", "batched", "vector"]
+)
+def test_functional_transforms(kind, with_pair, reduction):
+    """torch.func, forward mode, and many incoming gradients at once."""
+    z, a = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 2, 1, 6, 3])
+    b, lam = (a.flip(0), torch.linspace(0, 1, 5).double()) if with_pair else (None, None)
+    weight = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+
+    def ours(z):
+        return cross_entropy(z, a, weight, 2, reduction, 0.1, target_b=b, lam=lam)
+
+    def theirs(z):
+        return pair(z, a, b, lam, weight, 2, reduction, 0.1)
+
+    def batched(f):
+        x = z.clone().requires_grad_()
+        rows = f(x)
+        incoming = torch.eye(rows.numel()).double().reshape(-1, *rows.shape)
+        return torch.autograd.grad(rows, x, incoming, is_grads_batched=True)
+
+    ways = {
+        "jvp": lambda f: torch.func.jvp(f, (z,), (z.sin(),)),
+        "vmap": lambda f: torch.func.vmap(torch.func.jacrev(f))(torch.stack((z, z.cos()))),
+        "batched": batched,
+        "vector": lambda f: torch.autograd.functional.jacobian(f, z, vectorize=True),
+    }
+    way = ways.get(kind, lambda f: getattr(torch.func, kind)(f)(z))
+    torch.testing.assert_close(way(ours), way(theirs))
+
+
 def test_logits_are_never_written():
     for dtype in DTYPES:
         z = torch.randn(50, 33).to(dtype).requires_grad_()

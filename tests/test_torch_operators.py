@@ -83,7 +83,8 @@ def test_values_and_gradients(name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_derivatives_in_fp64(name):
-    """gradcheck on every sample; twice for linear, whose second derivative is ours."""
+    """gradcheck on every sample, forward mode and vmap over gradients with it; of second order for
+    linear, whose second derivative is ours."""
     _, ours = NAMES[name]
     for first, rest, keywords in samples(name, torch.float64):
         inputs = tuple(differentiable([first, *rest, *keywords.values()]))
@@ -99,7 +100,9 @@ def test_derivatives_in_fp64(name):
             one, others, named = kept
             return ours(swap(one), *map(swap, others), **{k: swap(v) for k, v in named.items()})
 
-        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, check_batched_grad=True
+        )
         if name.endswith("linear"):
             assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -118,3 +121,16 @@ def test_cross_entropy_of_complex_and_whole_numbers_is_refused_as_by_torch(dtype
     for function in NAMES["nn.functional.cross_entropy"]:
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             function(logits, target)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit():
+    x, w, target = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([0, 3, 1])
+
+    def loss(x, w):
+        y = fastmp.functional.linear(x, w, None, "gelu")
+        return fastmp.functional.cross_entropy(y, target)
+
+    assert torch.equal(torch.jit.trace(loss, (x, w))(x + 1, w), loss(x + 1, w))
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(fastmp.functional.linear)

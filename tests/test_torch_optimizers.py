@@ -35,7 +35,7 @@ SKIPPED = {
     "sparse": ("refused in words", "test_sparse_gradients_are_refused_before_anything_changes"),
     "complex, differentiable": ("refused in words", "test_errors_of_our_own"),
     "second derivatives of cross_entropy": ("refused in words", "test_double_backward_says_no"),
-    "torch.jit and torch.func of an operator": ("its own tests", "test_functional_transforms"),
+    "torch.jit.script of an operator": ("deprecated by torch; it can be traced", "test_jit"),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.ops import linear as operation
-from fastmp.ops.checks import check_device
+from fastmp.ops.checks import check_device, transformed
 from fastmp.ops.linear import ACTIVATIONS, activate
 
 
@@ -98,14 +98,13 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    # torch.func, forward-mode derivatives and nested tensors have their own rules for operations
-    # they do not know; a vector as weight is rare, as are complex and whole numbers.
+    # Nested tensors have rules for torch's own operations only; a vector as weight is rare, as are
+    # complex and whole numbers.
     if (
         weight.dim() != 2
         or (not weight.is_floating_point() and weight.dtype == input.dtype)
         or input.is_nested
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or transformed()
     ):
         return activate(F.linear(input, weight, bias), activation)
     kind = input.device.type

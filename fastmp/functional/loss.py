@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastmp.ops.checks import check_device, lam_of_rows, wide_dtype
-from fastmp.ops.loss import REDUCTIONS, MixedTarget, writes_ahead
+from fastmp.ops.checks import check_device, lam_of_rows, transformed, wide_dtype
+from fastmp.ops.loss import REDUCTIONS, MixedTarget, forward_reference, writes_ahead
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -49,7 +49,8 @@ class _CrossEntropy(torch.autograd.Function):
     def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
         *arguments, expected = ctx.saved_tensors
         ahead = ctx.ahead
-        if ahead is None:
+        # Under vmap one gradient comes in for many; nothing is then written in place.
+        if ahead is None or transformed(grad_output):
             return cast(
                 Tensor, torch.ops.fastmp.loss_backward(grad_output, *arguments, *ctx.options)
             )
@@ -149,8 +150,11 @@ def cross_entropy(
         float(label_smoothing),
         _expected_gradient(grad_scale, logits.device, wide),
     )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    loss: Tensor
+    if transformed():
+        loss = forward_reference(*arguments, False)[0]
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        loss = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         loss = torch.ops.fastmp.loss_forward(*arguments, False)[0]
     if reduction != "none":

@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+def transformed(*tensors: Tensor) -> bool:
+    """Whether ``torch.func``, ``vmap`` or forward-mode differentiation is at work.
+
+    They have rules for torch's own operations only: ours must then be composed of those. Tensors
+    tell of the older vmap, which ``torch.autograd.functional`` and ``is_grads_batched`` use.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    )
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What values of this dtype are computed in: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
