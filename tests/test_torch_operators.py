@@ -123,7 +123,7 @@ def test_cross_entropy_of_complex_and_whole_numbers_is_refused_as_by_torch(dtype
             function(logits, target)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit():
     x, w, target = torch.randn(3, 5), torch.randn(4, 5), torch.tensor([0, 3, 1])
 
