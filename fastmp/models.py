@@ -8,10 +8,12 @@ generator: seed it, and they are the same again.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -73,18 +75,28 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
-    if not callable(factory):
-        found = (
-            "no such attribute"
-            if factory is None
-            else f"an object of type {type(factory).__name__}"
-        )
+    found = _not_a_factory(factory)
+    if found:
         raise ModelError(
             f"model {name!r}: expected {attribute!r} in {module_name} to be a function of "
             f"(in_shape, classes), found {found}"
         )
-    checked: Callable[[Shape, int], object] = factory
-    return checked
+    return cast(Callable[[Shape, int], object], factory)
+
+
+def _not_a_factory(factory: object) -> str | None:
+    """What it is instead, if it cannot be called with a shape and a number."""
+    if factory is None:
+        return "no such attribute"
+    if not callable(factory):
+        return f"an object of type {type(factory).__name__}"
+    try:
+        inspect.signature(factory).bind((), 0)
+    except TypeError as error:
+        return f"one that takes other arguments ({error})"
+    except ValueError:
+        pass  # some built-in functions do not tell
+    return None
 
 
 def mlp(in_shape: Shape, classes: int) -> nn.Module:

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,19 @@ def test_without_a_home_to_write_to(tmp_path):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
     command("verify", home="/proc")
     command("doctor", home="/proc")
+
+
+@needs_commands
+@pytest.mark.parametrize(
+    "words",
+    [("train", "--out", "/proc/run"), ("lr-find", "--picture", "/proc/a.png"),
+     ("bench", "--out", "/proc/bench")],
+    ids=lambda w: w[0],
+)  # fmt: skip
+def test_a_folder_for_results_that_takes_none_is_refused_before_the_work(words, capsys):
+    from fastmp import cli
+
+    start = time.monotonic()
+    assert cli.main(words) == 2
+    assert "expected a folder that can be written to, got /proc" in capsys.readouterr().err
+    assert time.monotonic() - start < 30  # bench takes 20 minutes, lr-find 100 steps

@@ -57,8 +57,11 @@ def measure(given: Bench) -> None:
     """Time the subjects in turn, print each one's table and write its files.
 
     Raises:
+        ConfigError: nothing can be written to ``out``; nothing was timed.
         BenchmarkFailed: a case failed; the others are done and written.
     """
+    if not given.quick:
+        recipe.make_folder("out", given.out)
     device = recipe.device_of(TrainConfig(device=given.device)).type
     if given.threads is not None:
         torch.set_num_threads(given.threads)

@@ -54,7 +54,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(given: LrFind) -> None:
     """Run the test, print the suggestion and draw the curve."""
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
     config = given.recipe.resolved()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -63,6 +62,7 @@ def run(given: LrFind) -> None:
     model = recipe.build_model(config, dataset)
     recipe.load_pretrained(config, model)
     dtype = DTYPES["fp32" if config.dtype == "auto" else config.dtype]
+    recipe.make_folder("picture", given.picture.parent)
     train_loader, _ = recipe.loaders(config, dataset, device, World())
     trainer = recipe.build_trainer(
         config, dataset, model, dtype, device, total_steps=given.steps, progress=False

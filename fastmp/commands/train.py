@@ -88,7 +88,7 @@ def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
     assert epochs is not None
     train_loader, test_loader = recipe.loaders(config, dataset, device, world)
     if world.is_first:
-        out.mkdir(parents=True, exist_ok=True)
+        recipe.make_folder("out", out)
         # the lr as it was given: other numbers of devices scale it anew
         recipe.write_toml(dataclasses.replace(config, lr=given.lr), out / CONFIG)
     trainer = recipe.build_trainer(

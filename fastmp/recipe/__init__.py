@@ -9,7 +9,7 @@ from fastmp.recipe.build import (
     loaders,
 )
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
-from fastmp.recipe.file import read_toml, write_toml
+from fastmp.recipe.file import make_folder, read_toml, write_toml
 
 __all__ = [
     "DTYPES",
@@ -22,6 +22,7 @@ __all__ = [
     "load_data",
     "load_pretrained",
     "loaders",
+    "make_folder",
     "read_toml",
     "write_toml",
 ]

@@ -1,9 +1,10 @@
-"""The recipe as a TOML file, to and fro."""
+"""The recipe as a TOML file, to and fro, and the folders that results go to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -62,3 +63,19 @@ def _as_toml(value: Any) -> str:
     if isinstance(value, bool | tuple):
         return json.dumps(value)
     return json.dumps(str(value)) if isinstance(value, str | Path) else repr(value)
+
+
+def make_folder(setting: str, folder: Path) -> None:
+    """See that files can be written into a folder, before there is anything to lose.
+
+    Raises:
+        ConfigError: it cannot be made, or takes no files; the message names the setting.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: expected a folder that can be written to, got {folder} "
+            f"({error.strerror}); choose another"
+        ) from error
