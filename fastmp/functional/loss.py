@@ -94,7 +94,8 @@ def cross_entropy(
 
     With ``target_b`` and ``lam``, or a ``MixedTarget``, the result is
     ``lam * CE(input, target) + (1 - lam) * CE(input, target_b)``, each CE reduced as torch does.
-    Logits are never overwritten. Class probabilities as target are handed to torch.
+    Logits are never overwritten. Class probabilities as target are handed to torch. Under
+    ``torch.func`` and in forward mode the same formula runs on torch's operations.
 
     Args:
         input: logits, (C), (N, C) or (N, C, d1, ...), fp32, bf16, fp16 or fp64.
