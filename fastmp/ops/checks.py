@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 
-def transformed(*tensors: Tensor) -> bool:
+def transformed(incoming: Tensor | None = None) -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode differentiation is at work.
 
-    They have rules for torch's own operations only: ours must then be composed of those. Tensors
-    tell of the older vmap, which ``torch.autograd.functional`` and ``is_grads_batched`` use.
+    They have rules for torch's own operations only: ours must then be composed of those. The older
+    vmap of ``torch.autograd.functional`` and ``is_grads_batched`` shows in the incoming gradient.
     """
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+        or (incoming is not None and torch._C._functorch.is_legacy_batchedtensor(incoming))
     )
 
 
