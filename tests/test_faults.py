@@ -79,30 +79,33 @@ def test_memory_stays_flat(dtype):
 # ---- the same bits ----
 
 
-def command(*words, home=None):
+def at_once(*lines, home=None):
+    """What these command lines of fastmp print, run side by side."""
     environment = {**os.environ, **({"HOME": home} if home else {})}
     if home:
         for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "FASTMP_CACHE", "MPLCONFIGDIR"):
             environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastmp", *words],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastmp", *words],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for words in lines
+    ]  # fmt: skip
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(lines), printed
+    return printed
 
 
 @needs_commands
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_three_runs_end_with_the_same_bits(tmp_path, dtype):
-    """Three processes, mixup, cutmix and an average of the weights: every tensor, every loss."""
+    """In each other's way, with mixup, cutmix, an average of the weights: every tensor and loss."""
+    flags = ["--epochs", "1", "--mixup", "0.2", "--cutmix", "1.0", "--ema", "0.99"]
+    runs = [tmp_path / str(n) for n in range(3)]
+    at_once(*(["train", "--dtype", dtype, *flags, "--out", str(out)] for out in runs))
     ends = []
-    for n in range(3):
-        out = tmp_path / str(n)
-        command(
-            "train", "--dtype", dtype, "--epochs", "1", "--mixup", "0.2", "--cutmix", "1.0",
-            "--ema", "0.99", "--out", str(out),
-        )  # fmt: skip
+    for out in runs:
         newest = max((out / "checkpoints").iterdir())
         tensors = {p.name: p.read_bytes() for p in newest.rglob("*.safetensors")}
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -151,12 +154,12 @@ def test_kernels_in_workers(method):
 @needs_commands
 def test_without_a_home_to_write_to(tmp_path):
     """/proc takes no files, not even from root."""
-    assert "accuracy" in command(
-        "train", "--epochs", "1", "--out", str(tmp_path / "run"), home="/proc"
+    out = tmp_path / "run"
+    train, _, _ = at_once(
+        ["train", "--epochs", "1", "--out", str(out)], ["verify"], ["doctor"], home="/proc"
     )
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 0
-    command("verify", home="/proc")
-    command("doctor", home="/proc")
+    assert "accuracy" in train
+    assert (out / "curves.png").stat().st_size > 0
 
 
 @needs_commands
