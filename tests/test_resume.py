@@ -63,6 +63,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "slow_net.py").write_text(MODEL)
+    finish(start(folder, folder / "run"))
+    return folder / "run"
+
+
 def start(folder, out):
     command = [sys.executable, "-m", "fastmp", *RECIPE, "--out", str(out), "--resume"]
     return subprocess.Popen(
@@ -103,8 +112,7 @@ def assert_same(one, two):
         assert same, name
 
 
-def test_killed_at_random_steps_the_run_ends_as_if_it_had_not_been(folder):
-    finish(start(folder, folder / "whole"))
+def test_killed_at_random_steps_the_run_ends_as_if_it_had_not_been(folder, whole):
     log = folder / "cut" / "metrics.jsonl"
     dice = random.Random(0)
     killed = 0
@@ -115,7 +123,7 @@ def test_killed_at_random_steps_the_run_ends_as_if_it_had_not_been(folder):
             time.sleep(0.001)
         if process.poll() is not None:  # it got through: kill another run
             finish(process)
-            assert_same(final_state(folder / "whole"), final_state(folder / "cut"))
+            assert_same(final_state(whole), final_state(folder / "cut"))
             (folder / "cut").rename(folder / f"through-{killed}")
             continue
         process.send_signal(signal.SIGKILL)
@@ -123,12 +131,12 @@ def test_killed_at_random_steps_the_run_ends_as_if_it_had_not_been(folder):
         killed += 1
     output = finish(start(folder, folder / "cut"))
     assert "resumed at step" in output
-    assert_same(final_state(folder / "whole"), final_state(folder / "cut"))
-    steps = [metrics.read(folder / name / "metrics.jsonl", "step") for name in ("whole", "cut")]
+    assert_same(final_state(whole), final_state(folder / "cut"))
+    steps = [metrics.read(out / "metrics.jsonl", "step") for out in (whole, folder / "cut")]
     assert steps[0] == steps[1]  # no step is missing, none is there twice
 
 
-def test_sigterm_saves_and_exits(folder):
+def test_sigterm_saves_and_exits(folder, whole):
     out = folder / "run"
     process = start(folder, out)
     while lines_in(out / "metrics.jsonl") < 12:
@@ -145,8 +153,7 @@ def test_sigterm_saves_and_exits(folder):
     assert (out / "report.html").exists()
 
     finish(start(folder, out))
-    finish(start(folder, folder / "whole"))
-    assert_same(final_state(folder / "whole"), final_state(out))
+    assert_same(final_state(whole), final_state(out))
     assert "nothing left to train" in finish(start(folder, out))
 
 
