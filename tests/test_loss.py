@@ -219,51 +219,6 @@ def test_backward_twice(reduction):
         torch.autograd.grad(loss, z)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_double_backward_says_no(reduction):
-    x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
-    x.requires_grad_()
-    loss = cross_entropy(x @ w, torch.tensor([0, 1, 2]), reduction=reduction).sum()
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    ref = F.cross_entropy(x @ w, torch.tensor([0, 1, 2]), reduction=reduction).sum()
-    torch.testing.assert_close(grad, torch.autograd.grad(ref, x)[0])
-    with pytest.raises(RuntimeError, match="first derivative only"):
-        grad.square().sum().backward()  # a path through w exists, and would be half the truth
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("with_pair", [False, True], ids=["one", "pair"])
-@pytest.mark.parametrize(
-    "kind", ["jacrev", "jacfwd", "hessian", "jvp", "vmap", "batched", "vector"]
-)
-def test_functional_transforms(kind, with_pair, reduction):
-    """torch.func, forward mode, and many incoming gradients at once."""
-    z, a = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 2, 1, 6, 3])
-    b, lam = (a.flip(0), torch.linspace(0, 1, 5).double()) if with_pair else (None, None)
-    weight = torch.linspace(0.5, 2, 7, dtype=torch.float64)
-
-    def ours(z):
-        return cross_entropy(z, a, weight, 2, reduction, 0.1, target_b=b, lam=lam)
-
-    def theirs(z):
-        return pair(z, a, b, lam, weight, 2, reduction, 0.1)
-
-    def batched(f):
-        x = z.clone().requires_grad_()
-        rows = f(x)
-        incoming = torch.eye(rows.numel()).double().reshape(-1, *rows.shape)
-        return torch.autograd.grad(rows, x, incoming, is_grads_batched=True)
-
-    ways = {
-        "jvp": lambda f: torch.func.jvp(f, (z,), (z.sin(),)),
-        "vmap": lambda f: torch.func.vmap(torch.func.jacrev(f))(torch.stack((z, z.cos()))),
-        "batched": batched,
-        "vector": lambda f: torch.autograd.functional.jacobian(f, z, vectorize=True),
-    }
-    way = ways.get(kind, lambda f: getattr(torch.func, kind)(f)(z))
-    torch.testing.assert_close(way(ours), way(theirs))
-
-
 def test_logits_are_never_written():
     for dtype in DTYPES:
         z = torch.randn(50, 33).to(dtype).requires_grad_()
