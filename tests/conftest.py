@@ -29,6 +29,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def commands():
+    """fastmp's command line can be started: its flags are tyro's."""
+    pytest.importorskip("tyro", reason="tyro is not installed: no command line")
+
+
+@pytest.fixture
 def opcheck():
     """``torch.library.opcheck``, where the test tools that it imports can be imported."""
     pytest.importorskip("expecttest", reason="expecttest is not installed: opcheck needs it")

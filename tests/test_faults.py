@@ -1,6 +1,5 @@
 """What time and machines do to a run: memory, repetition, workers, a home that is read-only."""
 
-import importlib.util
 import json
 import os
 import statistics
@@ -15,9 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastmp
 
-needs_commands = pytest.mark.skipif(
-    importlib.util.find_spec("tyro") is None, reason="tyro is not installed: no command line"
-)
 SOAK = bool(os.environ.get("FASTMP_SOAK"))
 
 # ---- memory ----
@@ -97,7 +93,7 @@ def at_once(*lines, home=None):
     return printed
 
 
-@needs_commands
+@pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_three_runs_end_with_the_same_bits(tmp_path, dtype):
     """In each other's way, with mixup, cutmix, an average of the weights: every tensor and loss."""
@@ -151,7 +147,7 @@ def test_kernels_in_workers(method):
 # ---- a home that cannot be written to ----
 
 
-@needs_commands
+@pytest.mark.usefixtures("commands")
 def test_without_a_home_to_write_to(tmp_path):
     """/proc takes no files, not even from root."""
     out = tmp_path / "run"
@@ -162,7 +158,7 @@ def test_without_a_home_to_write_to(tmp_path):
     assert (out / "curves.png").stat().st_size > 0
 
 
-@needs_commands
+@pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize(
     "words",
     [("train", "--out", "/proc/run"), ("lr-find", "--picture", "/proc/a.png"),

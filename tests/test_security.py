@@ -1,7 +1,6 @@
 """What fastmp never does: unpickle a file, start a shell, write where nobody asked it to."""
 
 import ast
-import importlib.util
 import json
 import os
 import subprocess
@@ -114,9 +113,7 @@ def written(arguments, home, where):
     return [Path(p) for p in json.loads(line.removeprefix("WRITTEN "))]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tyro") is None, reason="tyro is not installed: no command line"
-)
+@pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -61,3 +61,11 @@ def scaler():
 def accuracy(model, points):
     with torch.no_grad():
         return float((model(points.points).argmax(1) == points.labels).float().mean())
+
+
+def assert_learnt_over_overflows(model, optimizer, points):
+    """Of 30 steps the first ones were skipped, until the scaler had found its scale."""
+    applied, skipped = int(optimizer.applied_steps), int(optimizer.skipped_steps)
+    assert applied + skipped == 30
+    assert 5 <= skipped < 15
+    assert accuracy(model, points) > 0.95
