@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_cases import pair
+from torch.autograd import forward_ad
 
 from fastmp.functional import cross_entropy
 
@@ -22,14 +23,15 @@ def test_double_backward_says_no(reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("with_pair", [False, True], ids=["one", "pair"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "kind", ["jacrev", "jacfwd", "hessian", "jvp", "vmap", "batched", "vector"]
+    "kind", ["jacrev", "jacfwd", "hessian", "jvp", "dual", "vmap", "batched", "vector"]
 )
-def test_functional_transforms(kind, with_pair, reduction):
-    """torch.func, forward mode, and many incoming gradients at once."""
-    z, a = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 2, 1, 6, 3])
-    b, lam = (a.flip(0), torch.linspace(0, 1, 5).double()) if with_pair else (None, None)
-    weight = torch.linspace(0.5, 2, 7, dtype=torch.float64)
+def test_functional_transforms(kind, dtype, with_pair, reduction):
+    """torch.func, forward mode, and many incoming gradients at once; fp32 has a native kernel."""
+    z, a = torch.randn(5, 7, dtype=dtype), torch.tensor([0, 2, 1, 6, 3])
+    b, lam = (a.flip(0), torch.linspace(0, 1, 5).to(dtype)) if with_pair else (None, None)
+    weight = torch.linspace(0.5, 2, 7, dtype=dtype)
 
     def ours(z):
         return cross_entropy(z, a, weight, 2, reduction, 0.1, target_b=b, lam=lam)
@@ -40,10 +42,15 @@ def test_functional_transforms(kind, with_pair, reduction):
     def batched(f):
         x = z.clone().requires_grad_()
         rows = f(x)
-        incoming = torch.eye(rows.numel()).double().reshape(-1, *rows.shape)
+        incoming = torch.eye(rows.numel(), dtype=dtype).reshape(-1, *rows.shape)
         return torch.autograd.grad(rows, x, incoming, is_grads_batched=True)
 
+    def dual(f):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(z, z.sin()))).tangent
+
     ways = {
+        "dual": dual,
         "jvp": lambda f: torch.func.jvp(f, (z,), (z.sin(),)),
         "vmap": lambda f: torch.func.vmap(torch.func.jacrev(f))(torch.stack((z, z.cos()))),
         "batched": batched,

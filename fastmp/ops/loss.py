@@ -82,12 +82,12 @@ def _pairs(
 
 def _target_weights(
     w: Tensor, y: Tensor, ignore_index: int, reduction: int
-) -> tuple[Tensor, Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows count, the class weight of each, and what the reduction divides by."""
     counts = y != ignore_index
     w_y = w[torch.where(counts, y, 0)] if w.numel() else w.new_zeros(y.shape)
     w_y = torch.where(counts, w_y, 0)
-    return counts, w_y, w_y.sum() if reduction == _MEAN else 1.0
+    return counts, w_y, w_y.sum() if reduction == _MEAN else w.new_ones(())
 
 
 def forward_reference(
