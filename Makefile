@@ -21,7 +21,7 @@ soak: $(STAMP)
 # The CPU library under AddressSanitizer and UBSan: its C ABI fuzzed, then the tests of every operation
 # on it. The leak check is off: Python and torch free at exit only what they want to.
 # --capture=sys: a report of AddressSanitizer is written past Python.
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZED_TESTS := $(addprefix tests/test_,amp fusion linear linear_engine loss loss_derivatives mix mixup \
 	numerics optim scaler_walk torch_operators torch_optimizers update)
 RUNS ?= 200000

@@ -91,8 +91,11 @@ static int64_t part_begin(int64_t n, int64_t tile, int64_t i, int64_t parts) {
 template <class P, class Act>
 static int gemm_as(const fastmp_gemm_args& args) {
   typedef typename P::Element T;
-  const Operand<T> a = {static_cast<const T*>(args.a), args.a_stride, args.a_k_stride};
-  const Operand<T> b = {static_cast<const T*>(args.b), args.b_stride, args.b_k_stride};
+  const int64_t some = args.depth > 0; /* without depth a and b may be null, and are to stay so */
+  const Operand<T> a = {static_cast<const T*>(args.a), args.a_stride * some,
+                        args.a_k_stride * some};
+  const Operand<T> b = {static_cast<const T*>(args.b), args.b_stride * some,
+                        args.b_k_stride * some};
   const Grid grid = choose_grid(args.rows, args.columns, args.depth, args.threads);
   const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(T));
   hint_huge_pages(args.out, bytes);

@@ -263,6 +263,7 @@ static void update_chunks(const Chunks& chunks, const Step& step) {
 /* ---- the step ---- */
 
 static int states_of(const fastmp_hyper& hyper) {
+  if (!(hyper.rule >= 0.0 && hyper.rule < 256.0)) return -1; /* NaN, or more than an int holds */
   switch (static_cast<int>(hyper.rule)) {
 #define FASTMP_CASE(Rule) \
   case Rule::number:      \

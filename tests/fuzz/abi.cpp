@@ -6,8 +6,7 @@
  * struct promises, so that AddressSanitizer sees the first stray byte; FASTMP_OK and errors are
  * both fine.
  *
- *     g++ -fsanitize=address,undefined ... && ./abi RUNS SEED
- *     clang++ -fsanitize=fuzzer,address,undefined ...   (libFuzzer brings its own main)
+ *     abi RUNS SEED
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -264,17 +263,15 @@ static int32_t fuzz_activation(Input& in) {
 
 static int64_t statuses[4];
 
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+static void fuzz_one(const uint8_t* data, size_t size) {
   int32_t (*const targets[])(Input&) = {fuzz_update, fuzz_loss, fuzz_mix, fuzz_gemm,
                                         fuzz_activation};
   Input in(data, size);
   const int32_t status = targets[in.below(5)](in);
   if (status < FASTMP_OK || status > FASTMP_BAD_TARGET) abort();
   ++statuses[status];
-  return 0;
 }
 
-#ifndef FASTMP_LIBFUZZER
 int main(int argc, char** argv) {
   const long runs = argc > 1 ? atol(argv[1]) : 100000;
   uint64_t state = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
@@ -286,11 +283,10 @@ int main(int argc, char** argv) {
       z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
       byte = static_cast<uint8_t>(z >> 56);
     }
-    LLVMFuzzerTestOneInput(bytes, sizeof(bytes));
+    fuzz_one(bytes, sizeof(bytes));
   }
   printf("%ld calls: %lld ok, %lld bad arguments, %lld without memory, %lld bad targets\n", runs,
          static_cast<long long>(statuses[0]), static_cast<long long>(statuses[1]),
          static_cast<long long>(statuses[2]), static_cast<long long>(statuses[3]));
   return statuses[FASTMP_OK] == 0 || statuses[FASTMP_BAD_ARGUMENT] == 0;
 }
-#endif
