@@ -28,11 +28,16 @@ enum class Target { FASTMP_TARGETS(FASTMP_ENUMERATOR, ) };
 
 static Target detect() {
 #if defined(FASTMP_X86_TARGETS)
+  /* By features: GCC 11 and clang 14 do not know "x86-64-v3". Every CPU that has these four has
+   * the rest of v3: F16C, LZCNT, MOVBE. */
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) {
-    return __builtin_cpu_supports("avx512bf16") ? Target::v4bf16 : Target::v4;
-  }
-  if (__builtin_cpu_supports("x86-64-v3")) return Target::v3;
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4) return __builtin_cpu_supports("avx512bf16") ? Target::v4bf16 : Target::v4;
+  if (v3) return Target::v3;
 #endif
   return Target::base;
 }

@@ -26,6 +26,8 @@
 #ifndef FASTMP_GEMM_H
 #define FASTMP_GEMM_H
 
+#include <utility>
+
 #include "vec.h"
 
 namespace fastmp {
@@ -99,27 +101,34 @@ struct Pairs {
 
 /* ---- packing ---- */
 
+/* Lanes of two vectors side by side, by index. clang has no __builtin_shuffle, GCC 11 no
+ * __builtin_shufflevector. */
+template <int64_t... kLanes>
+static inline Vec lanes_of(Vec a, Vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kLanes...);
+#else
+  return __builtin_shuffle(a, b, UVec{kLanes...});
+#endif
+}
+
 /* Exchanges blocks of kStride x kStride: one of the log2(kWidth) stages of a transposition. */
-template <int64_t kStride>
-static inline void exchange(Vec (&rows)[kWidth]) {
-  UVec low, high; /* lane indices into the two rows side by side */
-  for (int64_t i = 0; i < kWidth; ++i) {
-    low[i] = static_cast<uint32_t>(i & kStride ? kWidth + i - kStride : i);
-    high[i] = static_cast<uint32_t>(i & kStride ? kWidth + i : i + kStride);
-  }
+template <int64_t kStride, int64_t... kLane>
+static inline void exchange(Vec (&rows)[kWidth], std::integer_sequence<int64_t, kLane...>) {
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kWidth; ++i) {
     if (i & kStride) continue;
     const Vec a = rows[i], b = rows[i + kStride];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStride] = __builtin_shuffle(a, b, high);
+    rows[i] = lanes_of<(kLane & kStride ? kWidth + kLane - kStride : kLane)...>(a, b);
+    rows[i + kStride] = lanes_of<(kLane & kStride ? kWidth + kLane : kLane + kStride)...>(a, b);
   }
 }
 static inline void transpose(Vec (&rows)[kWidth]) {
-  exchange<1>(rows);
-  exchange<2>(rows);
-  if constexpr (kWidth > 4) exchange<4>(rows);
-  if constexpr (kWidth > 8) exchange<8>(rows);
+  constexpr auto lanes = std::make_integer_sequence<int64_t, kWidth>();
+  exchange<1>(rows, lanes);
+  exchange<2>(rows, lanes);
+  if constexpr (kWidth > 4) exchange<4>(rows, lanes);
+  if constexpr (kWidth > 8) exchange<8>(rows, lanes);
 }
 
 /* A vector of kPanel-wide rows: whole where what it writes too much is overwritten next. */

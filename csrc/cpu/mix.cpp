@@ -17,9 +17,6 @@ namespace FASTMP_TARGET {
 constexpr int64_t kBlock = 1024;  /* elements staged in L1 as fp32: 4 KiB a stream */
 constexpr int64_t kGrain = 32768; /* elements worth a thread */
 
-static inline float to_float(uint8_t x) {
-  return static_cast<float>(x);
-}
 static inline void widen_any(const uint8_t* __restrict src, float* __restrict dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
 }
