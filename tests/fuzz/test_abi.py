@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLAGS = [
     "-std=c++17", "-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow",
-    "-fno-sanitize-recover=all", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-DFASTMP_TARGET=base",
+    "-fno-sanitize-recover=all", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti",
+    "-DFASTMP_TARGET=base",
 ]  # fmt: skip
 
 
