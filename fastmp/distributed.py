@@ -11,6 +11,7 @@ ranks, and all ranks hold the same bits of it: all of them skip, or none.
 """
 # Annotations are evaluated here: DistributedDataParallel compares those of a hook with its types.
 
+import gc
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,21 +91,45 @@ def joined(device: torch.device) -> Iterator[World]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield current()
         return
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    with group(device, rank, size, store=_met(store, rank, size)) as world:
+        yield world
+
+
+@contextmanager
+def group(device: torch.device, rank: int, size: int, **where: Any) -> Iterator[World]:
+    """In the block this process is one of a group: NCCL on GPUs, gloo on CPUs.
+
+    Its threads end with the block. One of gloo's may still wait for the interpreter's lock, to drop
+    the last tensor: an interpreter that ends meanwhile aborts the process (torch 2.13, 2 of 8 runs
+    with a switch interval of 5 s). Threads are joined when nothing holds the group any more, so
+    models are collected first, and the module of torch's that keeps the group of its time as a
+    default argument is imported before there is one. What ``sharded.shard`` makes stays in torch's
+    caches, and with it the group.
+
+    Args:
+        device: of the tensors; a GPU is this process's own.
+        rank: this process's number in the group.
+        size: how many there are.
+        where: they meet, as torch.distributed.init_process_group takes it: store or init_method.
+    """
+    import_module("torch.distributed.nn")
+
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=_met(store, rank, size),
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
+        **where,
     )
     try:
         yield current()
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -193,6 +193,40 @@ def test_processes_meet_in_a_store_full_of_dead_ones():
     assert not any(met.check(["key"]) for met in again)
 
 
+THREADS = """
+import gc
+import sys
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from fastmp import distributed
+
+gc.disable()  # by itself it may come too late
+
+def threads():
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+def train():
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+
+with distributed.group(torch.device("cpu"), 0, 1, init_method=sys.argv[1]):
+    train()
+    print(*threads())
+print(*threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the names of threads")
+def test_no_thread_outlives_the_group(tmp_path):
+    """One that waits for the interpreter to drop a tensor when it ends aborts the process."""
+    command = [sys.executable, "-c", THREADS, f"file://{tmp_path}/store"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    inside, after = done.stdout.splitlines()
+    assert "gloo" in inside
+    assert "gloo" not in after
+
+
 def test_without_torchrun_there_is_one_process():
     with distributed.joined(torch.device("cpu")) as world:
         assert world == distributed.World() == distributed.current()

@@ -3,12 +3,12 @@ DDP and FSDP2. Each cell trains as the plain loop does, or is refused in words."
 
 import copy
 import itertools
-import socket
 
 import pytest
 import torch
 from torch import nn
 
+import fastmp.distributed
 import fastmp.graph
 import fastmp.sharded
 
@@ -68,16 +68,11 @@ def losses(model, dtype, *, shards=None, step=None, autocast=False, channels_las
 
 
 @pytest.fixture
-def group(monkeypatch):
-    """A process group of one, on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def group(tmp_path):
+    """A process group of one."""
+    where = f"file://{tmp_path}/store"
+    with fastmp.distributed.group(torch.device("cpu"), 0, 1, init_method=where):
+        yield
 
 
 KINDS = ("compile", "autocast", "channels_last", "ddp", "fsdp2")

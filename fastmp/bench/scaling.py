@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,14 +40,19 @@ def _work(name: str) -> Work:
     return Work(name, models.MODELS[name], (1, 28, 28), 10, 256)
 
 
-def _worker(rank: int, size: int, name: str, device: str, rounds: int, folder: str) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(rank)
+def _worker(rank: int, size: int, name: str, kind: str, rounds: int, folder: str) -> None:
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    backend = "nccl" if device == "cuda" else "gloo"
-    store = f"file://{folder}/store"
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+    with distributed.group(device, rank, size, init_method=f"file://{folder}/store"):
+        found = _timings(rank, size, name, kind, rounds)
+    if rank == 0:
+        (Path(folder) / "timings.json").write_text(json.dumps(found))
+
+
+def _timings(rank: int, size: int, name: str, device: str, rounds: int) -> dict[str, Any]:
     work = _work(name)
     torch.manual_seed(0)
     model = work.build(work.shape, work.classes).to(device)
@@ -69,10 +75,7 @@ def _worker(rank: int, size: int, name: str, device: str, rounds: int, folder: s
     last = {name: together(learner) for name, learner in made.items()}
     for losses in (first, last):
         assert all(abs(v - losses[OURS]) < 0.02 * first[OURS] for v in losses.values()), losses
-    if rank == 0:
-        found = {name: asdict(timing) for name, timing in timings.items()}
-        (Path(folder) / "timings.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return {name: asdict(timing) for name, timing in timings.items()}
 
 
 def measured(size: int, name: str, device: str, rounds: int) -> dict[str, Timing]:
