@@ -22,8 +22,9 @@ soak: $(STAMP)
 # on it. The leak check is off: Python and torch free at exit only what they want to.
 # --capture=sys: a report of AddressSanitizer is written past Python.
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-SANITIZED_TESTS := $(addprefix tests/test_,amp fusion linear linear_engine loss loss_derivatives mix mixup \
-	numerics optim scaler_walk torch_operators torch_optimizers update)
+SANITIZED_TESTS := $(addprefix tests/test_,activations amp fusion fusion_limits linear linear_autograd \
+	linear_engine loss loss_derivatives mix mixup numerics optim optim_state scaler_walk torch_operators \
+	torch_optimizers update)
 RUNS ?= 200000
 sanitize: $(STAMP)
 	mkdir -p build

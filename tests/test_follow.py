@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from test_optim import give_gradients, masters, parameters, same_bits, snapshot
+from optim_cases import give_gradients, masters, parameters, same_bits, snapshot
 
 import fastmp
 

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_cases import check as check_linear
+from linear_cases import lay_out
 from loss_cases import check as check_loss
-from test_linear import check as check_linear
-from test_linear import lay_out
 
 from fastmp import backends
 from fastmp.backends import triton
 from fastmp.functional import MixedTarget, cross_entropy, linear, mix
 from fastmp.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss, Linear
-from fastmp.ops import linear as operation
 from fastmp.ops.mix import mix_reference
 
 
@@ -32,21 +31,14 @@ def _obstacle():
 
 
 OBSTACLE = _obstacle()
-pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)
+pytestmark = [
+    pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE),
+    pytest.mark.usefixtures("every_size"),
+]
 
 DEVICE = "cuda"
 HALVES = [torch.float16, torch.bfloat16]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    """The operation, however small the problem."""
-
-    def always(input, weight, activation):
-        return True
-
-    monkeypatch.setattr(operation, "worthwhile", always)
 
 
 # ---- what every operation is put through ----

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from optim_cases import give_gradients, masters, parameters, same_bits, snapshot
 from test_gpu import OBSTACLE
-from test_optim import give_gradients, masters, parameters, same_bits, snapshot
 
 import fastmp
 from fastmp import backends

@@ -2,3 +2,4 @@
 
 from test_amp import *  # noqa: F403
 from test_optim import *  # noqa: F403
+from test_optim_state import *  # noqa: F403

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_optim import adam_w, give_gradients, masters, parameters, same_bits, snapshot
+from optim_cases import adam_w, give_gradients, masters, parameters, same_bits, snapshot
 
 import fastmp
 from fastmp.backends.cuda import update as backend
