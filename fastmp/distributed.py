@@ -91,8 +91,6 @@ def joined(device: torch.device) -> Iterator[World]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield current()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     with group(device, rank, size, store=_met(store, rank, size)) as world:
         yield world
@@ -104,20 +102,20 @@ def group(device: torch.device, rank: int, size: int, **where: Any) -> Iterator[
 
     Its threads end with the block. One of gloo's may still wait for the interpreter's lock, to drop
     the last tensor: an interpreter that ends meanwhile aborts the process (torch 2.13, 2 of 8 runs
-    with a switch interval of 5 s). Threads are joined when nothing holds the group any more, so
-    models are collected first, and the module of torch's that keeps the group of its time as a
-    default argument is imported before there is one. What ``sharded.shard`` makes stays in torch's
-    caches, and with it the group.
+    with a switch interval of 5 s). What ``sharded.shard`` makes stays in torch's caches, and with
+    it the group and its threads.
 
     Args:
-        device: of the tensors; a GPU is this process's own.
+        device: of the tensors; a GPU is this process's own, and becomes the current one.
         rank: this process's number in the group.
         size: how many there are.
         where: they meet, as torch.distributed.init_process_group takes it: store or init_method.
     """
+    # It keeps the group there is at its import, as a default argument: there must be none yet.
     import_module("torch.distributed.nn")
-
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         rank=rank,
@@ -129,7 +127,7 @@ def group(device: torch.device, rank: int, size: int, **where: Any) -> Iterator[
     try:
         yield current()
     finally:
-        gc.collect()
+        gc.collect()  # models hold the group; its threads are joined when nothing does
         dist.destroy_process_group()
 
 

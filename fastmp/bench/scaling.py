@@ -41,12 +41,10 @@ def _work(name: str) -> Work:
 
 
 def _worker(rank: int, size: int, name: str, kind: str, rounds: int, folder: str) -> None:
-    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    if kind == "cpu":
         torch.set_num_threads(1)
-    with distributed.group(device, rank, size, init_method=f"file://{folder}/store"):
+    where = f"file://{folder}/store"
+    with distributed.group(torch.device(kind, rank), rank, size, init_method=where):
         found = _timings(rank, size, name, kind, rounds)
     if rank == 0:
         (Path(folder) / "timings.json").write_text(json.dumps(found))
