@@ -15,8 +15,8 @@ test: $(STAMP)
 
 # The kill loops in full: 20 runs killed and resumed, 50 saves killed; memory over 20,000 steps.
 soak: $(STAMP)
-	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_checkpoints.py \
-		tests/test_faults.py $(ARGS)
+	FASTMP_SOAK=1 $(BIN)/python -m pytest tests/robustness tests/checkpoint/test_manager.py \
+		$(ARGS)
 
 # The CPU library under AddressSanitizer and UBSan: its C ABI fuzzed, then the tests of every operation
 # on it. The leak check is off: Python and torch free at exit only what they want to.
@@ -29,7 +29,7 @@ RUNS ?= 200000
 sanitize: $(STAMP)
 	mkdir -p build
 	$(CXX) -std=c++17 -g -O1 $(SANITIZE) -ffp-contract=fast -fno-exceptions -fno-rtti \
-		-DFASTMP_TARGET=base -o build/fuzz-abi tests/fuzz/abi.cpp csrc/cpu/*.cpp
+		-DFASTMP_TARGET=base -o build/fuzz-abi tests/kernels/fuzz/abi.cpp csrc/cpu/*.cpp
 	build/fuzz-abi $(RUNS)
 	CXXFLAGS="-g $(SANITIZE)" $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-S csrc -B build/sanitize
@@ -44,7 +44,7 @@ bench: $(STAMP)
 # On a machine with a GPU, which may have no network: with its own python, torch and Triton.
 RESULTS ?= build/gpu-check-results
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(RESULTS) $(ARGS)
+	$(PYTHON) -m benchmarks.tools.gpu_check $(RESULTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,12 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmp import amp, backends, functional, nn, optim, schedule, scheduler
+from fastmp import amp, backends, functional, nn, optim, schedule
 from fastmp.amp import convert
 
 if TYPE_CHECKING:
     from fastmp import checkpoint, data, transfer
-    from fastmp.trainer import Trainer
+    from fastmp.training.trainer import Trainer
     from fastmp.verification import verify
 
 __version__ = "0.1.0"
@@ -34,7 +34,6 @@ __all__ = [
     "nn",
     "optim",
     "schedule",
-    "scheduler",
     "transfer",
     "verify",
 ]
@@ -44,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name in ("checkpoint", "data", "transfer"):
         return importlib.import_module(f"fastmp.{name}")
     if name == "Trainer":
-        return importlib.import_module("fastmp.trainer").Trainer
+        return importlib.import_module("fastmp.training.trainer").Trainer
     if name == "verify":
         return importlib.import_module("fastmp.verification").verify
     raise AttributeError(f"module 'fastmp' has no attribute {name!r}")

@@ -146,10 +146,10 @@ def _nvrtc() -> Finding:
         or importlib.util.find_spec("cuda.bindings") is None
     ):
         return Finding("tools", "NVRTC", "not looked for: cuda-bindings is not installed")
-    from fastmp.backends.cuda import compiler
+    from fastmp.backends.cuda import nvrtc
 
     try:
-        return Finding("tools", "NVRTC", ".".join(map(str, compiler.version())))
+        return Finding("tools", "NVRTC", ".".join(map(str, nvrtc.version())))
     except RuntimeError as error:
         needed = cuda.load()[0]
         problem = "the optimizer step runs in plain PyTorch" if needed else None
@@ -158,11 +158,11 @@ def _nvrtc() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    from fastmp.backends.cuda import compiler
+    from fastmp.backends.cuda import nvrtc
 
     triton_folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     kinds = (
-        ("compiled CUDA kernels", compiler.cache_folder(), "FASTMP_CACHE"),
+        ("compiled CUDA kernels", nvrtc.cache_folder(), "FASTMP_CACHE"),
         ("compiled Triton kernels", triton_folder, "TRITON_CACHE_DIR"),
     )
     for name, folder, variable in kinds:

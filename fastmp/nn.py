@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmp.functional import cross_entropy, linear
+from fastmp.functional.cross_entropy import cross_entropy
+from fastmp.functional.linear import linear
 from fastmp.ops.linear import ACTIVATIONS
 from fastmp.ops.loss import MixedTarget
 

@@ -6,8 +6,8 @@ skipped step cannot make a schedule drift, resuming needs nothing but the step, 
 pickles. Steps past the end get the last value.
 
 There are three ways to follow one: ``bind`` writes it onto the device, for a fastmp optimizer;
-``apply`` writes one step into the groups of any optimizer; ``fastmp.scheduler.LRScheduler`` is the
-one for loops written around torch's schedulers.
+``fastmp.optim.lr_scheduler.apply`` writes one step into the groups of any optimizer;
+``fastmp.optim.lr_scheduler.LRScheduler`` is for loops written around torch's schedulers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-
-from fastmp.fused import Fused
+from typing import Any, Literal
 
 Schedule = Callable[[int], tuple[float, float | None]]
 
@@ -58,9 +54,20 @@ class Bindable:
         """(lr, momentum) for the update that ``step`` applied ones came before."""
         raise NotImplementedError
 
-    def bind(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
-        """Let a fastmp optimizer follow this schedule on the device; see ``schedule.bind``."""
-        bind(self, optimizer, steps)
+    def bind(self, optimizer: Any, steps: int | None = None) -> None:
+        """Let a fastmp optimizer follow this schedule on the device.
+
+        The same as ``optimizer.bind_schedule(self, steps)``, where arguments and errors are.
+
+        Raises:
+            TypeError: an optimizer that is not fastmp's.
+        """
+        if not hasattr(optimizer, "bind_schedule"):
+            raise TypeError(
+                "only an optimizer from fastmp.optim follows a schedule on the device, got "
+                f"{type(optimizer).__name__}; for others use fastmp.optim.lr_scheduler.LRScheduler"
+            )
+        optimizer.bind_schedule(self, steps)
 
 
 @dataclass(frozen=True)
@@ -292,81 +299,6 @@ class OneCycle(Bindable):
         if self.anneal == "linear":
             return start + (end - start) * done
         return _cosine(start, end, done)
-
-
-def bind(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
-    """Let ``optimizer`` follow ``schedule`` on the device, by its applied steps.
-
-    Writes the schedule into a table on the device (``optimizer.follow``): no step waits for the
-    host, none that was skipped counts, and a CUDA graph follows it when it is replayed. It holds
-    until ``optimizer.unfollow()``; meanwhile the lr of the groups is not read.
-
-    Args:
-        schedule: (lr, momentum) of the number of applied steps.
-        optimizer: one from ``fastmp.optim``.
-        steps: length of the table, from applied step 0 on; later steps have its last values. None:
-            the schedule's own, which ``Cyclic`` and plain functions have not.
-
-    Raises:
-        TypeError: an optimizer that is not fastmp's.
-        ValueError: no ``steps`` for a schedule without a length, or below 1; or a momentum that is
-            None at some steps only, or that a group has no use for.
-    """
-    if not isinstance(optimizer, Fused):
-        raise TypeError(
-            "only an optimizer from fastmp.optim follows a schedule on the device, got "
-            f"{type(optimizer).__name__}; for others use fastmp.scheduler.LRScheduler"
-        )
-    if steps is None:
-        steps = getattr(schedule, "length", None)
-    if steps is None:
-        raise ValueError(
-            "expected the number of steps to bind, for this schedule has no length of its own: "
-            f"bind(..., steps=...), got {schedule!r}"
-        )
-    _check(steps >= 1, "steps must be at least 1", steps)
-    lrs, momenta = zip(*map(schedule, range(steps)), strict=True)
-    silent = momenta.count(None)
-    _check(
-        silent in (0, steps),
-        "the momentum of a schedule must be None at every step or at none",
-        f"None at {silent} of {steps}",
-    )
-    optimizer.follow(lrs, None if silent else momenta)
-
-
-def apply(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
-    """Write ``lr``, and ``momentum`` unless it is None, into every parameter group.
-
-    A group with an ``lr_scale`` gets ``lr`` times that. Momentum goes where the optimizer keeps it:
-    ``betas[0]`` for the Adam family, ``momentum`` for SGD. A tensor lr is filled in place, so that
-    a captured graph sees the new value.
-
-    Raises:
-        ValueError: a momentum for an optimizer that has none. Nothing has changed then.
-    """
-    groups = optimizer.param_groups
-    if momentum is not None and not all("betas" in g or "momentum" in g for g in groups):
-        raise ValueError(
-            f"the schedule sets a momentum, but {type(optimizer).__name__} has neither 'betas' "
-            "nor 'momentum'; use a schedule without momentum"
-        )
-    filled: dict[int, float] = {}
-    for group in groups:
-        own = lr * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], torch.Tensor):
-            # groups made with one tensor share it, until their scales differ
-            if filled.setdefault(id(group["lr"]), own) != own:
-                group["lr"] = group["lr"].clone()
-            group["lr"].fill_(own)
-        else:
-            group["lr"] = own
-        if momentum is None:
-            continue
-        if "betas" in group:
-            group["betas"] = (momentum, *group["betas"][1:])
-        else:
-            group["momentum"] = momentum
 
 
 def _cosine(start: float, end: float, done: float) -> float:

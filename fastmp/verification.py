@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmp import amp, functional, models, optim
-from fastmp.fused import Fused
 from fastmp.ops.linear import activate
+from fastmp.optim.base import Fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "silu")

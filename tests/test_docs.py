@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastmp
-from fastmp import amp, data, functional, nn, optim, schedule, scheduler, transfer
+from fastmp import amp, data, functional, nn, optim, schedule, transfer
+from fastmp.optim import lr_scheduler
 
 tyro = pytest.importorskip("tyro", reason="tyro is not installed: no command line to try")
 
@@ -134,7 +135,7 @@ def test_links_lead_somewhere(page):
 
 def public():
     """Functions and classes that a person calls, by their full name."""
-    rooms = [fastmp, amp, data, functional, nn, optim, schedule, scheduler, transfer]
+    rooms = [fastmp, amp, data, functional, nn, optim, schedule, lr_scheduler, transfer]
     for room in rooms:
         listed = getattr(room, "__all__", None)
         for name in listed or [n for n in vars(room) if not n.startswith("_")]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmp
-from fastmp import schedule
+from fastmp.optim import lr_scheduler
 from fastmp.schedule import Constant, Cosine, Cyclic, OneCycle, Warmup, scale_lr
 
 property_test = settings(max_examples=80, deadline=None, derandomize=True)
@@ -251,7 +251,7 @@ def test_binding_does_what_applying_every_step_does(made):
     got = steps_of(bound, a, 20, skip=(2, 9))
     wanted = []
     for step in range(20):
-        schedule.apply(applied, *made(int(applied.applied_steps)))
+        lr_scheduler.apply(applied, *made(int(applied.applied_steps)))
         wanted += steps_of(applied, b, 1, skip=(0,) if step in (2, 9) else ())
     assert int(bound.skipped_steps) == 2
     assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
@@ -270,7 +270,7 @@ def test_steps_cut_and_extend_a_table():
 
 def test_a_plain_function_can_be_bound():
     optimizer, parameter = fused()
-    schedule.bind(lambda step: (0.25, None), optimizer, 3)
+    optimizer.bind_schedule(lambda step: (0.25, None), 3)
     assert steps_of(optimizer, parameter, 1)[0][0] == -0.25
 
 
@@ -292,7 +292,9 @@ def test_bind_says_what_it_cannot_do(made, steps, message):
 
 def test_bind_sends_other_optimizers_to_the_scheduler():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    with pytest.raises(TypeError, match=r"got SGD; for others use fastmp.scheduler.LRScheduler"):
+    with pytest.raises(
+        TypeError, match=r"got SGD; for others use fastmp.optim.lr_scheduler.LRScheduler"
+    ):
         Constant(0.1).bind(optimizer)
 
 
@@ -309,7 +311,7 @@ def test_apply_writes_every_group(kind, tensor_lr):
     lr = torch.tensor(0.5) if tensor_lr else 0.5
     optimizer = getattr(torch.optim, kind)([{"params": [p]} for p in parameters], lr=lr)
     before = [group["lr"] for group in optimizer.param_groups]
-    schedule.apply(optimizer, 0.25, 0.6)
+    lr_scheduler.apply(optimizer, 0.25, 0.6)
     for group, old in zip(optimizer.param_groups, before, strict=True):
         assert float(group["lr"]) == 0.25
         assert (group["lr"] is old) == tensor_lr
@@ -317,7 +319,7 @@ def test_apply_writes_every_group(kind, tensor_lr):
             assert group["betas"] == (0.6, 0.999)
         else:
             assert group["momentum"] == 0.6
-    schedule.apply(optimizer, 0.125, None)
+    lr_scheduler.apply(optimizer, 0.125, None)
     assert optimizer.param_groups[1].get("momentum", 0.6) == 0.6
     assert float(optimizer.param_groups[1]["lr"]) == 0.125
 
@@ -327,14 +329,14 @@ def test_apply_respects_lr_scale(lr):
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
     optimizer = torch.optim.SGD([groups[0], {**groups[1], "lr_scale": 0.25}], lr=lr)
     for _ in range(2):  # it does not pile up
-        schedule.apply(optimizer, 0.5, None)
+        lr_scheduler.apply(optimizer, 0.5, None)
         assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.125]
 
 
 def test_apply_refuses_a_momentum_that_has_no_place():
     optimizer = torch.optim.Adagrad([torch.zeros(1, requires_grad=True)], lr=0.5)
     with pytest.raises(ValueError, match="Adagrad has neither 'betas' nor 'momentum'"):
-        schedule.apply(optimizer, 0.1, 0.9)
+        lr_scheduler.apply(optimizer, 0.1, 0.9)
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 

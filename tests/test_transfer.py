@@ -10,7 +10,7 @@ import fastmp.optim
 from fastmp import amp, checkpoint, models, transfer
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import Constant
-from fastmp.trainer import Trainer
+from fastmp.training.trainer import Trainer
 from fastmp.transfer import GradualUnfreezing, TransferError, layerwise_lr, load_pretrained
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("tyro", reason="tyro is not installed: no command line")
 import fastmp
 from fastmp import backends, cli, doctor, functional, optim, verification
 from fastmp.backends import cpu
-from fastmp.commands import doctor as doctor_command
-from fastmp.commands import verify as verify_command
+from fastmp.cli import doctor as doctor_command
+from fastmp.cli import verify as verify_command
 from fastmp.verification import Check
 
 SMALL = (torch.float32, torch.bfloat16)

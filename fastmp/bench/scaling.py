@@ -19,17 +19,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmp import distributed, models
-from fastmp.accumulate import Accumulator
+from fastmp import models
+from fastmp.amp.accumulation import Accumulator
 from fastmp.bench import train
 from fastmp.bench.harness import OURS, Case, Row, Run, Timing, interleave, step_clock
 from fastmp.bench.train import LAM, Work
+from fastmp.distributed import data_parallel, rendezvous
 
 ROUNDS = 15
 
 
 def _ours(model: nn.Module) -> nn.Module:
-    return distributed.parallel(model, Accumulator(model.parameters()), static=True)
+    return data_parallel.parallel(model, Accumulator(model.parameters()), static=True)
 
 
 def _theirs(model: nn.Module) -> nn.Module:
@@ -44,7 +45,7 @@ def _worker(rank: int, size: int, name: str, kind: str, rounds: int, folder: str
     if kind == "cpu":
         torch.set_num_threads(1)
     where = f"file://{folder}/store"
-    with distributed.group(torch.device(kind, rank), rank, size, init_method=where):
+    with rendezvous.group(torch.device(kind, rank), rank, size, init_method=where):
         found = _timings(rank, size, name, kind, rounds)
     if rank == 0:
         (Path(folder) / "timings.json").write_text(json.dumps(found))

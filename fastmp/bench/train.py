@@ -24,19 +24,10 @@ from torch.nn import functional as F
 import fastmp
 from fastmp import data, models
 from fastmp.bench import networks
-from fastmp.bench.harness import (
-    OURS,
-    Case,
-    Curve,
-    Row,
-    Run,
-    Timing,
-    dtype_name,
-    step_clock,
-    timed,
-)
+from fastmp.bench.harness import OURS, Case, Curve, Row, Run, Timing, dtype_name, step_clock, timed
 from fastmp.bench.rivals import SMOOTHING
-from fastmp.schedule import OneCycle, apply
+from fastmp.optim.lr_scheduler import apply
+from fastmp.schedule import OneCycle
 
 LR = 1e-4  # small: all candidates must still agree after some dozens of steps on one batch
 LAM = 0.7

@@ -10,7 +10,7 @@ from fastmp.data.dataset import Arrays, DataError, Dataset, Source
 from fastmp.data.digits import digits
 from fastmp.data.fashion import fashion_mnist, read_idx
 from fastmp.data.loader import Loader, loader
-from fastmp.mixup import Mixup
+from fastmp.data.mixup import Mixup
 from fastmp.ops.loss import MixedTarget
 
 __all__ = [

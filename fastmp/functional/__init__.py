@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastmp.functional.cross_entropy import cross_entropy
 from fastmp.functional.linear import linear
-from fastmp.functional.loss import cross_entropy
 from fastmp.ops.loss import MixedTarget
 from fastmp.ops.mix import mix
 

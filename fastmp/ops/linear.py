@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends import cpu, triton
+from fastmp.backends.abi import DTYPE_CODES, Activation
 from fastmp.backends.cpu import linear as cpu_linear
-from fastmp.backends.table import DTYPE_CODES, Activation
 
 ACTIVATIONS = tuple(a.name.lower() for a in Activation)
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cpu, triton
+from fastmp.backends.abi import DTYPE_CODES
 from fastmp.backends.cpu import loss as cpu_loss
-from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_lam, transformed, wide_dtype
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cpu, triton
+from fastmp.backends.abi import DTYPE_CODES
 from fastmp.backends.cpu import mix as cpu_mix
-from fastmp.backends.table import DTYPE_CODES
 from fastmp.ops.checks import check_device, check_lam, lam_of_rows, wide_dtype
 
 

@@ -9,7 +9,7 @@ from fastmp.recipe.build import (
     loaders,
 )
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
-from fastmp.recipe.file import make_folder, read_toml, write_toml
+from fastmp.recipe.toml import make_folder, read_toml, write_toml
 
 __all__ = [
     "DTYPES",

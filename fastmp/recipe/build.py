@@ -9,15 +9,16 @@ import os
 import torch
 from torch import nn
 
-from fastmp import amp, data, distributed, models, optim, sharded, transfer
-from fastmp.checkpoints import Checkpoints
+from fastmp import amp, data, models, optim, transfer
+from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data import Dataset
-from fastmp.distributed import World
-from fastmp.mixup import Mixup
+from fastmp.data.mixup import Mixup
+from fastmp.distributed import fsdp, rendezvous
+from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
 from fastmp.recipe.config import ConfigError, TrainConfig
 from fastmp.schedule import Constant, Cosine, Cyclic, OneCycle, Schedule, Warmup
-from fastmp.trainer import Trainer
+from fastmp.training.trainer import Trainer
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -30,7 +31,7 @@ def device_of(config: TrainConfig) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = distributed.own_device(kind)
+        device = rendezvous.own_device(kind)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -119,11 +120,11 @@ def build_trainer(
         total_steps: optimizer steps of the whole run, the length of the schedule.
         folder, progress, world: as ``Trainer`` takes them.
     """
-    world = distributed.current() if world is None else world
+    world = rendezvous.current() if world is None else world
     trained = copy.deepcopy(model).to(device)
     if config.freeze:
         transfer.freeze(trained, *config.freeze)
-    shards = sharded.shard(trained, dtype) if config.shard else None
+    shards = fsdp.shard(trained, dtype) if config.shard else None
     if shards is None:
         amp.convert(trained, dtype)
     # every rank mixes in its own way; the first one as if it were alone
@@ -169,7 +170,7 @@ def _unfreezing(config: TrainConfig) -> transfer.GradualUnfreezing | None:
 
 
 def _optimizer(
-    config: TrainConfig, model: nn.Module, shards: sharded.Shards | None
+    config: TrainConfig, model: nn.Module, shards: fsdp.Shards | None
 ) -> optim.AdamW | optim.Adam | optim.SGD:
     assert config.lr is not None, "the config must be resolved"
     groups = transfer.layerwise_lr(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastmp import backends
-from fastmp.backends.table import DTYPE_CODES, Request
+from fastmp.backends.abi import DTYPE_CODES, Request
 
 ABI_VERSION = 2
 

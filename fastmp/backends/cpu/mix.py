@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cpu
-from fastmp.backends.table import DTYPE_CODES
+from fastmp.backends.abi import DTYPE_CODES
 
 
 def mix(

@@ -48,11 +48,11 @@ def runs_on(device: torch.device) -> tuple[bool, str]:
     found, reason = load()
     if not found:
         return found, reason
-    from fastmp.backends.cuda import compiler
+    from fastmp.backends.cuda import nvrtc
 
     capability = torch.cuda.get_device_capability(device)
     try:
-        compiler.target(capability[0] * 10 + capability[1])
+        nvrtc.target(capability[0] * 10 + capability[1])
     except RuntimeError as error:
         backends.withdraw("cuda", f"{torch.cuda.get_device_name(device)}: {error}")
         return False, str(error)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends.cuda import driver
-from fastmp.backends.table import HYPER_FIELDS, UNIT, Master, Request, Work
+from fastmp.backends.abi import HYPER_FIELDS, UNIT, Master, Request, Work
+from fastmp.backends.cuda import launch
 
 _UNIT = 1024  # kUnit of update.cu
 _SPANS = 2048  # a norm is summed up in at most so many parts, whatever the GPU
@@ -47,7 +47,7 @@ class Table:
         kinds = sorted(set(zip(*(rows[name].tolist() for name in columns), strict=True)))
         cases = tuple(case_of(structs[rule], *kept) for rule, *kept in kinds)
         self.device = device
-        self.kernel = driver.kernel(cases, device)
+        self.kernel = launch.kernel(cases, device)
         self._rows = rows
         self._uploaded = b""
         self._image: Tensor | None = None

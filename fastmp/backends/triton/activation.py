@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmp.backends.table import Activation
+from fastmp.backends.abi import Activation
 from fastmp.backends.triton import processors
 from fastmp.backends.triton.numerics import exp
 from fastmp.backends.triton.tiles import STRIPS_TILE, activation_tile

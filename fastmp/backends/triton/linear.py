@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastmp.backends.table import Activation
+from fastmp.backends.abi import Activation
 from fastmp.backends.triton import architecture, processors
 from fastmp.backends.triton.activation import activate
 from fastmp.backends.triton.tiles import DEEPEST_FUSED, LINEAR_GROUP, LinearTile, linear_tile

@@ -1,0 +1,1 @@
+"""Experiments that need minutes to hours: accuracy, convergence, transfer, overhead."""

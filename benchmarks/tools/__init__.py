@@ -1,0 +1,1 @@
+"""Tools: the check on a GPU, its measurements, the search for tiles."""

@@ -1,0 +1,239 @@
+"""Tile choices, tried on the device: which rows of ``tiles.py`` to change, and to what.
+
+    python -m benchmarks.tools.tune [--seconds 90] [--small]
+
+Every candidate differs from the present tile in a field or two and is timed against it,
+interleaved, on all shapes of its row; its result is held against torch's first. One that does not
+fit on the device is passed over. ``--small`` runs two candidates on tiny shapes, where there is
+only Triton's interpreter: does it work?
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmp.backends import triton as devices
+from fastmp.backends.triton import linear, loss
+from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
+from fastmp.bench.harness import interleave, kernel_clock
+
+Run = Callable[[], Any]
+ROUNDS = 9
+WORTH_IT = 1.03  # a smaller gain is noise
+
+FEW, SHALLOW, DEEP = (16, 4096, 4096), (16384, 1024, 4096), (8192, 8192, 8192)
+LINEAR = {
+    "few_rows": [FEW, (64, 4096, 14336)],
+    "shallow": [SHALLOW, (16384, 512, 2048), (65536, 512, 512)],
+    "deep": [DEEP, (4096, 4096, 14336)],
+}
+LOSS = [(131072, 10), (131072, 1000), (65536, 4096), (8192, 32000), (4096, 128256)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of tiles.py, the best candidate for it, and how much faster than the present tile."""
+
+    row: str
+    tile: tuple[Any, ...]
+    ratio: float
+    tried: int
+    wrong: int = 0  # candidates whose results were
+
+    def __str__(self) -> str:
+        verdict = "stays" if self.ratio < WORTH_IT else f"-> {self.tile}, {self.ratio:.2f}x"
+        return f"{self.row}: {verdict} ({self.tried} tried)"
+
+
+@contextmanager
+def using(module: ModuleType, name: str, tile: tuple[Any, ...]) -> Iterator[None]:
+    """In the block the kernels of ``module`` take this tile."""
+    usual = getattr(module, name)
+    setattr(module, name, lambda *_: tile)
+    try:
+        yield
+    finally:
+        setattr(module, name, usual)
+
+
+def best(
+    row: str,
+    module: ModuleType,
+    name: str,
+    present: tuple[Any, ...],
+    candidates: Sequence[tuple[Any, ...]],
+    cases: Sequence[tuple[Run, Callable[[Any], None]]],
+    deadline: float,
+) -> Finding:
+    """Time each candidate against the present tile on every case, until the deadline.
+
+    Args:
+        cases: (what to run, what raises AssertionError if its result is wrong).
+    """
+    measure = kernel_clock("cuda" if torch.cuda.is_available() else "cpu")
+    found, tried, wrong = Finding(row, present, 1.0, 0), 0, 0
+    for tile in candidates:
+        if time.perf_counter() > deadline:
+            break
+        tried += 1
+        try:
+            ratios = [_ratio(module, name, present, tile, *case, measure) for case in cases]
+        except AssertionError as error:
+            wrong += 1
+            print(f"{row}: {tile} gives wrong results: {error}", file=sys.stderr)
+            continue
+        except Exception as error:  # of Triton's many: too little shared memory, registers, a tile
+            print(f"{row}: {tile} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        ratio = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        if ratio > found.ratio:
+            found = Finding(row, tile, ratio, tried)
+    return Finding(row, found.tile, found.ratio, tried, wrong)
+
+
+def _ratio(
+    module: ModuleType,
+    name: str,
+    present: tuple[Any, ...],
+    tile: tuple[Any, ...],
+    run: Run,
+    check: Callable[[Any], None],
+    measure: Callable[[Run], float],
+) -> float:
+    def with_tile(tile: tuple[Any, ...]) -> Run:
+        def call() -> object:
+            with using(module, name, tile):
+                return run()
+
+        return call
+
+    runs = {"present": with_tile(present), "candidate": with_tile(tile)}
+    check(runs["candidate"]())
+    timings = interleave(runs, ROUNDS, name, measure)
+    return timings["present"].median / timings["candidate"].median
+
+
+def _dtype(device: str) -> torch.dtype:
+    """bf16, but in the interpreter, which multiplies bf16 as if it were integers."""
+    return torch.bfloat16 if device == "cuda" else torch.float16
+
+
+# ---- linear ----
+
+
+def linear_candidates(tile: LinearTile) -> list[LinearTile]:
+    """Neighbours of a tile: another shape, depth, number of stages, of warps or of programs."""
+    shapes = {(64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)}
+    made = [tile._replace(rows=r, columns=c) for r, c in sorted(shapes)]
+    made += [tile._replace(depth=d) for d in (32, 64, 128)]
+    made += [tile._replace(stages=tile.stages + more) for more in (-1, 1, 2)]
+    made += [tile._replace(warps=w, programs=p) for w in (4, 8) for p in (1, 2)]
+    made += [tile._replace(tma=not tile.tma)] if tile.tma else []
+    return [m for m in dict.fromkeys(made) if m != tile and m.stages > 0]
+
+
+def linear_case(shape: tuple[int, int, int], device: str) -> tuple[Run, Callable[[Any], None]]:
+    rows, depth, columns = shape
+    torch.manual_seed(0)
+    x, w, b = (
+        torch.randn(size, device=device, dtype=_dtype(device))
+        for size in ((rows, depth), (columns, depth), (columns,))
+    )
+    w /= depth**0.5
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        last = slice(-64, None)
+        exact = F.gelu(F.linear(x[last].double(), w.double(), b.double()))
+        error = float((result[0][last] - exact).abs().max())
+        assert error <= 2e-2 * float(exact.abs().max()), error
+
+    return (lambda: linear.linear(x, w, b, "gelu", True)), check
+
+
+def tune_linear(device: str, small: bool, deadline: float) -> Iterator[Finding]:
+    architecture = devices.architecture(torch.device(device))
+    for row, shapes in LINEAR.items():
+        rows, depth, _ = shapes[0]
+        tile = linear_tile(rows, depth, architecture)
+        if small:
+            shapes, candidates = [(33, 40, 24)], linear_candidates(tile)[:2]
+        else:
+            candidates = linear_candidates(tile)
+        cases = [linear_case(shape, device) for shape in shapes]
+        name = f"linear, {architecture}, {row}"
+        yield best(name, linear, "linear_tile", tile, candidates, cases, deadline)
+
+
+# ---- loss ----
+
+
+def loss_candidates(tile: LossTile) -> list[LossTile]:
+    """Neighbours of a tile: other numbers of warps, of programs and of logits at a time."""
+    made = [tile._replace(warps=w) for w in (tile.warps // 2, tile.warps * 2) if 1 <= w <= 32]
+    made += [tile._replace(programs=tile.programs + more) for more in (-2, -1, 1, 2)]
+    if tile.rows > 1:
+        made += [tile._replace(rows=tile.rows * 2), tile._replace(rows=tile.rows // 2)]
+    if not tile.on_chip:
+        made += [tile._replace(block=tile.block * 2), tile._replace(block=tile.block // 2)]
+    return [m for m in made if m.programs > 0]
+
+
+def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Callable[[Any], None]]:
+    torch.manual_seed(0)
+    logits = torch.randn(rows, classes, device=device, dtype=_dtype(device))
+    target = torch.randint(classes, (rows,), device=device)
+    scale = torch.ones((), device=device)
+
+    def check(result: tuple[Tensor, Tensor, Tensor]) -> None:
+        exact = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
+        torch.testing.assert_close(result[0], exact, rtol=1e-4, atol=1e-5)
+
+    return (
+        lambda: loss.forward(logits, target, None, None, None, -100, 1, 0.1, scale, True)
+    ), check
+
+
+def tune_loss(device: str, small: bool, deadline: float) -> Iterator[Finding]:
+    for rows, classes in [(5, 40)] if small else LOSS:
+        tile = loss_tile(classes, 2)
+        candidates = loss_candidates(tile)[: 2 if small else None]
+        cases = [loss_case(rows, classes, device)]
+        name = f"loss, {classes} classes"
+        yield best(name, loss, "loss_tile", tile, candidates, cases, deadline)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=90, help="for all of it")
+    parser.add_argument("--small", action="store_true", help="two candidates on tiny shapes")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.small:
+        sys.exit("tiles are tuned on a GPU; --small tries the procedure in Triton's interpreter")
+    start = time.perf_counter()
+    halfway, end = start + options.seconds / 2, start + options.seconds
+    wrong = 0
+    for finding in chain(
+        tune_linear(device, options.small, halfway), tune_loss(device, options.small, end)
+    ):
+        print(finding, flush=True)
+        wrong += finding.wrong
+    if wrong:
+        sys.exit(f"{wrong} tiles gave wrong results: the kernels depend on more than they should")
+
+
+if __name__ == "__main__":
+    main()

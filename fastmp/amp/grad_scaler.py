@@ -1,0 +1,131 @@
+"""The loss scaler."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from fastmp.ops.update import Growth
+from fastmp.optim.base import Fused
+
+
+class GradScaler(torch.amp.GradScaler):
+    """``torch.amp.GradScaler``, whose steps cost no pass of their own with a fastmp optimizer.
+
+    Same arguments, errors and ``state_dict``; the scale grows and backs off by torch's own rule.
+    With a fastmp optimizer the search for non-finite gradients happens inside the step, where the
+    gradients are read anyway: one launch, and another for ``update``, or one for both with
+    ``step_and_update``. Any other optimizer is served by torch's code. ``unscale_`` accepts
+    fp16 gradients of a fastmp optimizer, with a warning: what it unscales in place is rounded to
+    fp16 again, so gradients below 6e-8 vanish. To clip, pass ``max_grad_norm`` to the optimizer.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Unscale, check and update, unless a gradient is not finite; see torch's method."""
+        if not self._enabled or not isinstance(optimizer, Fused):
+            return super().step(optimizer, *args, **kwargs)
+        state = self._ready_to_step(optimizer, kwargs)
+        unscaled = state["stage"] is OptState.UNSCALED
+        scale = None if unscaled else self._scale
+        own = optimizer.__dict__.get("grad_scale")  # as in torch: the user's own scale on top
+        if own is not None:
+            scale = own if scale is None else scale * own
+        told = list(state["found_inf_per_device"].values())
+        optimizer.grad_scale = scale
+        optimizer.found_inf = told[0] if unscaled and told else None
+        try:
+            result = optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+        state["stage"] = OptState.STEPPED
+        state["found_inf_per_device"] = _found_inf_per_device(optimizer)
+        return result  # type: ignore[no-any-return]
+
+    def _ready_to_step(self, optimizer: Fused, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The scaler's notes on an optimizer that is about to step; torch's checks and errors."""
+        if "closure" in kwargs:
+            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        self._check_scale_growth_tracker("step")
+        state: dict[str, Any] = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+        return state
+
+    def step_and_update(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """``step(optimizer)`` and ``update()`` at once: with a fastmp optimizer, in one launch.
+
+        For a scaler that serves one optimizer; any other is served by the two calls.
+
+        Raises:
+            RuntimeError: as ``step`` and ``update``; another optimizer stepped since the last
+                update, which has to be ``update()`` then.
+        """
+        if not self._enabled:
+            return self.step(optimizer)
+        if set(self._per_optimizer_states) - {id(optimizer)}:
+            raise RuntimeError("several optimizers share this scaler: call step() and update()")
+        scale, tracker = self._scale, self._growth_tracker
+        state = self._per_optimizer_states[id(optimizer)]
+        if (
+            not isinstance(optimizer, Fused)
+            or state["stage"] is not OptState.READY
+            or scale is None
+            or tracker is None
+            or not optimizer.has_gradients_on(scale.device)
+            or "grad_scale" in optimizer.__dict__
+        ):
+            result = self.step(optimizer)
+            self.update()
+            return result
+        interval = self._growth_interval
+        optimizer._growth = Growth(tracker, self._growth_factor, self._backoff_factor, interval)
+        try:
+            result = self.step(optimizer)
+        finally:
+            optimizer._growth = None
+        del self._per_optimizer_states[id(optimizer)]
+        return result
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Grow or back off, as the steps since the last update went; see torch's method.
+
+        ``new_scale``, a number or fp32 of shape (1), is the scale from now on.
+        """
+        if self._enabled and len(self._per_optimizer_states) > 1:
+            # torch adds the verdicts up in place: not in our optimizers' own records
+            for state in self._per_optimizer_states.values():
+                found = state["found_inf_per_device"]
+                state["found_inf_per_device"] = {d: t.clone() for d, t in found.items()}
+        super().update(new_scale)
+
+    def _unscale_grads_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        allow_fp16: bool,
+    ) -> dict[torch.device, Tensor]:
+        fused = isinstance(optimizer, Fused)
+        if fused and not allow_fp16:
+            _warn_if_fp16(optimizer)
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16 or fused)
+
+
+def _found_inf_per_device(optimizer: Fused) -> dict[torch.device, Tensor]:
+    verdict = optimizer.found_inf
+    return {verdict.device: verdict} if optimizer.has_gradients_on(verdict.device) else {}
+
+
+def _warn_if_fp16(optimizer: torch.optim.Optimizer) -> None:
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    if any(p.grad is not None and p.grad.dtype == torch.float16 for p in params):
+        warnings.warn(
+            "unscale_() rounds the unscaled fp16 gradients to fp16: those below 6e-8 vanish. "
+            "To clip, pass max_grad_norm to the optimizer and leave unscale_() out.",
+            UserWarning,
+            stacklevel=4,
+        )

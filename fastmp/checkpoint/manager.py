@@ -1,0 +1,164 @@
+"""The checkpoints of a run: a folder each, written beside the training, the newest and best kept.
+
+``step-000001234`` appears by one rename, when everything in it is on the disk: whatever is killed
+when, a folder of that name is whole. Saving copies the state, which takes as long as reading and
+writing it in memory; sums, files and fsync are a thread's work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastmp.checkpoint.format import CheckpointError, entry, load, save, sync
+
+_NAME = re.compile(r"step-(\d{9,})")
+_UNFINISHED = ".unfinished"
+_ABOUT = "checkpoint"  # the entry that tells step and score
+
+
+class Checkpoints:
+    """The checkpoints in ``folder``.
+
+    Args:
+        folder: made when the first is saved.
+        keep: how many of the newest to keep, besides the one with the highest score.
+        background: write on a thread; ``wait`` and the next ``save`` raise what went wrong there.
+
+    Raises:
+        ValueError: ``keep`` below 1.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep: int = 2, background: bool = True
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder = Path(folder)
+        self.keep = keep
+        # the interpreter joins this thread before it exits: what was asked for is written
+        self._writer = ThreadPoolExecutor(1, "checkpoints") if background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any], step: int, score: float | None = None) -> Path:
+        """Save a copy of ``state`` as the checkpoint of ``step``; training may go on at once.
+
+        A checkpoint of the same step is replaced.
+
+        Args:
+            state: as ``checkpoint.save`` takes it.
+            step: number of the step it was taken after.
+            score: what makes a checkpoint the best one, larger is better.
+
+        Returns:
+            where it will be.
+
+        Raises:
+            CheckpointError, OSError: the save before this one failed.
+        """
+        self.wait()
+        content = _copied({**state, _ABOUT: {"step": step, "score": score}})
+        path = self.folder / f"step-{step:09d}"
+        if self._writer is None:
+            self._write(path, content)
+        else:
+            self._pending = self._writer.submit(self._write, path, content)
+        return path
+
+    def wait(self) -> None:
+        """Return when everything is on the disk.
+
+        Raises:
+            CheckpointError, OSError: it cannot be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the latest step."""
+        paths = self._all()
+        return paths[-1] if paths else None
+
+    def best(self) -> Path | None:
+        """The checkpoint with the highest score; of several, the latest; unscored ones last."""
+        scores = {path: _score(path) for path in self._all()}
+        return max(scores, key=lambda path: (scores[path], path), default=None)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the latest checkpoint that is as it was written; None if there is none.
+
+        A damaged one is passed over with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, all of them damaged.
+        """
+        problems = []
+        for path in reversed(self._all()):
+            try:
+                state = load(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"passed over: {problem}", stacklevel=2)
+            return state
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be used: {'; '.join(problems)}"
+            )
+        return None
+
+    def _all(self) -> list[Path]:
+        """Those that are whole, by step."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clear()  # what a run that was killed left
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        save(unfinished, content)
+        if path.exists():  # of the same step: from here to the next line only older ones stand
+            path.rename(path.with_name(f"replaced-{path.name}{_UNFINISHED}"))
+        unfinished.rename(path)
+        sync(self.folder)
+        best = self.best()
+        for old in self._all()[: -self.keep]:
+            if old != best:
+                # renamed first: a folder that is half removed must not look whole
+                old.rename(old.with_name(old.name + _UNFINISHED))
+        self._clear()
+
+    def _clear(self) -> None:
+        for left in self.folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(left)
+
+
+def _copied(value: Any) -> Any:
+    """The same, with tensors that nobody else will change, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _score(path: Path) -> float:
+    try:
+        score = entry(path, _ABOUT)["score"]
+    except (CheckpointError, KeyError, TypeError):
+        return -math.inf
+    return -math.inf if score is None else float(score)

@@ -1,0 +1,78 @@
+"""``fastmp lr-find``: the learning-rate range test, on the recipe of ``fastmp train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from fastmp import recipe
+from fastmp.distributed.rendezvous import World
+from fastmp.recipe import DTYPES, TrainConfig
+from fastmp.report import lr_curve
+from fastmp.training import lr_find
+
+
+@dataclass(frozen=True)
+class LrFind:
+    """Find a peak learning rate: raise it step by step and watch the loss."""
+
+    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """TOML file with any settings of fastmp train; flags override it."""
+
+    low: float = 1e-6
+    """First learning rate."""
+
+    high: float = 1.0
+    """Last learning rate, unless the loss explodes before."""
+
+    steps: int = 100
+    """Steps from one to the other."""
+
+    picture: Path = Path("lr-find.png")
+    """Where the curve goes."""
+
+    recipe: Annotated[
+        TrainConfig, tyro.conf.arg(name="", help="The recipe, as of fastmp train.")
+    ] = dataclasses.field(default_factory=TrainConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Find a peak learning rate: raise it step by step and watch the loss."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(arguments)[0].config
+    defaults = TrainConfig() if path is None else recipe.read_toml(path)
+    default = LrFind(config=path, recipe=defaults)
+    given = tyro.cli(LrFind, prog="fastmp lr-find", args=arguments, default=default)
+    run(dataclasses.replace(given, recipe=given.recipe.one_lr(defaults)))
+
+
+def run(given: LrFind) -> None:
+    """Run the test, print the suggestion and draw the curve."""
+    config = given.recipe.resolved()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = recipe.device_of(config)
+    dataset = recipe.load_data(config)
+    model = recipe.build_model(config, dataset)
+    recipe.load_pretrained(config, model)
+    dtype = DTYPES["fp32" if config.dtype == "auto" else config.dtype]
+    recipe.make_folder("picture", given.picture.parent)
+    train_loader, _ = recipe.loaders(config, dataset, device, World())
+    trainer = recipe.build_trainer(
+        config, dataset, model, dtype, device, total_steps=given.steps, progress=False
+    )
+    found = lr_find.find(trainer, train_loader, low=given.low, high=given.high, steps=given.steps)
+    lr_curve.draw(found, given.picture)
+    print(
+        f"suggestion: --lr {found.suggestion:.2g} (where the loss falls fastest)\n"
+        f"a tenth of where it is lowest: {found.at_minimum / 10:.2g}\n"
+        f"for a batch of {config.batch_size} x {config.accumulate}; the curve is in {given.picture}"
+    )

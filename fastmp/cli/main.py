@@ -1,0 +1,78 @@
+"""The command line: which commands there are, and what their failures look like."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fastmp.cli import bench, doctor, lr_find, train, verify
+from fastmp.cli.bench import BenchmarkFailed
+from fastmp.cli.verify import VerificationFailed
+from fastmp.data import DataError
+from fastmp.models import ModelError
+from fastmp.recipe import ConfigError
+from fastmp.training.signals import Terminated
+from fastmp.training.trainer import RunStopped
+from fastmp.transfer import TransferError
+
+USER_ERRORS = (ConfigError, DataError, ModelError, TransferError)  # theirs to mend: no traceback
+TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+
+#: Every command, by its name.
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train.main,
+    "lr-find": lr_find.main,
+    "bench": bench.main,
+    "verify": verify.main,
+    "doctor": doctor.main,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``fastmp`` with these arguments.
+
+    Returns:
+        0: done; 1: the run was stopped, its state saved, or a check failed; 2: bad usage or bad
+        input; 143: SIGTERM came, the state is saved.
+    """
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if command not in COMMANDS:
+        print(f"fastmp: error: unknown command {command!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[command](rest)
+    except USER_ERRORS as error:
+        return _fail(command, f"error: {error}", 2)
+    except (BenchmarkFailed, RunStopped, VerificationFailed) as error:
+        return _fail(command, str(error), 1)
+    except Terminated as error:
+        return _fail(command, f"{error}; --resume goes on from there", TERMINATED)
+    except KeyboardInterrupt as error:
+        return _fail(command, str(error) or "interrupted", 1)
+    return 0
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    """Say it once: what stops one of several processes stops the first one too."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastmp {command}: {message}", file=sys.stderr)
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastmp COMMAND [FLAGS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "fastmp COMMAND --help: flags",
+            "torchrun --nproc-per-node=N -m fastmp train [FLAGS]: on N devices",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Training on several devices: process groups, data parallel gradients, sharded models."""

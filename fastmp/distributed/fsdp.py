@@ -1,0 +1,198 @@
+"""Weights, gradients and optimizer state split over the ranks, by torch's ``fully_shard`` (FSDP2).
+
+    shards = fsdp.shard(model, torch.bfloat16)
+    optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=1e-3, max_grad_norm=1.0)
+    shards.join(optimizer)
+    trainer = Trainer(model, optimizer, criterion, shards=shards)
+
+The shards are fp32: they are the masters. A layer is gathered in 16 bits when it runs and let go
+again, its gradients arrive as the fp32 shard of their mean, and the optimizer's kernels update the
+shards as plain tensors. With P parameters on N ranks each holds 16 P / N bytes for Adam, and one
+layer in 16 bits, where data parallel holds 16 P.
+
+One small exchange per step makes the step the same on all ranks: the squared norm of every
+gradient, summed. From it follow the global norm and whether anything is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastmp import amp
+from fastmp.ops import update
+from fastmp.ops.update import Options
+from fastmp.optim.base import Fused
+
+
+def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
+    """Split a model over the ranks of the process group, in place; the first rank's weights count.
+
+    Every entry of a ``Sequential`` or ``ModuleList`` is gathered on its own, the rest together.
+    Batch norms compute in fp32, everything else in ``dtype``, as after ``amp.convert``.
+
+    Args:
+        model: the same on every rank, on its device.
+        dtype: of the weights when they are gathered, and of gradients on the wire.
+
+    Raises:
+        RuntimeError: there is no process group.
+        ValueError: another dtype than ``amp.convert`` takes, or a parameter without dimensions.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("expected a process group; start with torchrun, see rendezvous.joined")
+    for name, param in model.named_parameters():
+        if param.ndim == 0:
+            raise ValueError(f"{name}: expected at least one dimension to split, got a scalar")
+    exact = [param.detach().float() for param in model.parameters()]
+    amp.convert(model, dtype)  # dtypes of the buffers, and fused layers
+    for param, weight in zip(model.parameters(), exact, strict=True):
+        param.data = weight.contiguous()  # fully_shard takes no other layout
+    for tensor in chain(model.parameters(), model.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    usual = MixedPrecisionPolicy(param_dtype=dtype)
+    norm = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    for module in _units(model):
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        fully_shard(module, mesh=mesh, mp_policy=norm if is_norm else usual)
+    fully_shard(model, mesh=mesh, mp_policy=usual)
+    return Shards(model)
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered on its own, inner modules first: batch norms, and entries of containers."""
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            yield from (m for m in module if _is_unit(m))
+        else:
+            norms = (m for m in module.children() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+            yield from (m for m in norms if _is_unit(m))
+
+
+def _is_unit(module: nn.Module) -> bool:
+    is_container = isinstance(module, nn.Sequential | nn.ModuleList)
+    return not is_container and any(True for _ in module.parameters())
+
+
+class Shards:
+    """This rank's part of a model: what an optimizer updates, and the way to the whole and back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._own: dict[str, nn.Parameter] = {}
+        for name, param in model.named_parameters():
+            assert isinstance(param, DTensor)
+            own = nn.Parameter(param.to_local().detach(), requires_grad=param.requires_grad)
+            self._own[name] = own
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(_hand_over(own))  # type: ignore[no-untyped-call]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The shards as plain fp32 tensors that share the model's memory, by name."""
+        yield from self._own.items()
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._own[name]
+
+    def join(self, optimizer: Fused) -> None:
+        """From now on a step of ``optimizer`` clips and skips by what all ranks have."""
+        optimizer.agree = _agree
+
+    # ---- the whole, for checkpoints; every rank must call these ----
+
+    def whole_model(self) -> dict[str, Any]:
+        """The model's ``state_dict`` with whole tensors."""
+        state = self.model.state_dict()
+        return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+
+    def load_model(self, state: dict[str, Any]) -> None:
+        """The opposite: keep this rank's part of each."""
+        held = self.model.state_dict()
+        parts = {k: _split(v, held[k]) if k in held else v for k, v in state.items()}
+        self.model.load_state_dict(parts)
+
+    def whole_optimizer(self, optimizer: Fused) -> dict[str, Any]:
+        """The optimizer's ``state_dict`` with whole tensors."""
+        return self._each_state(optimizer, optimizer.state_dict(), _gather)
+
+    def load_optimizer(self, optimizer: Fused, state: dict[str, Any]) -> None:
+        """The opposite: keep this rank's part of each."""
+        own = self._each_state(optimizer, state, lambda v, p: _split(v, p).to_local())
+        optimizer.load_state_dict(own)
+
+    def _each_state(
+        self, optimizer: Fused, state: dict[str, Any], change: Callable[[Tensor, DTensor], Tensor]
+    ) -> dict[str, Any]:
+        """``state`` with every tensor of a parameter's own shape changed."""
+        whole = {id(self._own[name]): p for name, p in self.model.named_parameters()}
+        params = [whole[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        changed = {
+            i: {k: change(v, params[i]) if v.ndim else v for k, v in entry.items()}
+            for i, entry in state["state"].items()
+        }
+        return {**state, "state": changed}
+
+
+def _hand_over(own: nn.Parameter) -> Callable[[Tensor], None]:
+    """Give the gradient that the ranks have summed to the plain tensor, adding in fp32."""
+
+    def hook(param: Tensor) -> None:
+        assert isinstance(param.grad, DTensor)
+        grad = param.grad.to_local()
+        own.grad = grad if own.grad is None else own.grad.add_(grad)
+        param.grad = None
+
+    return hook
+
+
+def _split(value: Tensor, like: Any) -> Any:
+    """This rank's part of a whole tensor, without an exchange: every rank has the whole."""
+    if not isinstance(like, DTensor):
+        return value
+    if value.shape != like.shape:
+        return value  # load_state_dict says what is wrong, naming it
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _gather(own: Tensor, like: DTensor) -> Tensor:
+    mesh, placements = like.device_mesh, like.placements
+    part = DTensor.from_local(own, mesh, placements, shape=like.shape, stride=like.stride())
+    return part.full_tensor()
+
+
+@torch.no_grad()
+def _agree(
+    grads: Sequence[Tensor], numbers: Sequence[int], options: Options
+) -> tuple[Options, Tensor, Tensor]:
+    """What ``Fused.agree`` asks for: the step's options, the global norm, the offender.
+
+    The clip goes into the scale that the kernels divide by, so it costs no pass.
+    """
+    squares = torch.stack(torch._foreach_norm(list(grads), 2, torch.float64)).square()
+    dist.all_reduce(squares)
+    is_bad = ~squares.isfinite()  # fp64 holds the square of any fp32 number
+    number = torch.tensor(numbers, device=squares.device)[is_bad.byte().argmax()]
+    offender = torch.where(is_bad.any(), number, -1)
+    scale = torch.ones_like(squares[0]) if options.grad_scale is None else options.grad_scale
+    norm = squares.sum().sqrt() / scale
+    found = is_bad.any().float()
+    if options.found_inf is not None:
+        found = torch.maximum(found, options.found_inf.float())
+    if options.max_grad_norm >= 0:
+        # a factor of zero, for max_grad_norm=0, would leave no scale to divide by
+        scale = scale / update.clip(norm, options.max_grad_norm).clamp(min=1e-30)
+    agreed = options._replace(
+        grad_scale=scale.float(), found_inf=found, max_grad_norm=update.NO_CLIP
+    )
+    return agreed, norm, offender

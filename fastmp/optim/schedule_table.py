@@ -1,0 +1,71 @@
+"""A schedule as a table: one row a step, read on the device by the number of applied steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmp.schedule import Schedule
+
+
+def tabulate(schedule: Schedule, steps: int | None) -> tuple[list[float], list[float] | None]:
+    """The lr and the momentum of every step; None for a momentum that the schedule leaves alone.
+
+    Args:
+        schedule: (lr, momentum) of the number of applied steps.
+        steps: how many; None: the schedule's own length.
+
+    Raises:
+        ValueError: no ``steps`` for a schedule without a length, or below 1; or a momentum that is
+            None at some steps only.
+    """
+    if steps is None:
+        steps = getattr(schedule, "length", None)
+    if steps is None:
+        raise ValueError(
+            "expected the number of steps to bind, for this schedule has no length of its own: "
+            f"bind(..., steps=...), got {schedule!r}"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    lrs, momenta = zip(*map(schedule, range(steps)), strict=True)
+    unset = momenta.count(None)
+    if unset not in (0, steps):
+        raise ValueError(
+            "the momentum of a schedule must be None at every step or at none, got None at "
+            f"{unset} of {steps}"
+        )
+    return list(lrs), None if unset else list(momenta)
+
+
+def table(columns: dict[str, Sequence[float] | None], groups: Sequence[dict[str, Any]]) -> Tensor:
+    """The columns lr, momentum and max_grad_norm side by side, float64 (steps, 3); NaN: unset.
+
+    Raises:
+        ValueError: an empty table, columns of several lengths, a negative number or one that is
+            not finite, or a momentum that a group has no use for.
+    """
+    lr = columns["lr"]
+    assert lr is not None
+    values = np.full((len(lr), len(columns)), np.nan)
+    if len(lr) == 0:
+        raise ValueError("lr: expected at least one step, got none")
+    for i, (name, column) in enumerate(columns.items()):
+        if column is None:
+            continue
+        if len(column) != len(lr):
+            raise ValueError(f"{name}: expected {len(lr)} steps as for lr, got {len(column)}")
+        values[:, i] = column
+        if not (np.isfinite(values[:, i]) & (values[:, i] >= 0)).all():
+            raise ValueError(f"{name}: expected finite numbers >= 0, got {list(column)}")
+    for group in groups if columns["momentum"] is not None else []:
+        if not group.get("betas") and not group.get("momentum"):
+            raise ValueError(
+                "the table has a momentum, but a parameter group has none: give the optimizer "
+                "one above 0, so that it keeps a buffer for it"
+            )
+    return torch.from_numpy(values)

@@ -1,0 +1,168 @@
+"""The state of an optimizer: where it lives, and how it gets in from elsewhere unrounded.
+
+It lives where torch's optimizers keep it, one dict a parameter under torch's keys, as views of a
+few flat arenas. It is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
+entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmp.ops.update import join_master, split_master
+from fastmp.ops.update.step_table import is_dense
+
+MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
+_ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line
+
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
+    if key == "remainder":
+        return torch.int16
+    fp64 = param_dtype == torch.float64 and key != "step"
+    return torch.float64 if fp64 else torch.float32
+
+
+# ---- new state ----
+
+
+def allocate(states: States, params: list[Tensor], keys: Iterable[str]) -> None:
+    """Give every parameter the state it lacks, as views of one arena per kind of state."""
+    for dtype in {p.dtype for p in params}:
+        same = [p for p in params if p.dtype == dtype]
+        master = MASTER_KEYS.get(dtype)
+        for key in (*keys, *([] if master is None else [master])):
+            lacking = [p for p in same if states[p].get(key) is None]
+            _add_views(states, key, lacking, _dtype_of(key, dtype))
+            if key == "master":  # a remainder starts at zero: the weight is all there is
+                for p in lacking:
+                    states[p][key].copy_(p)
+    lacking = [p for p in params if states[p].get("step") is None]
+    if lacking:
+        steps = torch.zeros(len(lacking), dtype=torch.float32, device=lacking[0].device)
+        for p, step in zip(lacking, steps, strict=True):
+            states[p]["step"] = step
+
+
+def _add_views(states: States, key: str, params: list[Tensor], dtype: torch.dtype) -> None:
+    if not params:
+        return
+    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
+    arena = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
+    for p, piece in zip(params, torch.split(arena, sizes), strict=True):
+        if is_dense(p):
+            view = piece.as_strided(p.shape, p.stride(), piece.storage_offset())
+        else:
+            view = piece[: p.numel()].view(p.shape)
+        states[p][key] = view
+
+
+def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What a parameter stands for, in fp32 or fp64; for fp16 and fp32 it is no copy."""
+    if "master" in state:
+        master: Tensor = state["master"]
+        return master
+    if "remainder" in state:
+        return join_master(param.detach(), state["remainder"])
+    return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
+
+
+def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
+    """Make a parameter, whose state is allocated, stand for an fp32 value, to the bit."""
+    if "remainder" in state:
+        weight, remainder = split_master(value)
+        param.copy_(weight)
+        state["remainder"].copy_(remainder)
+        return
+    param.copy_(value)
+    if "master" in state:
+        state["master"].copy_(value)
+
+
+# ---- state from elsewhere ----
+
+
+def conform(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None:
+    """Bring state that somebody replaced or moved into the dtype, device and order of the kernel.
+
+    A weight that became channels_last after its first step, say, has moments in another order.
+
+    Raises:
+        ValueError: state of another shape than its parameter.
+    """
+    step = state["step"]
+    if not (isinstance(step, Tensor) and step.dtype == torch.float32 and step.shape == ()) or (
+        step.device != param.device
+    ):
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
+    for key in (*keys, *MASTER_KEYS.values()):
+        value = state.get(key)
+        if value is None:
+            continue
+        if value.shape != param.shape:
+            raise ValueError(
+                f"state {key!r}: expected shape {tuple(param.shape)}, got {tuple(value.shape)}"
+            )
+        dtype = _dtype_of(key, param.dtype)
+        same_order = value.stride() == param.stride() or not is_dense(param)
+        if value.dtype != dtype or value.device != param.device or not same_order:
+            state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
+
+
+class _Loaded:
+    """Carries a tensor through ``Optimizer.load_state_dict``, which casts bare ones to the
+    parameter's dtype: an fp16 second moment of 1e-9 would load as 0."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+def protect(loaded: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+    """A ``state_dict`` whose tensors torch will not cast; ``own`` takes them out again.
+
+    Raises:
+        ValueError: state of another shape than its parameter.
+    """
+    numbers = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    for number, param in zip(numbers, params, strict=False):  # torch compares the counts
+        for key, value in loaded["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
+                raise ValueError(
+                    f"state {key!r} of parameter {number}: expected shape {tuple(param.shape)}, "
+                    f"got {tuple(value.shape)}; is this the state of another model?"
+                )
+    state = {param: _protected(values) for param, values in loaded["state"].items()}
+    return {**loaded, "state": state}
+
+
+def _protected(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: _Loaded(value) if isinstance(value, Tensor) and key != "step" else value
+        for key, value in values.items()
+    }
+
+
+def own(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Turn loaded values into this optimizer's own: copies, none of them rounded."""
+    loaded = {k: v.value if isinstance(v, _Loaded) else v for k, v in state.items()}
+    if "step" not in loaded and loaded.get("momentum_buffer") is not None:
+        loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
+    state.clear()
+    for key, value in loaded.items():
+        if value is None:  # torch's SGD before its first step
+            continue
+        if key == "step":
+            value = torch.tensor(float(value), dtype=torch.float32, device=param.device)
+        elif key in keys or key in MASTER_KEYS.values():
+            dtype = _dtype_of(key, param.dtype)
+            value = torch.empty_like(param, dtype=dtype).copy_(value)
+        state[key] = value

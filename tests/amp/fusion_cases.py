@@ -1,0 +1,51 @@
+"""Small models to fuse, what was fused in them, and the check that no value changed."""
+
+import copy
+
+import torch
+from torch import nn
+
+import fastmp
+from fastmp.amp.fusion import fuse_linear
+
+
+def fused(model):
+    """The activations that moved, by the name of their layer."""
+    return {
+        name: module.activation
+        for name, module in model.named_modules()
+        if isinstance(module, fastmp.nn.Linear) and module.activation != "none"
+    }
+
+
+class Block(nn.Module):
+    """fc, act and out, for the tests to call in their ways."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.act = act or nn.GELU()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.act(self.fc(x)))
+
+
+def chain(act=None):
+    return nn.Sequential(nn.Linear(4, 4), act or nn.GELU(), nn.Linear(4, 3))
+
+
+def results(model, x):
+    """The output and all gradients, in training mode."""
+    x = x.clone().requires_grad_()
+    y = model.train()(x)
+    grads = torch.autograd.grad(y.square().mean(), [x, *model.parameters()])
+    return [y.detach(), *grads]
+
+
+def assert_unchanged(model, x, change=fuse_linear):
+    """Fused and unfused, the model gives the same values, in both modes."""
+    before = copy.deepcopy(model)
+    assert change(model) is model
+    torch.testing.assert_close(results(model, x), results(before, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.eval()(x), before.eval()(x), rtol=1e-5, atol=1e-5)

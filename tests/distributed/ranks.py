@@ -1,0 +1,278 @@
+"""What ``test_distributed.py`` runs on two ranks: each check leaves what its rank saw in a file.
+
+torchrun --nproc-per-node=2 tests/distributed/ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import fastmp.optim
+from fastmp import amp
+from fastmp.distributed import fsdp, rendezvous
+from fastmp.distributed.rendezvous import World
+from fastmp.nn import CrossEntropyLoss
+from fastmp.schedule import OneCycle
+from fastmp.training.trainer import Trainer
+
+BATCH, STEPS = 8, 50
+CPU = torch.device("cpu")
+
+
+def model_in(dtype=torch.float32, *, norm=False):
+    torch.manual_seed(0)
+    layers = [torch.nn.Flatten(), torch.nn.Linear(12, 16, bias=not norm)]
+    layers += [torch.nn.BatchNorm1d(16)] if norm else []
+    layers += [torch.nn.ReLU(), torch.nn.Linear(16, 3)]
+    return amp.convert(torch.nn.Sequential(*layers), dtype)
+
+
+def batches(count, size, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 1, 3, 4, generator=generator).to(dtype),
+            torch.randint(0, 3, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def half(batch, rank):
+    """A rank's half of a batch."""
+    return tuple(part.chunk(2)[rank] for part in batch)
+
+
+def trainer_for(model, **options):
+    optimizer = fastmp.optim.AdamW(list(model.named_parameters()), lr=0.01, max_grad_norm=0.5)
+    return Trainer(model, optimizer, CrossEntropyLoss(), progress=False, **options)
+
+
+def digest(model):
+    values = model.state_dict().values()
+    return hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in values)).hexdigest()
+
+
+def equals_one_rank_with_twice_the_batch(world):
+    data = batches(STEPS, 2 * BATCH)
+    trainer = trainer_for(model_in(), schedule=OneCycle(0.01, STEPS))
+    digests = []
+    for batch in data:
+        trainer.train_step([half(batch, world.rank)])
+        digests.append(digest(trainer.model))
+    alone = trainer_for(model_in(), schedule=OneCycle(0.01, STEPS), world=World())
+    for batch in data:
+        alone.train_step([batch])
+    return {
+        "digests": digests,
+        "weights": trainer.model.state_dict(),
+        "alone": alone.model.state_dict(),
+        "losses": [trainer.last_loss(), alone.last_loss()],
+    }
+
+
+def overflow_on_one_rank(world):
+    """In the third step the gradients of rank 1 are infinite."""
+    model = model_in(torch.float16)
+    trainer = trainer_for(model, scaler=amp.GradScaler("cpu", init_scale=256.0))
+    seen = []
+    for number, batch in enumerate(batches(5, 2 * BATCH, torch.float16)):
+        images, labels = half(batch, world.rank)
+        handle = None
+        if number == 2 and world.rank == 1:
+            handle = model[1].weight.register_hook(lambda g: g * math.inf)
+        before = digest(model)
+        trainer.train_step([(images, labels)])
+        if handle is not None:
+            handle.remove()
+        optimizer = trainer.optimizer
+        seen.append(
+            {
+                "unchanged": digest(model) == before,
+                "scale": trainer.scaler.get_scale(),
+                "skipped": int(optimizer.skipped_steps),
+                "applied": int(optimizer.applied_steps),
+                "offender": optimizer.last_overflow(),
+                "digest": digest(model),
+            }
+        )
+    return seen
+
+
+def accumulation(world, dtype=torch.bfloat16):
+    """Three passes a step on each rank, against six on one; batch norm statistics are rank 0's."""
+    data = batches(12, 2 * BATCH, dtype)
+    groups = [data[i : i + 3] for i in range(0, 12, 3)]
+    trainer = trainer_for(model_in(dtype), accumulate=3)
+    for group in groups:
+        trainer.train_step([half(batch, world.rank) for batch in group])
+    alone = trainer_for(model_in(dtype), accumulate=6, world=World())
+    for group in groups:
+        alone.train_step([half(batch, rank) for batch in group for rank in (0, 1)])
+    weights = {name: value.float() for name, value in trainer.model.state_dict().items()}
+    expected = {name: value.float() for name, value in alone.model.state_dict().items()}
+    return {"digest": digest(trainer.model), "weights": weights, "alone": expected}
+
+
+def evaluation(world):
+    """Each rank has its share, one of them an odd one; both report the whole."""
+    data = batches(3, 2 * BATCH)
+    trainer = trainer_for(model_in(norm=True))
+    for batch in data:
+        trainer.train_step([half(batch, world.rank)])
+    share = data if world.rank == 0 else data[:1]
+    together = trainer.evaluate(share)
+    alone = trainer_for(model_in(norm=True), world=World())
+    alone.model.load_state_dict(trainer.model.state_dict())
+    whole = alone.evaluate([*data, data[0]])
+    return {"together": together, "alone": whole}
+
+
+def terminated(world, folder):
+    """SIGTERM comes to rank 1 alone, in its fourth step."""
+
+    def loader():
+        for number, batch in enumerate(batches(40, 2 * BATCH)):
+            if number == 3 and world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield half(batch, world.rank)
+
+    trainer = trainer_for(model_in(), folder=folder / "run")
+    try:
+        trainer.fit(loader(), batches(1, BATCH), 1)
+    except KeyboardInterrupt as stop:
+        return {"kind": type(stop).__name__, "message": str(stop), "step": trainer.step}
+    return {"kind": "none"}
+
+
+def in_shards(model, dtype=torch.float32, **options):
+    if rendezvous.current().rank == 1:  # the first rank's weights are those that count
+        for param in model.parameters():
+            param.data += 1
+    shards = fsdp.shard(model, dtype)
+    optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=0.01, max_grad_norm=0.5)
+    shards.join(optimizer)
+    return Trainer(model, optimizer, CrossEntropyLoss(), progress=False, shards=shards, **options)
+
+
+def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None):
+    """Each rank with its part of the weights, against one rank with everything."""
+    data = batches(STEPS, 2 * BATCH, dtype)
+    split = in_shards(model_in(norm=norm), dtype, accumulate=accumulate, scaler=scaler)
+    # BatchNorm takes the statistics of what a rank sees: both then see the same
+    share = (lambda batch: batch) if norm else (lambda batch: half(batch, world.rank))
+    alone = trainer_for(model_in(dtype, norm=norm), accumulate=accumulate, world=World())
+    norms = []
+    for start in range(0, STEPS, accumulate):
+        group = data[start : start + accumulate]
+        split.train_step([share(batch) for batch in group])
+        alone.train_step(group)
+        norms.append([float(t.optimizer.grad_norm) for t in (split, alone)])
+    seen = []
+    handle = split.model[-2].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].dtype)
+    )
+    with torch.no_grad():
+        split.model.eval()(data[0][0])
+    handle.remove()
+    together = split.evaluate(data[: 3 - world.rank])
+    return {
+        "weights": split.state_dict()["model"],
+        "alone": alone.model.state_dict(),
+        "norms": norms,
+        "losses": [split.last_loss(), alone.last_loss()],
+        "own": sum(p.numel() for _, p in split.shards.named_parameters()),
+        "evaluation": together,
+        "activations": seen,
+        "expected": in_whole(split, dtype, norm).evaluate([*data[:3], *data[:2]]),
+    }
+
+
+def in_whole(trainer, dtype, norm):
+    alone = trainer_for(model_in(dtype, norm=norm), world=World())
+    alone.model.load_state_dict(trainer.state_dict()["model"])
+    return alone
+
+
+def _explode(module, inputs, output):
+    """Make the gradients of a layer infinite."""
+    output.register_hook(lambda grad: grad * math.inf)
+
+
+def sharded_overflow(world):
+    """In the third step the gradients of rank 1 are infinite."""
+    trainer = in_shards(model_in(), torch.float16, scaler=amp.GradScaler("cpu", init_scale=256.0))
+    seen = []
+    for number, batch in enumerate(batches(5, 2 * BATCH, torch.float16)):
+        images, labels = half(batch, world.rank)
+        handle = None
+        if number == 2 and world.rank == 1:
+            handle = trainer.model[1].register_forward_hook(_explode)
+        before = trainer.state_dict()["model"]
+        trainer.train_step([(images, labels)])
+        if handle is not None:
+            handle.remove()
+        after = trainer.state_dict()["model"]
+        seen.append(
+            {
+                "unchanged": all(torch.equal(before[name], after[name]) for name in after),
+                "scale": trainer.scaler.get_scale(),
+                "skipped": int(trainer.optimizer.skipped_steps),
+                "offender": trainer.optimizer.last_overflow(),
+            }
+        )
+    return seen
+
+
+def sharded_resumes(world, folder):
+    """Saved half way, loaded into a new trainer, and into one that is not split."""
+    data = batches(10, 2 * BATCH, torch.bfloat16)
+
+    def train(trainer, part):
+        for batch in part:
+            trainer.train_step([half(batch, world.rank)])
+        return trainer
+
+    first = train(in_shards(model_in(), torch.bfloat16), data[:5])
+    first.save(folder / "sharded")
+    second = in_shards(model_in(), torch.bfloat16)
+    second.resume(folder / "sharded")
+    whole = trainer_for(model_in(), world=World())
+    whole.resume(folder / "sharded")
+    states = [train(t, data[5:]).state_dict() for t in (first, second)]
+    return {
+        "states": [[s["model"], s["optimizer"]["state"]] for s in states],
+        "whole": whole.optimizer.state_dict()["state"],
+        "step": whole.step,
+    }
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    with rendezvous.joined(CPU) as world:
+        seen = {
+            "world": world,
+            "twice": equals_one_rank_with_twice_the_batch(world),
+            "overflow": overflow_on_one_rank(world),
+            "accumulation": accumulation(world),
+            "evaluation": evaluation(world),
+            "sharded": sharded_equals_whole(world, torch.float32),
+            "sharded accumulation": sharded_equals_whole(world, torch.float32, accumulate=2),
+            "sharded norm": sharded_equals_whole(world, torch.float32, norm=True),
+            "sharded bf16 norm": sharded_equals_whole(world, torch.bfloat16, norm=True),
+            "sharded overflow": sharded_overflow(world),
+            "sharded resumes": sharded_resumes(world, folder),
+            "terminated": terminated(world, folder),
+        }
+        torch.save(seen, folder / f"rank-{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

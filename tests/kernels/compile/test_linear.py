@@ -1,0 +1,77 @@
+"""The linear kernels' machine code: matrix instructions, TMA, 128-bit accesses."""
+
+import pytest
+import torch
+
+from tests.kernels.compile.harness import SM_WARPS
+
+pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
+
+from fastmp.backends.triton.activation import activation_backward
+from fastmp.backends.triton.linear import linear
+from fastmp.backends.triton.tiles import linear_tile
+
+# Of each architecture's matrix instructions, and its copies from global to shared memory.
+MATRIX = {80: r"HMMA\..*", 90: r"HGMMA\..*", 100: r"UTCHMMA.*", 120: r"HMMA\..*"}
+COPY = {80: r"LDGSTS\..*\.128", 90: r"UTMALDG\..*", 100: r"UTMALDG\..*", 120: r"LDGSTS\..*\.128"}
+STORE = {80: r"STG\..*\.128", 90: r"UTMASTG\..*", 100: r"UTMASTG\..*", 120: r"STG\..*\.128"}
+
+# Every tile in both dtypes, every activation, with and without bias and z.
+CASES = {
+    "few rows, fp16 gelu + z": (64, 1024, torch.float16, "gelu", True, True),
+    "few rows, bf16 silu": (64, 1024, torch.bfloat16, "silu", False, False),
+    "shallow, fp16 gelu_tanh + z": (1024, 1024, torch.float16, "gelu_tanh", True, True),
+    "shallow, bf16 relu": (1024, 1024, torch.bfloat16, "relu", True, False),
+    "deep, fp16 silu + z": (1024, 4096, torch.float16, "silu", True, True),
+    "deep, bf16 gelu": (1024, 4096, torch.bfloat16, "gelu", True, False),
+}
+
+
+def _matrix(rows, columns, dtype):
+    return torch.zeros(1, dtype=dtype).expand(rows, columns).contiguous()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_product(compiled, case):
+    rows, depth, dtype, activation, bias, save = case
+    x, w = _matrix(rows, depth, dtype), _matrix(512, depth, dtype)
+    b = torch.zeros(512, dtype=dtype) if bias else None
+    for kernel in compiled(linear, x, w, b, activation, save):
+        arch = kernel.arch
+        assert kernel.count(MATRIX[arch]) >= 4
+        assert kernel.count(COPY[arch]) >= 2
+        assert kernel.count(STORE[arch]) >= (4 if save else 2)
+        copied_alone = r"LDG\..*\.(U16|S16|U8)" if arch in (90, 100) else r"LDS\.U16.*"
+        assert kernel.count(copied_alone) == 0
+        # As many programs on a multiprocessor as the tile's epilogue counts on.
+        tile = linear_tile(rows, depth, arch)
+        assert kernel.occupancy() * SM_WARPS[arch] >= tile.programs * tile.warps
+
+
+BACKWARDS = {
+    "fp16 gelu + bias": (torch.float16, "gelu", True),
+    "bf16 gelu_tanh + bias": (torch.bfloat16, "gelu_tanh", True),
+    "fp32 silu + bias": (torch.float32, "silu", True),
+    "fp16 relu": (torch.float16, "relu", False),
+    "bf16 bias": (torch.bfloat16, "none", True),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARDS.values(), ids=BACKWARDS)
+def test_activation_backward(compiled, case):
+    dtype, activation, needs_bias = case
+    grad = _matrix(1024, 1024, dtype)
+    for kernel in compiled(activation_backward, grad, grad, activation, needs_bias):
+        assert kernel.count(r"LDG\..*\.128") >= 1
+        assert kernel.count(r"LDG.*") == kernel.count(r"LDG\..*\.128")
+        if kernel.name == "_activation_backward_kernel":
+            # 64 bytes of each operand and thread on their way at a time.
+            assert kernel.count(r"LDG\..*") == (4 if activation == "none" else 8)
+            assert kernel.count(r"STG\..*\.128") == (0 if activation == "none" else 4)
+            assert kernel.occupancy() >= 0.25  # 4 programs: 64 KB on their way
+
+
+def test_activation_backward_of_odd_rows(compiled):
+    """Rows of 1,021 elements: one at a time, and still no spills."""
+    grad = _matrix(1024, 1021, torch.float16)
+    compiled(activation_backward, grad, grad, "relu", True)

@@ -1,0 +1,67 @@
+"""update.cu, compiled by NVRTC for every architecture as on a user's machine: what came out."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.kernels.compile.harness import ARCHITECTURES, look_at
+
+pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed: no NVRTC")
+
+from fastmp.backends.cuda import launch, nvrtc
+from fastmp.backends.cuda.update import case_of
+from fastmp.ops.update.rules import RULES
+
+F32, F16, BF16 = range(3)
+KEPT = {"fp32": (F32, F32, 0), "fp16": (F16, F16, 1), "bf16 split": (BF16, BF16, 2)}
+STATES = {0: 2, 1: 3, 2: 0, 3: 1, 4: 1}  # of each rule
+
+
+def build(*cases):
+    """The kernel for these (rule, param, grad, master), for every architecture."""
+    name = launch.kernel_name(tuple(case_of(RULES[r].struct, *kept) for r, *kept in cases))
+
+    def one(arch):
+        image = nvrtc.compile("cuda/update.cu", name, f"sm_{arch}")
+        return look_at("update", arch, image.code, 8, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC does not hold the interpreter's lock
+        kernels = list(pool.map(one, ARCHITECTURES))
+    for kernel in kernels:
+        where = f"sm_{kernel.arch}, {kernel.registers} registers"
+        assert kernel.spills == kernel.stack == kernel.local == 0, f"{where}: spills"
+    return kernels
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("kept", KEPT)
+def test_every_rule_in_every_dtype(rule, kept):
+    """No spills, every fp32 stream in 128-bit accesses, both ways; 16-bit ones in 64."""
+    for kernel in build((rule, *KEPT[kept])):
+        states = STATES[rule]
+        wide = states + {"fp32": 1, "fp16": 1, "bf16 split": 0}[kept]  # the master
+        narrow = {"fp32": 0, "fp16": 1, "bf16 split": 2}[kept]
+        grads = {"fp32": 1, "fp16": 0, "bf16 split": 0}[kept]
+        assert kernel.count(r"LDG\.E\.EF\.128.*") == wide + grads
+        assert kernel.count(r"STG\.E\.EF\.128.*") == wide
+        assert kernel.count(r"LDG\.E\.EF\.64.*") == {"fp32": 0, "fp16": 1, "bf16 split": 3}[kept]
+        assert kernel.count(r"STG\.E\.EF\.64.*") == narrow
+        assert kernel.count(r"LDG\.E\.128\.CONSTANT.*") >= 3  # the scan, for every dtype
+        assert kernel.occupancy() >= (0.33 if states > 2 else 0.5)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [(0, *KEPT["fp16"]), (0, *KEPT["fp32"])],  # a converted network: its batch norms are fp32
+        [(0, *KEPT["bf16 split"]), (0, *KEPT["fp32"])],
+        [(0, F16, F32, 1), (0, BF16, F32, 2)],  # 32-bit gradients of 16-bit weights
+        [(0, *kept) for kept in KEPT.values()],
+        [(rule, *kept) for rule in sorted(RULES) for kept in KEPT.values()],
+    ],
+    ids=["fp16+fp32", "bf16+fp32", "fp32 gradients", "three dtypes", "everything"],
+)
+def test_several_cases_in_one_kernel(cases):
+    for kernel in build(*cases):
+        assert kernel.occupancy() >= 0.25

@@ -1,0 +1,420 @@
+"""The operations on an NVIDIA GPU: compiled, captured, never waiting, at any address and size."""
+
+import gc
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmp import backends
+from fastmp.backends import triton
+from fastmp.data.mixup import Mixup
+from fastmp.functional import MixedTarget, cross_entropy, linear, mix
+from fastmp.nn import CrossEntropyLoss, Linear
+from fastmp.ops.mix import mix_reference
+from tests.functional.linear_cases import check as check_linear
+from tests.functional.linear_cases import lay_out
+from tests.functional.loss_cases import check as check_loss
+
+
+def _obstacle():
+    """Why nothing here can run; empty if it can."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < triton.MINIMUM_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    version, reason = triton.load()
+    return "" if version else reason
+
+
+OBSTACLE = _obstacle()
+pytestmark = [
+    pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE),
+    pytest.mark.usefixtures("every_size"),
+]
+
+DEVICE = "cuda"
+HALVES = [torch.float16, torch.bfloat16]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+# ---- what every operation is put through ----
+
+
+class Case(NamedTuple):
+    """A call of an operation: ``forward`` of all tensors but the last."""
+
+    forward: Any
+    leaves: int  # so many tensors come first and get a gradient
+    tensors: list[torch.Tensor]  # the last one: the incoming gradient
+    slack: float = 1e-6  # of the largest value: by so much may two runs differ
+
+
+def results(case, forward=None):
+    """The value, and the gradients of the leaves."""
+    *inputs, incoming = case.tensors
+    leaves = [t.detach().requires_grad_() for t in inputs[: case.leaves]]
+    out = (forward or case.forward)(*leaves, *inputs[case.leaves :])
+    if not leaves:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, leaves, incoming)]
+
+
+def assert_same(ours, theirs, slack):
+    for one, other in zip(ours, theirs, strict=True):
+        rtol, atol = 2 * torch.finfo(other.dtype).eps, slack * float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+def loss_case(announced, dtype, seed):
+    """Rows that stay on the chip in fp16, rows in blocks in bf16. A foretold scale if seed is 0."""
+    torch.manual_seed(seed)
+    rows, classes = (130, 1001) if dtype == torch.float16 else (70, 33003)
+    z = (3 * torch.randn(rows, classes)).to(dtype)
+    a, b = torch.randint(classes, (2, rows))
+    a[1] = -100
+    lam, scale = torch.rand(rows), torch.tensor(1024.0 * (1 + seed))
+    incoming = torch.rand(rows) if announced == "each row" else scale / (1 + seed % 2)
+
+    def forward(z, a, b, lam, scale):
+        given = {"number": 1024.0, "tensor": scale}.get(announced)
+        reduction = "none" if announced == "each row" else "mean"
+        options = {"reduction": reduction, "label_smoothing": 0.1, "grad_scale": given}
+        return cross_entropy(z, MixedTarget(a, b, lam), **options)
+
+    return Case(forward, 1, [t.to(DEVICE) for t in (z, a, b, lam, scale, incoming)])
+
+
+def linear_case(activation, dtype, seed):
+    """The products of the gradients are cuBLAS's, which may add up in another order."""
+    torch.manual_seed(seed)
+    shapes = (300, 264), (520, 264), (520,), (300, 520)
+    x, w, b, grad = (torch.randn(shape).to(DEVICE, dtype) for shape in shapes)
+    slack = 4 * torch.finfo(dtype).eps
+
+    def forward(x, w, b):
+        return linear(x, w, b, activation)
+
+    return Case(forward, 3, [x, w / 16, b, grad], slack)
+
+
+def mix_case(kind, seed):
+    torch.manual_seed(seed)
+    x = torch.randint(256, (9, 3, 40, 48), dtype=torch.uint8)
+    index, lam = torch.randperm(9), torch.rand(9)
+    edges = [torch.randint(size + 1, (9, 2)).sort(1).values for size in (40, 48)]
+    box = torch.cat(edges, 1)
+
+    def forward(x, index, lam, box):
+        chosen = {"lam": lam} if kind == "mixup" else {"lam": None, "box": box}
+        return mix(x, index=index, **chosen, mean=MEAN, std=STD, dtype=torch.float16)
+
+    tensors = [t.to(DEVICE) for t in (x, index, lam, box)]
+    return Case(forward, 0, [*tensors, torch.zeros((), device=DEVICE)])
+
+
+CASES = {f"loss {a} {d}": partial(loss_case, a, d) for d in HALVES
+         for a in ("nothing", "number", "tensor", "each row")}  # fmt: skip
+CASES |= {f"{a} {d}": partial(linear_case, a, d) for d in HALVES for a in ("gelu", "relu")}
+CASES |= {kind: partial(mix_case, kind) for kind in ("mixup", "cutmix")}
+every_case = pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
+
+
+@pytest.mark.parametrize("op", ["loss", "linear", "mix"])
+def test_triton_serves(op):
+    served = {(s.op, s.device): s for s in backends.report()}[op, "cuda"]
+    assert served.backend == "triton", served.reason
+
+
+@every_case
+def test_compiled_is_eager(build):
+    case = build(0)
+    torch.compiler.reset()
+    compiled = torch.compile(case.forward, fullgraph=True)
+    assert_same(results(case, compiled), results(case), case.slack)
+
+
+@every_case
+def test_a_cuda_graph_replays_what_eager_computes(build):
+    case = build(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            results(case)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(case)
+    for seed in (1, 2):  # another scale than foretold, then the right one
+        fresh = build(seed)
+        for static, new in zip(case.tensors, fresh.tensors, strict=True):
+            static.copy_(new)
+        graph.replay()
+        assert_same(captured, results(fresh), case.slack)
+
+
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_host_never_waits(build):
+    case = build(0)
+    expected = results(case)
+    with waiting_is_an_error():
+        again = results(case)
+    assert_same(again, expected, case.slack)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_host_never_waits_in_a_training_step():
+    x, y = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))
+    x, y, scale = x.to(DEVICE), y.to(DEVICE), torch.full((), 1024.0, device=DEVICE)
+    options = {"device": DEVICE, "dtype": torch.float16}
+    layers = Linear(3072, 256, **options, activation="gelu"), Linear(256, 10, **options)
+    model, criterion = torch.nn.Sequential(*layers), CrossEntropyLoss(label_smoothing=0.1)
+    mixup = Mixup(cutmix_alpha=1.0, mean=MEAN, std=STD, dtype=torch.float16)
+
+    def steps(count):
+        for _ in range(count):
+            mixed, target = mixup(x, y)
+            (criterion(model(mixed.flatten(1)), target, scale) * scale).backward()
+
+    steps(20)  # some of which cut
+    with waiting_is_an_error():
+        steps(10)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            scale.item()  # the watchman is awake
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_case
+def test_three_runs_give_the_same_bits(build):
+    case = build(1)
+    first, *others = (results(case) for _ in range(3))
+    for again in others:
+        assert all(map(torch.equal, again, first))
+
+
+@every_case
+def test_on_two_streams(build):
+    """Each stream's inputs come late: a launch on another stream would miss them."""
+    cases = build(1), build(2)
+    expected = [results(case) for case in cases]
+    late = [[torch.zeros_like(t) for t in case.tensors] for case in cases]
+    torch.cuda.synchronize()
+    outputs = []
+    for case, empty in zip(cases, late, strict=True):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(20_000_000)  # 10 ms
+            for static, new in zip(empty, case.tensors, strict=True):
+                static.copy_(new)
+            outputs.append(results(case._replace(tensors=empty)))
+    torch.cuda.synchronize()
+    for case, ours, theirs in zip(cases, outputs, expected, strict=True):
+        assert_same(ours, theirs, case.slack)
+
+
+@every_case
+def test_on_a_device_that_is_not_the_current_one(build):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU only")
+    case = build(1)
+    elsewhere = results(case._replace(tensors=[t.to("cuda:1") for t in case.tensors]))
+    assert all(t.device == torch.device("cuda:1") for t in elsewhere)
+    assert_same([t.to(DEVICE) for t in elsewhere], results(case), case.slack)
+
+
+# ---- any address ----
+
+LAYOUTS = ["dense", "transposed", "sliced", "every second", "offset"]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [10, 1001, 4096, 33003])
+def test_loss_at_any_address(classes, layout, dtype):
+    z = lay_out(torch.randn(9, classes, device=DEVICE).to(dtype), layout)
+    a, b = torch.randint(classes, (9, 2), device=DEVICE).unbind(1)
+    lam, weight = torch.rand(9, device=DEVICE), torch.rand(classes, device=DEVICE).to(dtype) + 0.1
+    lam, weight = lay_out(lam, layout), lay_out(weight, layout)
+    problem = (z, a, b, lam, weight, -100, "mean", 0.1, 512.0)
+    check_loss(problem, scales=(None, 512.0), device=DEVICE)
+
+
+def test_the_sum_of_a_loss_for_each_row():
+    """Its incoming gradient is one number again and again, with stride 0."""
+    z, y = torch.randn(99, 10, device=DEVICE).half(), torch.randint(10, (99,), device=DEVICE)
+    z.requires_grad_()
+    (each,) = torch.autograd.grad((cross_entropy(z, y, reduction="none") * 2).sum(), z)
+    (view,) = torch.autograd.grad(cross_entropy(z, y, reduction="none").sum(), z)
+    (total,) = torch.autograd.grad(cross_entropy(z, y, reduction="sum"), z)
+    assert_same([each / 2, view], [total, total], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(70, 136, 72), (300, 264, 520), (33, 33, 33)], ids=str)
+def test_linear_at_any_address(shape, layout, dtype):
+    rows, columns, depth = shape
+    shapes = (rows, depth), (columns, depth), (columns,), (rows, columns)
+    x, w, b, grad = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    tensors = [lay_out(t, layout) for t in (x, w / depth**0.5, b, grad)]
+    for activation in ("gelu", "relu"):
+        check_linear(*tensors, activation, own=False)
+
+
+def assert_mixed(out, x, index, lam=None, box=None):
+    """Against fp64: one rounding to fp16, and a few of values up to 5 in fp32."""
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=x.device) for v in (MEAN, STD))
+    lam = None if lam is None else lam.double()
+    affine = 1 / (255 * std), -mean / std
+    exact = mix_reference(x.double(), lam, index, box, *affine, torch.float64)
+    assert out.dtype == torch.float16
+    assert ((out.double() - exact).abs() <= 2**-11 * 1.01 * exact.abs() + 4e-6).all()
+
+
+PLACES = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: F.pad(x, (3, 1, 2, 2), value=9)[:, :, 2:-2, 3:-1],
+    "offset": lambda x: F.pad(x.flatten(), (1, 0), value=9)[1:].view_as(x),
+}
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("place", PLACES)
+def test_mix_at_any_address(place, kind):
+    case = mix_case(kind, 0)
+    x, index, lam, box, _ = case.tensors
+    chosen = {"lam": lam} if kind == "mixup" else {"box": box}
+    assert_mixed(case.forward(PLACES[place](x), index, lam, box), x, index, **chosen)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0)], ids=["mixup", "cutmix"])
+def test_mixup_is_that_of_the_cpu(alphas, per_sample):
+    x, y = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (16,))
+    drawn = []
+    for device, dtype in ((DEVICE, torch.float16), ("cpu", torch.float64)):
+        draw = torch.Generator().manual_seed(3)
+        mixup = Mixup(*alphas, per_sample=per_sample, generator=draw, mean=MEAN, std=STD,
+                      dtype=dtype)  # fmt: skip
+        drawn.append(mixup(x.to(device), y.to(device)))
+    (ours, our_target), (theirs, their_target) = drawn
+    assert ours.dtype == torch.float16
+    torch.testing.assert_close(ours.cpu().double(), theirs, rtol=2**-11 * 1.01, atol=4e-6)
+    assert all(map(torch.equal, [t.cpu() for t in our_target], their_target))
+
+
+# ---- what cannot be refused without waiting ----
+
+
+@pytest.mark.parametrize("value", [-1, 1001, 2**40, -(2**62)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_target_out_of_range_is_loud(value, which):
+    z = torch.randn(5, 1001, device=DEVICE).half().requires_grad_()
+    targets = torch.randint(1001, (2, 5), device=DEVICE)
+    targets[which, 2] = value
+    for reduction, scale in (("none", None), ("mean", None), ("sum", 1.0)):
+        target = MixedTarget(*targets, 0.25)
+        loss = cross_entropy(z, target, reduction=reduction, grad_scale=scale)
+        (grad,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
+        bad = torch.arange(5, device=DEVICE) == 2
+        assert torch.equal(loss.isnan(), bad if reduction == "none" else bad.any())
+        assert torch.equal(grad.isnan().any(1), bad)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("value", [-1, 9, 2**40, -(2**62)])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_an_index_out_of_range_is_loud(kind, value):
+    case = mix_case(kind, 0)
+    (good,) = results(case)
+    case.tensors[1][2] = value
+    (out,) = results(case)
+    others = [i for i in range(9) if i != 2]
+    assert out[2].isnan().all()
+    assert torch.equal(out[others], good[others])
+    torch.cuda.synchronize()
+
+
+# ---- more than 2^31 elements ----
+
+
+@pytest.fixture
+def room():
+    """40 GB of memory; what was there before the test is there afterwards."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < 40:
+        pytest.skip(f"needs 40 GB of free GPU memory, there are {free:.0f}")
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_loss_of_more_than_2_31_logits(reduction):
+    """With none the gradient is computed in the backward, with sum in the forward."""
+    z = torch.randn(8200, 262144, device=DEVICE, dtype=torch.float16).requires_grad_()
+    y = torch.randint(262144, (8200,), device=DEVICE)
+    loss = cross_entropy(z, y, reduction=reduction, grad_scale=1024.0)
+    (grad,) = torch.autograd.grad(loss, z, torch.full_like(loss, 1024.0))
+    rows = [0, 8191, 8192, 8198, 8199]
+    some = z.detach()[rows].double().requires_grad_()
+    ref = F.cross_entropy(some, y[rows], reduction="none")
+    (ref_grad,) = torch.autograd.grad(ref, some, torch.full_like(ref, 1024.0))
+    if reduction == "none":
+        torch.testing.assert_close(loss[rows].double(), ref, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[rows].double(), ref_grad, rtol=2**-10, atol=1e-7)
+
+
+@pytest.mark.usefixtures("room")
+def test_linear_of_more_than_2_31_results():
+    x = torch.randn(524296, 64, device=DEVICE).half()
+    w = (torch.randn(4104, 64, device=DEVICE) / 8).half()
+    b = torch.randn(4104, device=DEVICE).half()
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    y = linear(x, w, b, "gelu")
+    # A power of two, and so small that no sum of 524,296 of them leaves fp16.
+    dx, dw, db = torch.autograd.grad(y, leaves, torch.full_like(y, 2.0**-6))
+    x64, w64, b64 = (t.detach().double() for t in leaves)
+
+    def wide(some_x, some_w, some_b):
+        z = F.linear(some_x, some_w, some_b).requires_grad_()
+        value = F.gelu(z)
+        (dz,) = torch.autograd.grad(value, z, torch.full_like(value, 2.0**-6))
+        return value.detach(), dz
+
+    value, dz = wide(x64[-200:], w64, b64)
+    torch.testing.assert_close(y[-200:].double(), value, rtol=2**-10, atol=1e-5)
+    _, dz_columns = wide(x64, w64[-8:], b64[-8:])
+    exactly = dz @ w64, dz_columns.t() @ x64, dz_columns.sum(0)
+    for ours, exact in zip((dx[-200:], dw[-8:], db[-8:]), exactly, strict=True):
+        assert (ours.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mix_of_more_than_2_31_bytes(kind):
+    x = torch.randint(256, (10930, 3, 256, 256), device=DEVICE, dtype=torch.uint8)
+    index = torch.arange(len(x), device=DEVICE).flip(0)
+    lam, box = torch.tensor(0.25, device=DEVICE), torch.tensor([10, 200, 33, 250], device=DEVICE)
+    chosen = {"lam": lam} if kind == "mixup" else {"lam": None, "box": box}
+    out = mix(x, index=index, **chosen, mean=MEAN, std=STD, dtype=torch.float16)
+    pair = torch.tensor([0, len(x) - 1], device=DEVICE)  # each other's partners
+    assert_mixed(out[pair], x[pair], pair.new_tensor([1, 0]), **chosen)

@@ -1,0 +1,145 @@
+"""The optimizer step on an NVIDIA GPU: its bits, in a CUDA graph, without a sync, at any size."""
+
+import pytest
+import torch
+
+import fastmp
+from fastmp import backends
+from tests.kernels.gpu.test_operations import OBSTACLE
+from tests.optim.optim_cases import give_gradients, masters, parameters, same_bits, snapshot
+
+pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "there is a GPU")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RULES = ["AdamW", "SGD", "Lion"]
+
+
+def on_gpu(params):
+    return [p.detach().cuda().requires_grad_() for p in params]
+
+
+def test_cuda_serves_update():
+    (row,) = [r for r in backends.report() if (r.op, r.device) == ("update", "cuda")]
+    assert row.backend == "cuda", row.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RULES)
+def test_the_same_bits_as_on_the_cpu(name, dtype):
+    """Without a norm in it; the powers of the betas are rounded to fp32 on both."""
+    runs = []
+    for place in (on_gpu, list):
+        params = place(parameters(dtype))
+        optimizer = getattr(fastmp.optim, name)(params, lr=0.1)
+        for step in range(5):
+            give_gradients(params, seed=step)
+            optimizer.step()
+        assert optimizer._plan.fallback is None
+        runs.append([t.cpu() for t in snapshot(optimizer, params)])
+    assert same_bits(*runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clipped_steps_equal_torchs(dtype):
+    ours = on_gpu(parameters(dtype))
+    theirs = [p.detach().float().requires_grad_() for p in ours]
+    a = fastmp.optim.AdamW(ours, max_grad_norm=0.7)
+    b = torch.optim.AdamW(theirs, fused=True)
+    for step in range(10):
+        give_gradients(ours, theirs, seed=step)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+        a.step()
+        b.step()
+    expected = [p.detach() for p in theirs]
+    torch.testing.assert_close(masters(a, ours), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_replayed_graph_steps_over_an_overflow(dtype):
+    """lr from a table, scale and counter updated in the step: as the same calls without a graph."""
+    runs = []
+    for graphed in (True, False):
+        params = on_gpu(parameters(dtype))
+        grads = [torch.empty_like(p) for p in params]
+        optimizer = fastmp.optim.AdamW(params, max_grad_norm=1.0)
+        optimizer.set_schedule([0.1, 0.2, 0.05])
+        scaler = fastmp.amp.GradScaler("cuda", init_scale=2.0**12, growth_interval=3)
+        scaler.scale(torch.ones((), device="cuda"))
+
+        def step(params=params, grads=grads, scaler=scaler, optimizer=optimizer):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            scaler.step_and_update(optimizer)
+
+        def give(seed, params=params, grads=grads):
+            give_gradients(params, seed=seed)
+            for p, grad in zip(params, grads, strict=True):
+                grad.copy_(p.grad)
+            if seed % 4 == 2:
+                grads[3][7] = torch.inf
+
+        give(0)
+        step()
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+        for seed in range(1, 9):
+            give(seed)
+            if graphed:
+                graph.replay()
+            else:
+                step()
+        assert (optimizer.applied_steps, optimizer.skipped_steps) == (7, 2)
+        state = [scaler._scale, scaler._growth_tracker, optimizer.grad_norm]
+        runs.append([*snapshot(optimizer, params), *(t.clone() for t in state)])
+    assert same_bits(*runs)
+
+
+def test_a_captured_step_reads_its_lr_from_the_device():
+    (p,) = on_gpu(parameters(shapes=[(100,)]))
+    lr = torch.tensor(0.5, device="cuda")
+    optimizer = fastmp.optim.SGD([p], lr=lr)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    before = p.detach().clone()
+    lr.fill_(0.25)
+    graph.replay()
+    torch.testing.assert_close(p.detach(), before - 0.25)
+
+
+def test_a_step_never_waits_for_the_gpu():
+    params = on_gpu(parameters(torch.float16))
+    optimizer = fastmp.optim.AdamW(params, max_grad_norm=1.0)
+    scaler = fastmp.amp.GradScaler("cuda")
+    scaler.scale(torch.ones((), device="cuda"))
+    give_gradients(params)
+    scaler.step_and_update(optimizer)
+    give_gradients(params, seed=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.param_groups[0]["lr"] = 0.5
+        scaler.step_and_update(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.applied_steps == 3
+
+
+def test_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GiB of free GPU memory")
+    count = 2**31 + 4099
+    p = torch.zeros(count, dtype=torch.float16, device="cuda", requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = fastmp.optim.SGD([p], lr=1.0)
+    optimizer.step()
+    assert bool((p == -1).all())
+    torch.testing.assert_close(float(optimizer.grad_norm), count**0.5, rtol=1e-6, atol=0)
+    p.grad[-1] = torch.nan
+    optimizer.step()
+    assert bool((p == -1).all())
+    assert optimizer.skipped_steps == 1

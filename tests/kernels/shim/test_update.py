@@ -1,0 +1,159 @@
+"""What is the CUDA kernel's own: its grid, its table, its schedule, the scale it updates."""
+
+import pytest
+import torch
+
+import fastmp
+from fastmp.backends.cuda import update as backend
+from fastmp.ops.update import step_table
+from fastmp.ops.update.rules import RULES
+from tests.optim.optim_cases import adam_w, give_gradients, masters, parameters, same_bits, snapshot
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def steps(optimizer, params, count=4):
+    for step in range(count):
+        give_gradients(params, seed=step)
+        optimizer.step()
+    return [*snapshot(optimizer, params), optimizer.grad_norm.clone()]
+
+
+def test_rules_have_the_names_and_numbers_of_the_header(library):
+    numbers = [n for n in range(100) if library.shim_rule(n)]
+    assert numbers == sorted(RULES)
+    for number in numbers:
+        assert library.shim_rule(number).decode() == RULES[number].struct
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [adam_w, fastmp.optim.SGD, fastmp.optim.Lion])
+def test_the_same_bits_as_the_cpu_engine(monkeypatch, dtype, make):
+    """Without a norm in it, the order of the operations is the same."""
+    ours = steps(make(p := parameters(dtype), lr=0.1), p)
+    monkeypatch.setattr(step_table, "is_on_gpu", lambda device: False)
+    theirs = steps(make(p := parameters(dtype), lr=0.1), p)
+    assert same_bits(ours[:-1], theirs[:-1])
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=1e-6, atol=0)
+
+
+def test_the_norm_does_not_depend_on_the_grid(kernel, monkeypatch):
+    monkeypatch.setattr(backend, "_SPANS", 17)
+
+    def run(blocks):
+        kernel.most_blocks = blocks
+        return steps(adam_w(p := parameters(torch.float16), max_grad_norm=0.1), p)
+
+    first = run(1)
+    assert same_bits(first, run(2))
+    assert same_bits(first, run(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_at_any_address(dtype):
+    """Off the 4 elements of an access: a slower path, the same values."""
+
+    def run(offset):
+        whole = [torch.zeros(p.numel() + offset, dtype=dtype) for p in parameters(dtype)]
+        params = [w[offset:].view(p.shape) for w, p in zip(whole, parameters(dtype), strict=True)]
+        for mine, p in zip(params, parameters(dtype), strict=True):
+            mine.copy_(p.detach())
+            mine.requires_grad_()
+        return steps(adam_w(params), params)
+
+    aligned = run(0)
+    for offset in (1, 2, 3):
+        assert same_bits(aligned[:-1], run(offset)[:-1])
+
+
+def test_groups_rules_and_dtypes_in_one_launch(kernel):
+    ours = [*parameters(torch.float16), *parameters(torch.bfloat16), *parameters(torch.float32)]
+    theirs = [p.detach().float().requires_grad_() for p in ours]
+
+    def groups(p):
+        return [{"params": p[:10]}, {"params": p[10:], "amsgrad": True, "lr": 0.1}]
+
+    a, b = adam_w(groups(ours)), torch.optim.AdamW(groups(theirs))
+    for step in range(3):
+        give_gradients(ours, theirs, seed=step)
+        a.step()
+        b.step()
+    expected = [p.detach() for p in theirs]
+    torch.testing.assert_close(masters(a, ours), expected, rtol=1e-5, atol=1e-6)
+    assert kernel.launches == 3
+
+
+def test_the_table_is_uploaded_only_when_it_changed(kernel):
+    params = parameters()
+    optimizer = adam_w(params)
+    steps(optimizer, params, 1)
+    before = kernel.uploads
+    for _ in range(3):
+        optimizer.step()
+    assert kernel.uploads == before  # the same gradients, the same lr
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert kernel.uploads == before + 1
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert kernel.uploads == before + 2
+
+
+def test_a_capture_uploads_into_memory_of_its_own(kernel):
+    params = parameters()
+    optimizer = adam_w(params)
+    steps(optimizer, params, 1)
+    optimizer.step()
+    before, captured = kernel.uploads, len(backend._captured)
+    kernel.capturing = True
+    optimizer.step()
+    kernel.capturing = False
+    assert kernel.uploads == before  # page-locked memory cannot be asked for then
+    _, host, device, *_ = backend._captured[captured]
+    assert torch.equal(host, device)
+    assert device.data_ptr() != optimizer._plan.table._image.data_ptr()
+
+
+def test_step_and_update_are_two_launches_or_one(kernel):
+    def train(at_once):
+        torch.manual_seed(0)
+        params = parameters(torch.float16)
+        optimizer = adam_w(params, max_grad_norm=1.0)
+        scaler = fastmp.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=3)
+        scaler.scale(torch.ones(()))
+        kernel.launches, seen = 0, []
+        for step in range(12):
+            give_gradients(params, scale=100.0, seed=step)
+            if step in (2, 7, 8):
+                params[3].grad[7] = torch.inf
+            if at_once:
+                scaler.step_and_update(optimizer)
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            seen.append((scaler.get_scale(), scaler._get_growth_tracker()))
+        assert kernel.launches == 12
+        return seen, snapshot(optimizer, params)
+
+    (scales, one), (expected, two) = train(True), train(False)
+    assert scales == expected
+    assert same_bits(one, two)
+    assert len({scale for scale, _ in scales}) == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_400_tensors_of_any_size(seed, monkeypatch):
+    monkeypatch.setattr(backend, "_SPANS", 23)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(0, 9, (400,), generator=generator).pow(4).tolist()
+    ours, theirs = (
+        parameters(shapes=[(n,) for n in sizes]),
+        parameters(shapes=[(n,) for n in sizes]),
+    )
+    a, b = adam_w(ours, max_grad_norm=0.5), torch.optim.AdamW(theirs)
+    for step in range(2):
+        give_gradients(ours, theirs, seed=step)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

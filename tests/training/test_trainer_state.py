@@ -1,0 +1,198 @@
+"""The trainer's state: saved, resumed, averaged, counted; and the graph where there can be none."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastmp import amp
+from fastmp.checkpoint import CheckpointError
+from fastmp.checkpoint.manager import Checkpoints
+from fastmp.data.mixup import Mixup
+from fastmp.nn import CrossEntropyLoss
+from fastmp.schedule import OneCycle
+from fastmp.training import cuda_graph, log, rng, signals
+from tests.training.test_trainer import Poison, batches, newest, small_model, trainer_for, weights
+
+CPU = torch.device("cpu")
+
+
+def users_loader():
+    images = torch.randn(40, 1, 3, 4, generator=torch.Generator().manual_seed(2))
+    return DataLoader(TensorDataset(images, torch.arange(40) % 3), 5, shuffle=True)
+
+
+class Stop(Exception):
+    pass
+
+
+def run(folder, *, stop_after=None, resume=False):
+    """Two epochs with a loader of torch's, dropout, mixup and a scale; perhaps cut off."""
+    rng.seed(7 if not resume else 99)
+    model = small_model()
+    model.insert(2, torch.nn.Dropout(0.3))
+    trainer = trainer_for(
+        model,
+        schedule=OneCycle(0.05, 16),
+        scaler=amp.GradScaler("cpu", init_scale=512.0, growth_interval=3),
+        mixup=Mixup(0.4, generator=torch.Generator().manual_seed(3)),
+        ema=0.9,
+        save_every=3,
+        folder=folder,
+    )
+    if resume:
+        assert trainer.resume_newest()
+    elif stop_after is not None:
+        plain = trainer.train_step
+
+        def step(group):
+            if trainer.step == stop_after:
+                raise Stop
+            plain(group)
+
+        trainer.train_step = step
+    try:
+        trainer.fit(users_loader(), batches(2), 2 - trainer.epoch)
+    except Stop:
+        trainer.checkpoints.wait()
+    return trainer
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 8, 11])
+def test_a_run_with_any_loader_goes_on_to_the_bit(tmp_path, stop_after):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_after=stop_after)
+    resumed = run(tmp_path / "cut", resume=True)
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+    one, two = (t.optimizer.state_dict() for t in (whole, resumed))
+    for number, state in one["state"].items():
+        assert all(torch.equal(v, two["state"][number][k]) for k, v in state.items())
+    assert one["counts"] == two["counts"]
+    assert whole.scaler.state_dict() == resumed.scaler.state_dict()
+    for name, value in whole.ema.state_dict().items():
+        assert torch.equal(value, resumed.ema.state_dict()[name])
+    logs = [
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "samples_per_second")}
+            for kind in ("step", "epoch")
+            for row in log.read(tmp_path / name / "metrics.jsonl", kind)
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path):
+    trainer = trainer_for(small_model(), folder=tmp_path / "new")
+    assert not trainer.resume_newest()
+    assert not trainer_for(small_model()).resume_newest()
+    with pytest.raises(CheckpointError):
+        trainer.resume(tmp_path)
+
+
+def test_save_and_resume_by_path(tmp_path):
+    one = trainer_for(small_model())
+    one.fit(batches(3), batches(1), 1)
+    one.save(tmp_path / "mine")
+    two = trainer_for(small_model())
+    two.resume(tmp_path / "mine")
+    assert (two.epoch, two.step) == (1, 3)
+    for trainer in (one, two):
+        trainer.fit(batches(3), batches(1), 1)
+    assert torch.equal(weights(one.model), weights(two.model))
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path):
+    trainer = trainer_for(small_model(), folder=tmp_path, keep=1)
+    results = trainer.fit(batches(4), batches(3), 5)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    best = max(range(5), key=lambda i: (results[i].val_accuracy, i))
+    assert checkpoints.best().name == f"step-{4 * (best + 1):09d}"
+    assert newest(tmp_path)["progress"]["epoch"] == 5
+    saved = log.read(tmp_path / "metrics.jsonl", "saved")
+    assert [row["step"] for row in saved] == [4, 8, 12, 16, 20]
+
+
+def test_the_average_is_what_is_evaluated():
+    trainer = trainer_for(small_model(), ema=0.5)
+    trainer.fit(batches(4), batches(1), 1)
+    own = weights(trainer.model)
+    with trainer.ema.in_place():
+        averaged = trainer_for(trainer.model).evaluate(batches(2))
+    assert trainer.evaluate(batches(2)) == averaged
+    assert torch.equal(weights(trainer.model), own)
+    assert trainer_for(trainer.model).evaluate(batches(2)) != averaged
+
+
+def test_overflows_and_telemetry_are_logged(tmp_path):
+    model = small_model(torch.float16)
+    model.append(Poison({2}))
+    scaler = amp.GradScaler("cpu", init_scale=64.0)
+    trainer = trainer_for(model, scaler=scaler, telemetry=True, folder=tmp_path)
+    trainer.fit(batches(4, dtype=torch.float16), batches(1, dtype=torch.float16), 1)
+    lines = tmp_path / "metrics.jsonl"
+    (overflow,) = log.read(lines, "overflow")
+    assert (overflow["step"], overflow["parameter"]) == (2, "1.weight")
+    rows = log.read(lines, "telemetry")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {row["gradients"] for row in rows} == {sum(p.numel() for p in model.parameters())}
+    assert rows[1]["updates_lost"] == rows[1]["updates_saved"] == 0
+
+
+def test_without_a_gpu_the_graph_is_left_out_with_the_reason(capsys):
+    one, two = trainer_for(small_model()), trainer_for(small_model(), cuda_graph=True)
+    for trainer in (one, two):
+        trainer.fit(batches(3), batches(1), 1)
+    assert "no CUDA graph: CUDA graphs need a CUDA device, the model is on cpu" in (
+        capsys.readouterr().out
+    )
+    assert torch.equal(weights(one.model), weights(two.model))
+    with pytest.raises(cuda_graph.Unsupported):
+        cuda_graph.Graphed(lambda x: x, CPU)
+
+
+def test_gradients_of_many_passes_are_summed_in_fp32_and_rounded_once():
+    data = batches(8, size=4, dtype=torch.bfloat16)
+    trainer = trainer_for(small_model(torch.bfloat16), accumulate=8)
+    seen = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in trainer.model.parameters())
+    )
+    trainer.train_step(data)
+
+    model, criterion = small_model(torch.bfloat16), CrossEntropyLoss()
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    for images, labels in data:
+        share = torch.tensor(1 / 8)
+        (criterion(model(images), labels, grad_scale=share) * share).backward()
+        for total, p in zip(sums, model.parameters(), strict=True):
+            total += p.grad.float()
+            p.grad = None
+    assert all(torch.equal(g, t.to(g.dtype)) for g, t in zip(seen, sums, strict=True))
+    with pytest.raises(ValueError, match="expected 1 to 8 batches, got 9"):
+        trainer.train_step([*data, data[0]])
+
+
+def test_sigterm_in_python(tmp_path):
+    def loader():
+        for number, batch in enumerate(batches(6)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    trainer = trainer_for(small_model(), folder=tmp_path)
+    with pytest.raises(signals.Terminated, match="terminated at step 3; the state is saved"):
+        trainer.fit(loader(), batches(1), 1)
+    assert newest(tmp_path)["progress"]["step"] == 3
+
+
+def test_bad_arguments():
+    model = small_model()
+    with pytest.raises(ValueError, match="save_every must be at least 0, got -1"):
+        trainer_for(model, save_every=-1)
+    with pytest.raises(ValueError, match=r"average must lie in \[0, 1\), got 1"):
+        trainer_for(model, ema=1.0)
