@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#include "table.h"
+#include "common/table.h"
 
 #ifdef __cplusplus
 extern "C" {

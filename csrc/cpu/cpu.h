@@ -12,7 +12,7 @@
 #include <string.h>
 
 #include "../fastmp.h"
-#include "../numerics.h"
+#include "../common/numerics.h"
 
 namespace fastmp {
 

@@ -11,8 +11,8 @@
  *
  * Every sum has a fixed order that no number of threads changes: vector lanes within a chunk, the
  * lanes in order, then the chunks in order, in fp64. */
-#include "../rules.h"
-#include "../step.h"
+#include "../common/rules.h"
+#include "../common/step.h"
 #include "vec.h"
 
 namespace fastmp {

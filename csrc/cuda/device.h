@@ -3,7 +3,7 @@
 #ifndef FASTMP_DEVICE_H
 #define FASTMP_DEVICE_H
 
-#include "../table.h"
+#include "../common/table.h"
 
 namespace fastmp {
 

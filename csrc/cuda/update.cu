@@ -18,8 +18,8 @@
  *
  * The norm has one order of summation on every GPU, whatever its number of multiprocessors: the
  * units are cut into at most 2,048 spans, a span is summed by one block and the spans in order. */
-#include "../rules.h"
-#include "../step.h"
+#include "../common/rules.h"
+#include "../common/step.h"
 #include "device.h"
 
 namespace fastmp {

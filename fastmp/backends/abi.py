@@ -1,4 +1,4 @@
-"""The layouts of ``csrc/table.h``, as Python reads and writes them."""
+"""The layouts of ``csrc/common/table.h``, as Python reads and writes them."""
 
 from __future__ import annotations
 

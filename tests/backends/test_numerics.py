@@ -114,8 +114,8 @@ def test_split_master_ties_go_away_from_zero():
 
 
 def c_fields(struct):
-    """(name, bytes) of every field of a struct in csrc/table.h."""
-    source = (Path(__file__).parents[2] / "csrc" / "table.h").read_text()
+    """(name, bytes) of every field of a struct in csrc/common/table.h."""
+    source = (Path(__file__).parents[2] / "csrc" / "common" / "table.h").read_text()
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     body = re.search(r"typedef struct \{([^}]*)\} " + struct, source)[1]
     sizes = {"float": 4, "double": 8, "int64_t": 8, "uint16_t": 2, "uint8_t": 1}

@@ -80,8 +80,8 @@ def test_another_source_or_version_is_another_entry(monkeypatch):
         patch.setattr(nvrtc, "version", lambda: (99, 0))
         assert nvrtc._entry(*BUILD) != entry
     sources = nvrtc._sources()
-    assert {"rules.h", "numerics.h", "table.h", "step.h", "cuda/update.cu"} <= set(sources)
-    monkeypatch.setattr(nvrtc, "_sources", lambda: {**sources, "rules.h": b""})
+    assert {"common/rules.h", "common/step.h", "common/table.h", "cuda/update.cu"} <= set(sources)
+    monkeypatch.setattr(nvrtc, "_sources", lambda: {**sources, "common/rules.h": b""})
     assert nvrtc._entry(*BUILD) != entry
 
 

@@ -84,7 +84,7 @@ def source_folder() -> Path:
 
 def _sources() -> dict[str, bytes]:
     folder = source_folder()
-    paths = sorted([*folder.glob("*.h"), *folder.glob("cuda/*")])
+    paths = sorted([*folder.glob("common/*"), *folder.glob("cuda/*")])
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -5,7 +5,7 @@
         g      = grad / scale * min(1, max_norm / (norm + 1e-6))
         master = rule(master, g)               weight = round(master)
 
-The rules are those of ``csrc/rules.h``, which holds them for the kernels, and of ``fastmp.optim``,
+The rules are those of ``csrc/common/rules.h``, which holds them for the kernels, and of ``fastmp.optim``,
 which holds them in plain PyTorch: the oracle of the tests, and the fallback for dtypes and devices
 without a kernel.
 """
@@ -68,7 +68,7 @@ def new_record(device: torch.device) -> Tensor:
 
 
 def split_master(value: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as (bf16 weight, int16 remainder); see ``csrc/numerics.h``."""
+    """An fp32 tensor as (bf16 weight, int16 remainder); see ``csrc/common/numerics.h``."""
     bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
     weight = (bits + 0x8000) >> 16
     return weight.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)

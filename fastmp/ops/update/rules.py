@@ -1,4 +1,4 @@
-"""Update rules by number: the struct in ``csrc/rules.h`` and the same in plain PyTorch.
+"""Update rules by number: the struct in ``csrc/common/rules.h`` and the same in plain PyTorch.
 
 The plain one is the oracle of the tests, and the fallback for dtypes and devices without a kernel.
 It stands with the optimizer that uses it: ``fastmp.optim``.
@@ -15,7 +15,7 @@ from fastmp.backends.abi import HYPER_FIELDS
 
 
 class Hyper(NamedTuple):
-    """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/table.h`` lays them out."""
+    """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/common/table.h`` lays them out."""
 
     rule: float
     lr: float
@@ -37,7 +37,7 @@ _Function = TypeVar("_Function", bound=Reference)
 
 
 class Rule(NamedTuple):
-    """One update rule: its struct in ``csrc/rules.h``, and one tensor's step in plain PyTorch."""
+    """One update rule: its struct in ``csrc/common/rules.h``, and one tensor's step in plain PyTorch."""
 
     struct: str
     reference: Reference

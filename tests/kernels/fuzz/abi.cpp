@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../csrc/fastmp.h"
+#include "../../../csrc/fastmp.h"
 
 static const int64_t kHuge = INT64_C(1) << 62;
 static const int64_t kWidth[4] = {4, 2, 2, 1}; /* bytes of an fp32, fp16, bf16, uint8 */

@@ -20,7 +20,10 @@ def fuzzer(tmp_path_factory):
     if compiler is None:
         pytest.skip("g++ is not installed: nothing to build the fuzzer with")
     program = tmp_path_factory.mktemp("fuzz") / "abi"
-    sources = [ROOT / "tests" / "fuzz" / "abi.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [
+        ROOT / "tests" / "kernels" / "fuzz" / "abi.cpp",
+        *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
+    ]
     command = [compiler, *FLAGS, "-o", str(program), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find -lasan" in done.stderr or "libasan" in done.stderr:

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/table.h"
+#include "../../../csrc/common/table.h"
 
 #define __device__
 #define __forceinline__ inline
@@ -90,7 +90,7 @@ FASTMP_DEVICE void write_past_caches(T value, T* to) {
 
 }  // namespace fastmp
 
-#include "../../csrc/cuda/update.cu"
+#include "../../../csrc/cuda/update.cu"
 
 namespace fastmp {
 

@@ -1,5 +1,5 @@
 /* The multi-tensor table: one layout for the CPU library, the CUDA kernel and Python.
- * Python's mirror is fastmp/backends/table.py; a test compares the two field by field. */
+ * Python's mirror is fastmp/backends/abi.py; a test compares the two field by field. */
 #ifndef FASTMP_TABLE_H
 #define FASTMP_TABLE_H
 
