@@ -135,13 +135,13 @@ def test_a_gpu_that_nvrtc_cannot_serve_gets_the_reference(monkeypatch):
 FILL = """
 import hashlib, sys, time
 from pathlib import Path
-from fastmp.backends.cuda import compiler
+from fastmp.backends.cuda import nvrtc
 gate, file, kernel, architecture = sys.argv[1:]
-compiler.version()
+nvrtc.version()
 print("ready", flush=True)
 while not Path(gate).exists():
     time.sleep(0.001)
-image = compiler.build(file, kernel, architecture)
+image = nvrtc.build(file, kernel, architecture)
 print(image.kernel, hashlib.sha256(image.code).hexdigest())
 """
 

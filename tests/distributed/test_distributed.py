@@ -200,7 +200,7 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from fastmp import distributed
+from fastmp.distributed import rendezvous
 
 gc.disable()  # by itself it may come too late
 
