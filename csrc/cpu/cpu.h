@@ -11,8 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../fastmp.h"
 #include "../common/numerics.h"
+#include "../fastmp.h"
 
 namespace fastmp {
 

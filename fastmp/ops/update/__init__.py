@@ -5,9 +5,9 @@
         g      = grad / scale * min(1, max_norm / (norm + 1e-6))
         master = rule(master, g)               weight = round(master)
 
-The rules are those of ``csrc/common/rules.h``, which holds them for the kernels, and of ``fastmp.optim``,
-which holds them in plain PyTorch: the oracle of the tests, and the fallback for dtypes and devices
-without a kernel.
+The rules are those of ``csrc/common/rules.h``, which holds them for the kernels, and of
+``fastmp.optim``, which holds them in plain PyTorch: the oracle of the tests, and the fallback for
+dtypes and devices without a kernel.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _Function = TypeVar("_Function", bound=Reference)
 
 
 class Rule(NamedTuple):
-    """One update rule: its struct in ``csrc/common/rules.h``, and one tensor's step in plain PyTorch."""
+    """An update rule: its struct in ``csrc/common/rules.h``, and its step in plain PyTorch."""
 
     struct: str
     reference: Reference
