@@ -46,11 +46,16 @@ RESULTS ?= build/gpu-check-results
 gpu-check:
 	$(PYTHON) -m benchmarks.tools.gpu_check $(RESULTS) $(ARGS)
 
+# Linked as one program, the files of the CPU library must agree on every type they name (the one
+# definition rule): the linker keeps one copy of a function, whichever file it comes from.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -flto=auto -Werror=odr -Werror=lto-type-mismatch -shared -fPIC \
+		-DFASTMP_TARGET=base -o build/odr.so csrc/cpu/*.cpp
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

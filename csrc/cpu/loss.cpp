@@ -19,6 +19,7 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+namespace {
 
 constexpr int64_t kGrain = 16384; /* logits worth a thread */
 
@@ -205,6 +206,8 @@ static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Pro
                            row_losses};
   return rows(problem);
 }
+
+}  // namespace
 
 int loss_forward(fastmp_loss_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;

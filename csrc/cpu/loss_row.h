@@ -9,6 +9,7 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+namespace {
 
 constexpr int64_t kBlock = 2048; /* logits taken at a time: 8 KiB of fp32 */
 enum class Smooth { none, equal, weighted };
@@ -264,6 +265,7 @@ static void write_row(const Problem& problem, const Targets& targets, const Scan
   write_targets(problem, targets, g, softmax_at(targets.a), softmax_at(targets.b), grad);
 }
 
+}  // namespace
 }  // namespace FASTMP_TARGET
 }  // namespace fastmp
 #endif

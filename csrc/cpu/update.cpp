@@ -17,6 +17,7 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+namespace {
 
 constexpr int64_t kChunk = 16384; /* elements of one tensor that one thread takes at a time */
 constexpr int64_t kStreamFrom = 4 << 20; /* parameters, 120 MB: more than a last-level cache */
@@ -311,6 +312,8 @@ static bool is_valid(const fastmp_update_args& args) {
   }
   return true;
 }
+
+}  // namespace
 
 int update(const fastmp_update_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
