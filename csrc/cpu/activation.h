@@ -41,7 +41,7 @@ struct Gelu {
     q = q * u + 0.0996376202f;
     q = q * u + 0.120798342f;
     q = q * u + 0.119626388f;
-    const Vec density = quick_exp(z * z * -0.5f);
+    const Vec density = exp_nonpos_fast(z * z * -0.5f);
     const Vec tail = density * (q * u);
     return {density, z < 0.0f ? tail : 1.0f - tail};
   }
@@ -57,7 +57,7 @@ struct Gelu {
 struct Sigmoid {
   Vec value, complement;
   explicit Sigmoid(Vec x) {
-    const Vec e = quick_exp((Vec)((UVec)x | 0x80000000u));
+    const Vec e = exp_nonpos_fast((Vec)((UVec)x | 0x80000000u));
     const Vec near_one = 1.0f / (e + 1.0f), near_zero = e * near_one;
     value = x < 0.0f ? near_zero : near_one;
     complement = x < 0.0f ? near_one : near_zero;

@@ -83,7 +83,7 @@ static void exp_block(const T* z, const float* weight, float* __restrict e, int6
   const auto step = [&](int64_t i, int lane) {
     __builtin_prefetch(z + i + n);
     const Vec x = load(z + i) - reference;
-    const Vec y = exp_not_positive(x);
+    const Vec y = exp_nonpos(x);
     save(y, e + i);
     sums[lane] += y;
     if (smooth == Smooth::equal) shifted[lane] += x;
@@ -101,7 +101,7 @@ static void exp_block(const T* z, const float* weight, float* __restrict e, int6
   if (i < n) {
     /* Padding of -inf is exp 0; padding of reference adds 0 to the shifted sum. */
     const int64_t rest = n - i;
-    const Vec y = exp_not_positive(load_part(z + i, rest, -__builtin_inff()) - reference);
+    const Vec y = exp_nonpos(load_part(z + i, rest, -__builtin_inff()) - reference);
     save_part(y, e + i, rest);
     sums[1] += y;
     const Vec x = load_part(z + i, rest, reference) - reference;
@@ -211,11 +211,11 @@ static void rewrite_block(const T* z, const float* weight, T* __restrict grad, i
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     const Vec w = weighted ? load(weight + i) * s : broadcast(s);
-    save(exp_not_positive(load(z + i) - largest) * factor - w, grad + i);
+    save(exp_nonpos(load(z + i) - largest) * factor - w, grad + i);
   }
   if (i < n) {
     const Vec w = weighted ? load_part(weight + i, n - i, 0.0f) * s : broadcast(s);
-    const Vec e = exp_not_positive(load_part(z + i, n - i, largest) - largest);
+    const Vec e = exp_nonpos(load_part(z + i, n - i, largest) - largest);
     save_part(e * factor - w, grad + i, n - i);
   }
 }

@@ -227,7 +227,7 @@ static inline float largest_lane(Vec v) {
 /* exp(x) for x <= 0, NaN for NaN; 0 below -87.33, where the result would be subnormal.
  * 2^n * p(r) with n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), p by S. Moshier, Cephes
  * expf. At most 1.01 ulp off, over all floats down to there. */
-static inline Vec exp_not_positive(Vec x) {
+static inline Vec exp_nonpos(Vec x) {
   const float kMagic =
       12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
   const Vec shifted = x * 1.44269504f + kMagic;
@@ -247,7 +247,7 @@ static inline Vec exp_not_positive(Vec x) {
 /* exp(x) for x <= 0 in 11 instructions instead of 15; 0 far below -87.33, NaN for NaN. 2^n * 2^r
  * with n = round(x / ln 2). A multiply-add that rounds once gives r, so the error is that of 1 / ln
  * 2 in fp32, 1.3e-8 |x|, and of the polynomial, fitted to 7.5e-8. */
-static inline Vec quick_exp(Vec x) {
+static inline Vec exp_nonpos_fast(Vec x) {
   const float kPerLn2 = 1.44269502f;
   const Vec bounded = larger(broadcast(-126.0f), x); /* -inf - -inf would be NaN below */
 #if defined(__AVX512F__)
