@@ -2,7 +2,7 @@
  *
  * Every entry point takes one struct. Its first field is the struct's own size, filled in by the
  * caller, so that a caller with another layout is refused instead of misread. The Python mirror of
- * these structs is fastmp/backends/cpu/__init__.py. */
+ * these structs is fastmp/backends/cpu/structs.py. */
 #ifndef FASTMP_H
 #define FASTMP_H
 

@@ -1,9 +1,5 @@
 """16-bit formats and split masters, in C++ and in Python, to the bit."""
 
-import ctypes
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmp.backends import cpu
-from fastmp.backends.abi import HYPER_FIELDS, RECORD, ROW, UNIT, Request, Work, record_field
+from fastmp.backends.abi import ROW, record_field
 from fastmp.ops import update
 from fastmp.ops.update.rules import Hyper
 from fastmp.ops.update.step_table import Plan, Slot
@@ -111,36 +107,6 @@ def test_split_master_ties_go_away_from_zero():
     weight, remainder = update.split_master(tie)
     assert torch.equal(weight.abs(), torch.tensor([1.0078125] * 2, dtype=torch.bfloat16))
     assert torch.equal(update.join_master(weight, remainder), tie)
-
-
-def c_fields(struct):
-    """(name, bytes) of every field of a struct in csrc/common/table.h."""
-    source = (Path(__file__).parents[2] / "csrc" / "common" / "table.h").read_text()
-    source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
-    body = re.search(r"typedef struct \{([^}]*)\} " + struct, source)[1]
-    sizes = {"float": 4, "double": 8, "int64_t": 8, "uint16_t": 2, "uint8_t": 1}
-    sizes |= {"int32_t": 4, "uint32_t": 4, "fastmp_request": ctypes.sizeof(Request)}
-    for kind, stars, name, count in re.findall(r"(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", body):
-        yield name, (8 if stars else sizes[kind]) * int(count or 1)
-
-
-def test_python_and_c_agree_on_the_layouts():
-    for struct, dtype in (("fastmp_row", ROW), ("fastmp_record", RECORD), ("fastmp_unit", UNIT)):
-        expected = [(name, dtype[name].itemsize) for name in dtype.names]
-        assert list(c_fields(struct)) == expected
-    for struct, mirror in (("fastmp_request", Request), ("fastmp_work", Work)):
-        expected = [(name, ctypes.sizeof(kind)) for name, kind in mirror._fields_]
-        assert list(c_fields(struct)) == expected
-    assert list(c_fields("fastmp_hyper")) == [(name, 8) for name in HYPER_FIELDS]
-    assert Hyper._fields == HYPER_FIELDS
-
-
-@needs_library
-def test_a_struct_of_another_size_is_refused():
-    library, _ = cpu.load()
-    args = cpu.UpdateArgs(size=ctypes.sizeof(cpu.UpdateArgs) - 8)
-    assert library.fastmp_update(ctypes.byref(args)) == cpu.BAD_ARGUMENT
-    assert library.fastmp_update(None) == cpu.BAD_ARGUMENT
 
 
 @needs_library

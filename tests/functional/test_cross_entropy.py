@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from fastmp import backends
 from fastmp.backends import cpu
+from fastmp.backends.cpu.structs import LossArgs, Status
 from fastmp.functional import MixedTarget, cross_entropy
 from fastmp.ops import loss as loss_op
 from tests.functional.loss_cases import DTYPES, check, pair, problems, value_and_grad
@@ -367,11 +368,11 @@ def test_a_bad_target_is_found_before_anything_is_written():
         pytest.skip("no native library")
     z, y = torch.zeros(3, 4), torch.tensor([0, 1, 9])
     out = [torch.full(shape, 7.0) for shape in ((), (3, 2), (3, 4))]
-    args = cpu.LossArgs(
+    args = LossArgs(
         logits=z.data_ptr(), reduction=1, rows=3, classes=4, row_stride=4, ignore_index=-100,
         target_a=y.data_ptr(), loss=out[0].data_ptr(), stats=out[1].data_ptr(),
         grad=out[2].data_ptr(),
     )  # fmt: skip
-    assert cpu.call("fastmp_loss_forward", args) == cpu.BAD_TARGET
+    assert cpu.call("fastmp_loss_forward", args) == Status.BAD_TARGET
     assert (args.bad_row, args.bad_target) == (2, 9)
     assert all((t == 7.0).all() for t in out)

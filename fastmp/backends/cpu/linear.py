@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmp.backends import cpu
 from fastmp.backends.abi import DTYPE_CODES, Activation
+from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
 
 
 def _side_by_side(matrix: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def product(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
-    args = cpu.GemmArgs(
+    args = GemmArgs(
         a=a.data_ptr(),
         a_stride=a.stride(0),
         a_k_stride=a.stride(1),
@@ -59,7 +60,7 @@ def product(
 def activate(z: Tensor, activation: str, in_place: bool) -> Tensor:
     """act(z) of a dense z, any but none, in one pass over it."""
     y = z if in_place else torch.empty_like(z)
-    args = cpu.ActivationArgs(
+    args = ActivationArgs(
         saved=z.data_ptr(),
         out=y.data_ptr(),
         rows=z.shape[:-1].numel(),
@@ -80,7 +81,7 @@ def activation_backward(
     db = grad.new_empty(grad.shape[1] if needs_bias else 0)
     if activation == "none" and not needs_bias:
         return dz, db
-    args = cpu.ActivationArgs(
+    args = ActivationArgs(
         saved=None if activation == "none" else saved.data_ptr(),
         grad_output=grad.data_ptr(),
         out=None if activation == "none" else dz.data_ptr(),

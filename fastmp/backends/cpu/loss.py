@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmp.backends import cpu
 from fastmp.backends.abi import DTYPE_CODES
+from fastmp.backends.cpu.structs import LossArgs, Status
 
 _NONE = 0
 
@@ -26,8 +27,8 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _run(name: str, args: cpu.LossArgs) -> None:
-    if cpu.call(name, args) == cpu.BAD_TARGET:
+def _run(name: str, args: LossArgs) -> None:
+    if cpu.call(name, args) == Status.BAD_TARGET:
         raise BadTarget(int(args.bad_row), int(args.bad_target))
 
 
@@ -41,7 +42,7 @@ def _native_args(
     ignore_index: int,
     reduction: int,
     smoothing: float,
-) -> tuple[cpu.LossArgs, list[Tensor | None]]:
+) -> tuple[LossArgs, list[Tensor | None]]:
     """The struct of a call, and the tensors that must stay alive until it returns."""
     rows, classes = logits.shape
     if logits.stride(1) != 1 and classes > 1:
@@ -52,7 +53,7 @@ def _native_args(
         None if values is None else values.to(torch.float32).contiguous()
         for values in (lam, weight, incoming)
     ]
-    args = cpu.LossArgs(
+    args = LossArgs(
         dtype=DTYPE_CODES[logits.dtype],
         reduction=reduction,
         rows=rows,

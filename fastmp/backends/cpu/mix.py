@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmp.backends import cpu
 from fastmp.backends.abi import DTYPE_CODES
+from fastmp.backends.cpu.structs import MixArgs
 
 
 def mix(
@@ -34,7 +35,7 @@ def mix(
     floats = [None if t is None else t.to(torch.float32).contiguous() for t in (lam, scale, shift)]
     integers = [None if t is None else t.contiguous() for t in (index, box)]
     input = input.contiguous()
-    args = cpu.MixArgs(
+    args = MixArgs(
         input=input.data_ptr(),
         output=output.data_ptr(),
         input_dtype=DTYPE_CODES[input.dtype],

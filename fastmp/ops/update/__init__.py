@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmp.backends import cpu, cuda
 from fastmp.backends.abi import RECORD, Request, record_field
+from fastmp.backends.cpu.structs import UpdateArgs
 from fastmp.ops.update.rules import RULES, Hyper
 from fastmp.ops.update.step_table import Plan, Slot
 
@@ -112,7 +113,7 @@ def run(
     if plan.table is not None:
         plan.table.step(hypers, request, lrs, kept)
         return
-    args = cpu.UpdateArgs(
+    args = UpdateArgs(
         rows=plan.rows.ctypes.data,
         row_count=len(plan.rows),
         groups=hypers.ctypes.data,

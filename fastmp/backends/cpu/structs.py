@@ -1,0 +1,137 @@
+"""``csrc/fastmp.h`` for ctypes: structs, entry points and status codes.
+
+``tests/backends/test_abi.py`` compares the two field by field.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
+from enum import IntEnum
+
+from fastmp.backends.abi import Request
+
+ABI_VERSION = 2
+
+
+class Status(IntEnum):
+    """``fastmp_status``: what an entry point returns."""
+
+    OK = 0
+    BAD_ARGUMENT = 1
+    NO_MEMORY = 2
+    BAD_TARGET = 3
+
+
+class UpdateArgs(Structure):
+    """``fastmp_update_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("rows", c_void_p),
+        ("row_count", c_int64),
+        ("groups", c_void_p),
+        ("group_count", c_int64),
+        ("request", Request),
+    )
+
+
+class LossArgs(Structure):
+    """``fastmp_loss_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("logits", c_void_p),
+        ("dtype", c_int32),
+        ("reduction", c_int32),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("row_stride", c_int64),
+        ("target_a", c_void_p),
+        ("target_b", c_void_p),
+        ("lam", c_void_p),
+        ("lam_stride", c_int64),
+        ("weight", c_void_p),
+        ("ignore_index", c_int64),
+        ("smoothing", c_double),
+        ("grad_output", c_void_p),
+        ("grad_stride", c_int64),
+        ("loss", c_void_p),
+        ("stats", c_void_p),
+        ("grad", c_void_p),
+        ("bad_row", c_int64),
+        ("bad_target", c_int64),
+    )
+
+
+class MixArgs(Structure):
+    """``fastmp_mix_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("input", c_void_p),
+        ("output", c_void_p),
+        ("input_dtype", c_int32),
+        ("output_dtype", c_int32),
+        ("batch", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("index", c_void_p),
+        ("lam", c_void_p),
+        ("lam_stride", c_int64),
+        ("box", c_void_p),
+        ("box_stride", c_int64),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+    )
+
+
+class GemmArgs(Structure):
+    """``fastmp_gemm_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("a", c_void_p),
+        ("a_stride", c_int64),
+        ("a_k_stride", c_int64),
+        ("b", c_void_p),
+        ("b_stride", c_int64),
+        ("b_k_stride", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("depth", c_int64),
+        ("dtype", c_int32),
+        ("activation", c_int32),
+        ("bias", c_void_p),
+        ("preactivation", c_void_p),
+        ("out", c_void_p),
+        ("threads", c_int64),
+    )
+
+
+class ActivationArgs(Structure):
+    """``fastmp_activation_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("saved", c_void_p),
+        ("grad_output", c_void_p),
+        ("out", c_void_p),
+        ("grad_bias", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dtype", c_int32),
+        ("activation", c_int32),
+    )
+
+
+#: The functions of the library, each of which takes a pointer to one struct.
+ENTRY_POINTS: dict[str, type[Structure]] = {
+    "fastmp_update": UpdateArgs,
+    "fastmp_loss_forward": LossArgs,
+    "fastmp_loss_backward": LossArgs,
+    "fastmp_mix": MixArgs,
+    "fastmp_gemm": GemmArgs,
+    "fastmp_activation": ActivationArgs,
+    "fastmp_activation_backward": ActivationArgs,
+}
