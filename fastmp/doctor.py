@@ -1,8 +1,8 @@
-"""What this installation is, what each operation runs on, and what to do for more.
+"""The installation, the backend of each operation, and how to fix what is missing.
 
     for finding in doctor.examine(): print(finding)
 
-Nothing here changes anything: folders are looked at, not made, and no kernel is compiled.
+The checks change nothing: no folder is created and no kernel is compiled.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ``cure`` is the command that mends it, None where all is well.
+    """One check: ``problem`` is what does not work, ``fix`` the command that repairs it.
 
-    ``problem`` says what is lost without the cure.
+    Both are None where nothing is wrong.
     """
 
     topic: str
     name: str
     found: str
     problem: str | None = None
-    cure: str | None = None
+    fix: str | None = None
 
 
 def examine() -> list[Finding]:
@@ -49,14 +49,14 @@ def examine() -> list[Finding]:
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "fastmp", fastmp.__version__)
     yield Finding("versions", "python", f"{platform.python_version()}, {sys.executable}")
-    cures = {
+    fixes = {
         "tensorboard": ("no TensorBoard events", "pip install tensorboard"),
         "datasets": ("no --data hf:NAME", "pip install 'fastmp[data]'"),
         "pillow": ("no --data FOLDER", "pip install 'fastmp[data]'"),
     }
     if torch.version.cuda is not None:
-        cures["triton"] = ("loss, linear and mixup run in plain PyTorch", "pip install triton")
-        cures["cuda-bindings"] = (
+        fixes["triton"] = ("loss, linear and mixup run in plain PyTorch", "pip install triton")
+        fixes["cuda-bindings"] = (
             "the optimizer step runs in plain PyTorch",
             "pip install cuda-bindings nvidia-cuda-nvrtc",
         )
@@ -64,8 +64,8 @@ def _versions() -> Iterator[Finding]:
         try:
             yield Finding("versions", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            problem, cure = cures.get(name, (None, None))
-            yield Finding("versions", name, "not installed", problem, cure)
+            problem, fix = fixes.get(name, (None, None))
+            yield Finding("versions", name, "not installed", problem, fix)
 
 
 def _devices() -> Iterator[Finding]:
@@ -73,88 +73,67 @@ def _devices() -> Iterator[Finding]:
     yield Finding("devices", "cpu", f"{platform.machine()}, {threads}; {cpu.load()[1]}")
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", number)
-        name, (major, minor) = (
-            torch.cuda.get_device_name(device),
-            torch.cuda.get_device_capability(device),
-        )
-        old = not triton.runs_on(device)
-        yield Finding(
-            "devices",
-            str(device),
-            f"{name}, compute capability {major}.{minor}",
-            "the kernels need compute capability 8.0; plain PyTorch runs instead" if old else None,
-        )
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        problem = "the kernels need compute capability 8.0; plain PyTorch runs instead"
+        yield Finding("devices", str(device), found, None if triton.runs_on(device) else problem)
     if torch.cuda.is_available():
         return
-    if Path("/proc/driver/nvidia").exists():
-        built = torch.version.cuda is not None
-        yield Finding(
-            "devices",
-            "cuda",
-            "an NVIDIA driver, but no GPU that PyTorch can use",
-            "everything runs on the CPU",
-            "nvidia-smi"
-            if built
-            else "pip install torch --index-url https://download.pytorch.org/whl/cu130",
-        )
-    else:
+    if not Path("/proc/driver/nvidia").exists():
         yield Finding("devices", "cuda", "none")
+        return
+    found = "an NVIDIA driver, but no GPU that PyTorch can use"
+    fix = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+    if torch.version.cuda is not None:
+        fix = "nvidia-smi"
+    yield Finding("devices", "cuda", found, "everything runs on the CPU", fix)
 
 
 def _operations() -> Iterator[Finding]:
-    """Who serves each operation, and where it is plain PyTorch, why."""
-    has_gpu = torch.cuda.is_available()
-    for served in backends.report():
-        if served.device == "cuda" and not has_gpu:
+    """The backend of each operation, with the reason where it is plain PyTorch."""
+    for row in backends.report():
+        if row.device == "cuda" and not torch.cuda.is_available():
             continue
-        slow = served.backend == "reference"
-        yield Finding(
-            "operations",
-            f"{served.op} on {served.device}",
-            f"{served.backend}: {served.reason}",
-            "runs in plain PyTorch" if slow else None,
-            _cure(served) if slow else None,
-        )
+        problem = fix = None
+        if row.backend == "reference":
+            problem, fix = "runs in plain PyTorch", _fix(row.device, row.reason)
+        name, found = f"{row.op} on {row.device}", f"{row.backend}: {row.reason}"
+        yield Finding("operations", name, found, problem, fix)
 
 
-def _cure(served: backends.Served) -> str | None:
-    if served.device == "cpu":
+def _fix(device: str, reason: str) -> str | None:
+    if device == "cpu":
         return "FASTMP_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps fastmp"
-    _, _, advice = served.reason.partition("pip install ")
+    _, _, advice = reason.partition("pip install ")
     return f"pip install {advice}" if advice else None
 
 
 def _tools() -> Iterator[Finding]:
     named = os.environ.get("CXX")
-    found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
-    missing = cpu.load()[0] is None and found is None
-    yield Finding(
-        "tools",
-        "C++ compiler",
-        found or f"none of {', '.join([named] if named else COMPILERS)}",
-        "the native library cannot be built here" if missing else None,
-        "apt install g++    # or your system's compiler; then install fastmp again"
-        if missing
-        else None,
-    )
+    names = (named,) if named else COMPILERS
+    path = next(filter(None, map(shutil.which, names)), None)
+    problem = fix = None
+    if cpu.load()[0] is None and path is None:
+        problem = "the native library cannot be built here"
+        fix = "apt install g++    # or your system's compiler; then install fastmp again"
+    yield Finding("tools", "C++ compiler", path or f"none of {', '.join(names)}", problem, fix)
     yield _nvrtc()
 
 
 def _nvrtc() -> Finding:
-    if (
-        importlib.util.find_spec("cuda") is None
-        or importlib.util.find_spec("cuda.bindings") is None
-    ):
-        return Finding("tools", "NVRTC", "not looked for: cuda-bindings is not installed")
+    # find_spec("cuda.bindings") raises where there is no package cuda
+    if not all(map(importlib.util.find_spec, ("cuda", "cuda.bindings"))):
+        return Finding("tools", "NVRTC", "not checked: cuda-bindings is not installed")
     from fastmp.backends.cuda import nvrtc
 
     try:
         return Finding("tools", "NVRTC", ".".join(map(str, nvrtc.version())))
     except RuntimeError as error:
-        needed = cuda.load()[0]
-        problem = "the optimizer step runs in plain PyTorch" if needed else None
-        cure = "pip install nvidia-cuda-nvrtc" if needed else None
-        return Finding("tools", "NVRTC", str(error).partition(";")[0], problem, cure)
+        problem = fix = None
+        if cuda.load()[0]:
+            problem = "the optimizer step runs in plain PyTorch"
+            fix = "pip install nvidia-cuda-nvrtc"
+        return Finding("tools", "NVRTC", str(error).partition(";")[0], problem, fix)
 
 
 def _folders() -> Iterator[Finding]:
@@ -166,13 +145,13 @@ def _folders() -> Iterator[Finding]:
         ("compiled Triton kernels", triton_folder, "TRITON_CACHE_DIR"),
     )
     for name, folder, variable in kinds:
-        nearest = next(p for p in (folder, *folder.parents) if p.exists())
-        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-        yield Finding(
-            "folders",
-            name,
-            f"{folder}, {size / 2**20:.1f} MiB" if folder.exists() else f"{folder}, not there yet",
-            None if writable else f"{nearest} cannot be written: kernels are compiled every time",
-            None if writable else f"export {variable}=/a/folder/of/yours",
+        found = (
+            f"{folder}, {size / 2**20:.1f} MiB" if folder.exists() else f"{folder}, not there yet"
         )
+        nearest = next(p for p in (folder, *folder.parents) if p.exists())
+        problem = fix = None
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            problem = f"{nearest} cannot be written: kernels are compiled every time"
+            fix = f"export {variable}=/a/folder/of/yours"
+        yield Finding("folders", name, found, problem, fix)

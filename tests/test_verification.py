@@ -143,22 +143,22 @@ def test_doctor_says_what_serves_each_operation(capsys):
         assert f"{op} on cpu" in shown
 
 
-def test_doctor_names_the_cure_for_a_missing_library(monkeypatch, tmp_path):
+def test_doctor_names_the_fix_for_a_missing_library(monkeypatch, tmp_path):
     reason = "libfastmp_cpu.so is not there"
     served = backends.Served("loss", "cpu", "reference", reason)
     monkeypatch.setattr(cpu, "load", lambda: (None, reason))
     monkeypatch.setattr(backends, "report", lambda: [served])
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     findings = {finding.name: finding for finding in doctor.examine()}
-    assert "pip install" in findings["loss on cpu"].cure
+    assert "pip install" in findings["loss on cpu"].fix
     assert findings["C++ compiler"].problem == "the native library cannot be built here"
     page = doctor_command.page(list(findings.values()))
     assert "! loss on cpu" in page
     assert page.index("folders") < page.index("loss on cpu: runs in plain PyTorch")
-    assert "nothing to mend" not in page
+    assert "nothing to fix" not in page
 
 
-def test_doctor_looks_at_folders_without_making_them(monkeypatch, tmp_path):
+def test_doctor_creates_no_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTMP_CACHE", str(tmp_path / "kernels"))
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["compiled CUDA kernels"].found == f"{tmp_path / 'kernels'}, not there yet"
@@ -167,4 +167,4 @@ def test_doctor_looks_at_folders_without_making_them(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTMP_CACHE", str(tmp_path / "file" / "kernels"))
     findings = {finding.name: finding for finding in doctor.examine()}
-    assert findings["compiled CUDA kernels"].cure == "export FASTMP_CACHE=/a/folder/of/yours"
+    assert findings["compiled CUDA kernels"].fix == "export FASTMP_CACHE=/a/folder/of/yours"

@@ -1,4 +1,4 @@
-"""``fastmp doctor``: what is installed, what runs where, and what mends what does not."""
+"""``fastmp doctor``: the installation, the backend of each operation, and how to fix it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastmp.doctor import Finding
 
 @dataclass(frozen=True)
 class Doctor:
-    """Show versions, devices and what each operation runs on, and how to mend what is amiss."""
+    """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Show versions, devices and what each operation runs on, and how to mend what is amiss."""
+    """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
     tyro.cli(Doctor, prog="fastmp doctor", args=arguments)
     print(page(doctor.examine()))
 
 
 def page(findings: Sequence[Finding]) -> str:
-    """The findings by topic, then what can be mended, with the command."""
+    """The findings by topic, then the problems, each with the command that fixes it."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for topic, group in groupby(findings, key=lambda finding: finding.topic):
@@ -33,8 +33,8 @@ def page(findings: Sequence[Finding]) -> str:
             mark = "!" if finding.problem else " "
             lines.append(f" {mark} {finding.name:<{width}}  {finding.found}")
         lines.append("")
-    troubled = [finding for finding in findings if finding.problem]
-    for finding in troubled:
+    problems = [finding for finding in findings if finding.problem]
+    for finding in problems:
         lines.append(f"{finding.name}: {finding.problem}")
-        lines += [f"    {finding.cure}"] if finding.cure else []
-    return "\n".join(lines if troubled else [*lines, "nothing to mend"])
+        lines += [f"    {finding.fix}"] if finding.fix else []
+    return "\n".join(lines if problems else [*lines, "nothing to fix"])

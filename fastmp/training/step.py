@@ -142,7 +142,7 @@ class Stepper:
                 loss = self._loss(self._parallel(inputs), target, share)
                 (loss * share).backward()
             if not is_last:
-                self._accumulator.put_aside()
+                self._accumulator.stash()
             total += loss.detach() / len(batches)
         self._accumulator.finish()
         return total, scale

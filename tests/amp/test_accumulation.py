@@ -26,7 +26,7 @@ def test_the_sum_is_rounded_once(dtype, count, seed):
     for i, grad in enumerate(grads):
         param.grad = grad.clone()
         if i < count - 1:
-            accumulator.put_aside()
+            accumulator.stash()
             assert param.grad is None
     accumulator.finish()
     expected = grads[0].float()
@@ -44,7 +44,7 @@ def test_sixty_four_passes_beat_autograd():
         naive += grad
         param.grad = grad.clone()
         if i < 63:
-            accumulator.put_aside()
+            accumulator.stash()
     accumulator.finish()
     exact = torch.stack(grads).double().sum(0)
     ours = (param.grad.double() - exact).abs().max()
@@ -55,7 +55,7 @@ def test_fp32_gradients_are_left_to_autograd():
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.ones(3)
     accumulator = Accumulator([param])
-    accumulator.put_aside()
+    accumulator.stash()
     assert torch.equal(param.grad, torch.ones(3))
 
 
@@ -64,7 +64,7 @@ def test_a_parameter_that_the_last_pass_missed_keeps_its_sum():
     accumulator = Accumulator([param])
     for value in (1.0, 2.0):
         param.grad = torch.full((2,), value, dtype=torch.float16)
-        accumulator.put_aside()
+        accumulator.stash()
     accumulator.finish()
     assert torch.equal(param.grad, torch.full((2,), 3.0, dtype=torch.float16))
     param.grad = None
@@ -78,6 +78,6 @@ def test_an_overflow_stays_one():
     for values in ([torch.inf, 60000.0], [-torch.inf, 60000.0], [0.0, 0.0]):
         param.grad = torch.tensor(values, dtype=torch.float16)
         if values[0]:
-            accumulator.put_aside()
+            accumulator.stash()
     accumulator.finish()
     assert not param.grad.isfinite().any()  # inf - inf, and 120000 is beyond fp16
