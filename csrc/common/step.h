@@ -1,6 +1,5 @@
 /* What a step decides, apart from its rows: whether to happen, how far to clip, with which
- * hyperparameters, and what becomes of the loss scale. Compiled by the CPU library and by the CUDA
- * kernel. */
+ * hyperparameters. Compiled by the CPU library and by the CUDA kernel. */
 #ifndef FASTMP_STEP_H
 #define FASTMP_STEP_H
 
@@ -79,16 +78,6 @@ FASTMP_FN Verdict trust(const Unscaling& unscaling) {
   return {false, float_from_bits(0x7fc00000u), unscaling.factor, -1};
 }
 
-/* torch's _amp_update_scale_: back off at an overflow, grow after growth_interval steps without. */
-FASTMP_FN void update_scale(const fastmp_request& request, bool skipped) {
-  const int32_t since = skipped ? 0 : *request.growth_tracker + 1;
-  const bool grows = !skipped && since == request.growth_interval;
-  const double factor = skipped ? request.backoff_factor : (grows ? request.growth_factor : 1.0);
-  const float next = static_cast<float>(static_cast<double>(*request.scale) * factor);
-  if (!grows || is_finite(next)) *request.scale = next;
-  *request.growth_tracker = grows ? 0 : since;
-}
-
 /* The last act of a step. */
 FASTMP_FN void conclude(const fastmp_request& request, const Verdict& verdict) {
   fastmp_record& record = *request.record;
@@ -100,7 +89,6 @@ FASTMP_FN void conclude(const fastmp_request& request, const Verdict& verdict) {
   } else {
     record.applied += 1;
   }
-  if (request.scale != nullptr) update_scale(request, verdict.skip);
 }
 
 }  // namespace fastmp

@@ -81,11 +81,6 @@ typedef struct {
   const double* schedule; /* schedule_rows of (lr, momentum, max_grad_norm), by applied steps, the
                              last one for ever; NaN: as without a schedule. NULL: none */
   int64_t schedule_rows;
-  float* scale;            /* the loss scale to update after the step; NULL: leave it */
-  int32_t* growth_tracker; /* steps since it last changed */
-  double growth_factor;
-  double backoff_factor;
-  int64_t growth_interval;
   fastmp_record* record; /* what the step decided */
 } fastmp_request;
 

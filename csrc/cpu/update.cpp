@@ -280,9 +280,7 @@ static bool is_valid(const fastmp_request& request) {
   if (request.record == nullptr || !aligned(8, request.record, request.schedule)) return false;
   if (request.schedule != nullptr && request.schedule_rows < 1) return false;
   if (!fits(24, request.schedule_rows)) return false;
-  if (!aligned(4, request.grad_scale, request.found_inf, request.scale)) return false;
-  if (!aligned(4, request.growth_tracker)) return false;
-  return request.scale == nullptr || request.growth_tracker != nullptr;
+  return aligned(4, request.grad_scale, request.found_inf);
 }
 
 static bool is_valid(const fastmp_update_args& args) {

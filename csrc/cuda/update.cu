@@ -4,7 +4,7 @@
  *   barrier   across the grid
  *   phase 2   unless found_inf:  g = grad / scale * min(1, max_norm / norm);  rule(master, g);
  *             weight = round(master)
- *   last act  of the block that ends last: step counts, record, loss scale
+ *   last act  of the block that ends last: step counts, record
  *
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
  * the gradient (2), the master (4, split: weight 2 + remainder 2) and the moments (8) and writes

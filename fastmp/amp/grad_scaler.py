@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from fastmp.ops.update import Growth
 from fastmp.optim.base import Fused
 
 
@@ -18,10 +17,10 @@ class GradScaler(torch.amp.GradScaler):
 
     Same arguments, errors and ``state_dict``; the scale grows and backs off by torch's own rule.
     With a fastmp optimizer the search for non-finite gradients happens inside the step, where the
-    gradients are read anyway: one launch, and another for ``update``, or one for both with
-    ``step_and_update``. Any other optimizer is served by torch's code. ``unscale_`` accepts
-    fp16 gradients of a fastmp optimizer, with a warning: what it unscales in place is rounded to
-    fp16 again, so gradients below 6e-8 vanish. To clip, pass ``max_grad_norm`` to the optimizer.
+    gradients are read anyway: one launch, and another for ``update``. Any other optimizer is served
+    by torch's code. ``unscale_`` accepts fp16 gradients of a fastmp optimizer, with a warning: what
+    it unscales in place is rounded to fp16 again, so gradients below 6e-8 vanish. To clip, pass
+    ``max_grad_norm`` to the optimizer.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -54,41 +53,6 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         return state
-
-    def step_and_update(self, optimizer: torch.optim.Optimizer) -> float | None:
-        """``step(optimizer)`` and ``update()`` at once: with a fastmp optimizer, in one launch.
-
-        For a scaler that serves one optimizer; any other is served by the two calls.
-
-        Raises:
-            RuntimeError: as ``step`` and ``update``; another optimizer stepped since the last
-                update, which has to be ``update()`` then.
-        """
-        if not self._enabled:
-            return self.step(optimizer)
-        if set(self._per_optimizer_states) - {id(optimizer)}:
-            raise RuntimeError("several optimizers share this scaler: call step() and update()")
-        scale, tracker = self._scale, self._growth_tracker
-        state = self._per_optimizer_states[id(optimizer)]
-        if (
-            not isinstance(optimizer, Fused)
-            or state["stage"] is not OptState.READY
-            or scale is None
-            or tracker is None
-            or not optimizer.has_gradients_on(scale.device)
-            or "grad_scale" in optimizer.__dict__
-        ):
-            result = self.step(optimizer)
-            self.update()
-            return result
-        interval = self._growth_interval
-        optimizer._growth = Growth(tracker, self._growth_factor, self._backoff_factor, interval)
-        try:
-            result = self.step(optimizer)
-        finally:
-            optimizer._growth = None
-        del self._per_optimizer_states[id(optimizer)]
-        return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Grow or back off, as the steps since the last update went; see torch's method.

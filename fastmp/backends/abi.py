@@ -92,11 +92,6 @@ class Request(Structure):
         ("unchecked", c_int64),
         ("schedule", c_void_p),
         ("schedule_rows", c_int64),
-        ("scale", c_void_p),
-        ("growth_tracker", c_void_p),
-        ("growth_factor", c_double),
-        ("backoff_factor", c_double),
-        ("growth_interval", c_int64),
         ("record", c_void_p),
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmp.backends.abi import record_field
 from fastmp.ops import update
-from fastmp.ops.update import Growth, Options
+from fastmp.ops.update import Options
 from fastmp.ops.update.rules import Hyper
 from fastmp.ops.update.step_table import Plan, Slot
 from fastmp.optim import state
@@ -39,9 +39,7 @@ class Fused(torch.optim.Optimizer):
     grad_scale: Tensor | None  # there during a step with a scaler, whichever sets it
     max_grad_norm: float | None
     skip_nonfinite: bool
-    # during a step: found_inf of whoever looked before us, and what becomes of the loss scale
-    _told: Tensor | None = None
-    _growth: Growth | None = None
+    _told: Tensor | None = None  # during a step: the found_inf that a scaler handed in
     _schedule: Tensor | None = None
     agree: Agree | None = None  # where each rank holds a part of every parameter
 
@@ -142,7 +140,6 @@ class Fused(torch.optim.Optimizer):
             self._told,
             not self.skip_nonfinite,
             self._schedule_on(device),
-            self._growth,
         )
         lrs = [] if self._schedule is not None else self._lrs_on_gpu()
         record = self._record_for(device)

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from fastmp.amp import GradScaler
 from fastmp.amp.accumulation import Accumulator
 from fastmp.amp.underflow import Telemetry
 from fastmp.data.mixup import Draw, Mixup
@@ -163,12 +162,8 @@ class Stepper:
     def _update(self, loss: Tensor, scale: Tensor) -> Decided:
         if self.telemetry is not None:
             self.telemetry.before()
-        # where ranks agree, the scale that the kernels divide by is not the scaler's own
-        if isinstance(self.scaler, GradScaler) and not self.sharded:
-            self.scaler.step_and_update(self.optimizer)
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         counts = {} if self.telemetry is None else self.telemetry.after()
         optimizer = self.optimizer
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from fastmp.backends.abi import Request
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class Status(IntEnum):

@@ -29,20 +29,11 @@ NO_CLIP = -1.0
 _LR = Hyper._fields.index("lr")
 
 
-class Growth(NamedTuple):
-    """What becomes of the loss scale after a step, as in ``torch.amp.GradScaler.update``."""
-
-    tracker: Tensor  # 0-d int32: steps since the scale last changed
-    factor: float
-    backoff: float
-    interval: int
-
-
 class Options(NamedTuple):
     """What is asked of a step; tensors are 0-d fp32 unless it says something else.
 
     ``max_grad_norm``: clip the global norm of the unscaled gradients to this; negative: do not.
-    ``grad_scale``: the loss scale that the gradients carry; with ``growth``, updated afterwards.
+    ``grad_scale``: the loss scale that the gradients carry.
     ``found_inf``: non-zero if somebody else saw an overflow (another rank, a scaler).
     ``unchecked``: unless there is a norm to clip to, a scale or a found_inf, do not look at the
     gradients first. One pass over them less; one that is not finite goes in, as in torch.
@@ -55,7 +46,6 @@ class Options(NamedTuple):
     found_inf: Tensor | None = None
     unchecked: bool = False
     schedule: Tensor | None = None
-    growth: Growth | None = None
 
 
 def new_record(device: torch.device) -> Tensor:
@@ -137,14 +127,7 @@ def _request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | N
         schedule_rows=0 if schedule is None else len(schedule),
         record=record.data_ptr(),
     )
-    kept = [scale, found, schedule, record]
-    if options.growth is not None:
-        tracker, factor, backoff, interval = options.growth
-        request.scale, request.growth_tracker = _address(scale), _address(tracker)
-        request.growth_factor, request.backoff_factor = factor, backoff
-        request.growth_interval = interval
-        kept.append(tracker)
-    return request, kept
+    return request, [scale, found, schedule, record]
 
 
 def _fp32(value: Tensor | None, device: torch.device) -> Tensor | None:
@@ -190,11 +173,6 @@ def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options)
             _update(slot, grad, unscale * factor, limits[slot.group][0])
     record_field(record, "found_inf").fill_(float(skip))
     record_field(record, "skipped" if skip else "applied").add_(1)
-    if options.growth is not None:
-        assert options.grad_scale is not None
-        found = torch.full((), float(skip), device=options.grad_scale.device)
-        tracker, factor, backoff, interval = options.growth
-        torch._amp_update_scale_(options.grad_scale, tracker, found, factor, backoff, interval)
 
 
 def _judge(
@@ -235,54 +213,6 @@ def _update(slot: Slot, grad: Tensor, factor: float, h: Hyper) -> None:
         master.copy_(new)
         slot.param.copy_(new)
 
-
-# ---- the operation ----
-
-_library = torch.library.Library("fastmp", "FRAGMENT")
-_library.define(
-    "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, "
-    "Tensor(d!)[] steps, int[] groups, Tensor hypers, Tensor? grad_scale, Tensor? found_inf, "
-    "float max_grad_norm, Tensor(e!) record) -> ()"
-)
-
-
-def _update_op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    states: list[Tensor],
-    steps: list[Tensor],
-    groups: list[int],
-    hypers: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    record: Tensor,
-) -> None:
-    """``fastmp::update_``: as ``run``, on lists.
-
-    ``masters`` has one tensor per parameter (empty for fp32 ones), ``states`` the states of the
-    first parameter, then of the second, and so on, as many for each.
-    """
-    count = len(states) // len(params) if params else 0
-    slots = [
-        Slot(
-            param,
-            None if param.dtype in (torch.float32, torch.float64) else masters[i],
-            tuple(states[i * count : (i + 1) * count]),
-            steps[i],
-            groups[i],
-            i,
-            int(hypers[groups[i], 0]),
-        )
-        for i, param in enumerate(params)
-    ]
-    options = Options(max_grad_norm, grad_scale, found_inf)
-    run(Plan(slots, grads), hypers.numpy(), record, options)
-
-
-_library.impl("update_", _update_op, "CompositeExplicitAutograd")
-torch.library.register_fake("fastmp::update_", lambda *args: None, lib=_library)
 
 cpu.serves("update")
 cuda.serves("update")

@@ -139,11 +139,6 @@ static int32_t fuzz_update(Input& in) {
     request.schedule_rows = in.extent(3);
     request.schedule = static_cast<double*>(in.buffer(product(request.schedule_rows, 3), 8));
   }
-  if (in.one_in(3)) request.scale = in.floats(1);
-  if (in.one_in(2)) request.growth_tracker = static_cast<int32_t*>(in.buffer(1, 4));
-  request.growth_factor = 2.0;
-  request.backoff_factor = 0.5;
-  request.growth_interval = in.below(5);
   request.record = static_cast<fastmp_record*>(in.buffer(1, sizeof(fastmp_record)));
   return fastmp_update(&args);
 }

@@ -55,7 +55,7 @@ def test_clipped_steps_equal_torchs(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_replayed_graph_steps_over_an_overflow(dtype):
-    """lr from a table, scale and counter updated in the step: as the same calls without a graph."""
+    """lr from a table, a scaler in the graph: as the same calls without a graph."""
     runs = []
     for graphed in (True, False):
         params = on_gpu(parameters(dtype))
@@ -68,7 +68,8 @@ def test_a_replayed_graph_steps_over_an_overflow(dtype):
         def step(params=params, grads=grads, scaler=scaler, optimizer=optimizer):
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
-            scaler.step_and_update(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
 
         def give(seed, params=params, grads=grads):
             give_gradients(params, seed=seed)
@@ -116,14 +117,16 @@ def test_a_step_never_waits_for_the_gpu():
     scaler = fastmp.amp.GradScaler("cuda")
     scaler.scale(torch.ones((), device="cuda"))
     give_gradients(params)
-    scaler.step_and_update(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
     give_gradients(params, seed=1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         scaler.step(optimizer)
         scaler.update()
         optimizer.param_groups[0]["lr"] = 0.5
-        scaler.step_and_update(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.applied_steps == 3
