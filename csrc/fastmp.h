@@ -108,7 +108,7 @@ enum fastmp_activation {
   FASTMP_SILU = 4,
 };
 
-/* out = activation(a b + bias): a of rows x depth, b of depth x columns. */
+/* out = activation(a b + bias): a of m x k, b of k x n. */
 typedef struct {
   int64_t size;
   const void* a;
@@ -117,17 +117,17 @@ typedef struct {
   const void* b;
   int64_t b_stride;   /* from one column of b to the next */
   int64_t b_k_stride; /* from one row of b to the next; one of the two is 1 */
-  int64_t rows, columns, depth;
+  int64_t m, n, k;
   int32_t dtype;       /* fastmp_dtype of everything here */
   int32_t activation;  /* fastmp_activation */
-  const void* bias;    /* columns; NULL: none */
-  void* preactivation; /* rows x columns, dense: a b + bias; NULL: not wanted */
-  void* out;           /* rows x columns, dense */
-  int64_t threads;     /* that the pool has; does not change the result */
+  const void* bias;    /* n; NULL: none */
+  void* preactivation; /* m x n, dense: a b + bias; NULL: not wanted */
+  void* out;           /* m x n, dense */
+  int64_t threads;     /* size of the pool; does not change the result */
 } fastmp_gemm_args;
 FASTMP_EXPORT int32_t fastmp_gemm(const fastmp_gemm_args* args);
 /* Whether fastmp_gemm is the fastest known product of this dtype on this CPU. */
-FASTMP_EXPORT int32_t fastmp_multiplies(int32_t dtype);
+FASTMP_EXPORT int32_t fastmp_prefers_own_gemm(int32_t dtype);
 
 /* One pass over dense matrices of rows x columns. Forward: out = activation(saved). Backward: out =
  * grad_output times the derivative, grad_bias its sum over the rows. */

@@ -49,7 +49,7 @@ static const Target target = detect();
  * at 210 against 150 of MKL, which keeps its fastest kernels for Intel, bf16 at 420 against 390 of
  * oneDNN. In AVX2 fp32 was no faster than MKL. Intel's AMX multiplies bf16 several times faster
  * than AVX512-BF16 does, and oneDNN uses it. */
-static bool multiplies(int32_t dtype) {
+static bool prefers_own_gemm(int32_t dtype) {
 #if defined(FASTMP_X86_TARGETS)
   const bool intel = __builtin_cpu_is("intel");
   if (dtype == FASTMP_F32) return target >= Target::v4 && !intel;
@@ -100,8 +100,8 @@ extern "C" const char* fastmp_target(void) {
   return "";
 }
 
-extern "C" int32_t fastmp_multiplies(int32_t dtype) {
-  return fastmp::multiplies(dtype);
+extern "C" int32_t fastmp_prefers_own_gemm(int32_t dtype) {
+  return fastmp::prefers_own_gemm(dtype);
 }
 
 extern "C" void fastmp_set_parallel_for(fastmp_parallel_for new_pool) {

@@ -42,7 +42,7 @@ struct Finish {
     }
   }
   void finish(Vec sum, int64_t row, int64_t column, int64_t lanes) const {
-    const int64_t at = row * args->columns + column;
+    const int64_t at = row * args->n + column;
     if (args->bias != nullptr) {
       sum += load_lanes(static_cast<const T*>(args->bias) + column, lanes);
     }
@@ -91,24 +91,24 @@ static int64_t part_begin(int64_t n, int64_t tile, int64_t i, int64_t parts) {
 template <class P, class Act>
 static int gemm_as(const fastmp_gemm_args& args) {
   typedef typename P::Element T;
-  const int64_t some = args.depth > 0; /* without depth a and b may be null, and are to stay so */
+  const int64_t some = args.k > 0; /* k = 0: a and b may be null, and are to stay so */
   const Operand<T> a = {static_cast<const T*>(args.a), args.a_stride * some,
                         args.a_k_stride * some};
   const Operand<T> b = {static_cast<const T*>(args.b), args.b_stride * some,
                         args.b_k_stride * some};
-  const Grid grid = choose_grid(args.rows, args.columns, args.depth, args.threads);
-  const int64_t bytes = args.rows * args.columns * static_cast<int64_t>(sizeof(T));
+  const Grid grid = choose_grid(args.m, args.n, args.k, args.threads);
+  const int64_t bytes = args.m * args.n * static_cast<int64_t>(sizeof(T));
   hint_huge_pages(args.out, bytes);
   if (args.preactivation != nullptr) hint_huge_pages(args.preactivation, bytes);
   bool failed = false; /* set, never cleared: a race changes nothing */
   parallel_for(grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i / grid.columns, c = i % grid.columns;
-      const Part part = {part_begin(args.rows, kTileRows, r, grid.rows),
-                         part_begin(args.rows, kTileRows, r + 1, grid.rows),
-                         part_begin(args.columns, kTileColumns, c, grid.columns),
-                         part_begin(args.columns, kTileColumns, c + 1, grid.columns)};
-      if (!multiply_part<P>(a, b, args.depth, part, Finish<T, Act>{&args})) {
+      const Part part = {part_begin(args.m, kTileRows, r, grid.rows),
+                         part_begin(args.m, kTileRows, r + 1, grid.rows),
+                         part_begin(args.n, kTileColumns, c, grid.columns),
+                         part_begin(args.n, kTileColumns, c + 1, grid.columns)};
+      if (!multiply_part<P>(a, b, args.k, part, Finish<T, Act>{&args})) {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
       }
     }
@@ -141,22 +141,22 @@ typedef Widened<bf16> Bf16Products;
 
 static bool is_valid(const fastmp_gemm_args& args) {
   if (args.threads < 1 || args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
-  if (!fits(4, args.rows, args.columns) || !fits(4, args.rows, args.depth)) return false;
-  if (!fits(4, args.depth, args.columns)) return false;
-  if (!fits(4, args.rows, args.a_stride) || !fits(4, args.depth, args.a_k_stride)) return false;
-  if (!fits(4, args.columns, args.b_stride) || !fits(4, args.depth, args.b_k_stride)) return false;
+  if (!fits(4, args.m, args.n) || !fits(4, args.m, args.k)) return false;
+  if (!fits(4, args.k, args.n)) return false;
+  if (!fits(4, args.m, args.a_stride) || !fits(4, args.k, args.a_k_stride)) return false;
+  if (!fits(4, args.n, args.b_stride) || !fits(4, args.k, args.b_k_stride)) return false;
   const int64_t width = width_of(args.dtype);
   if (!aligned(width, args.a, args.b, args.bias, args.preactivation, args.out)) return false;
   if (args.activation < FASTMP_IDENTITY || args.activation > FASTMP_SILU) return false;
   if (args.a_stride != 1 && args.a_k_stride != 1) return false;
   if (args.b_stride != 1 && args.b_k_stride != 1) return false;
-  if (args.rows == 0 || args.columns == 0) return true;
-  return args.out != nullptr && (args.depth == 0 || (args.a != nullptr && args.b != nullptr));
+  if (args.m == 0 || args.n == 0) return true;
+  return args.out != nullptr && (args.k == 0 || (args.a != nullptr && args.b != nullptr));
 }
 
 int gemm(const fastmp_gemm_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
-  if (args->rows == 0 || args->columns == 0) return FASTMP_OK;
+  if (args->m == 0 || args->n == 0) return FASTMP_OK;
   return with_activation(args->activation, [&](auto act) {
     typedef decltype(act) Act;
     switch (args->dtype) {

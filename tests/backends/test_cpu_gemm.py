@@ -198,14 +198,14 @@ def gemm_args(a, b, out, /, **more):
     fields = {
         "a": a.data_ptr(), "a_stride": a.stride(0), "a_k_stride": a.stride(1),
         "b": b.data_ptr(), "b_stride": b.stride(1), "b_k_stride": b.stride(0),
-        "rows": a.shape[0], "columns": b.shape[1], "depth": a.shape[1],
+        "m": a.shape[0], "n": b.shape[1], "k": a.shape[1],
         "dtype": DTYPE_CODES[a.dtype], "out": out.data_ptr(), "threads": 1,
     }  # fmt: skip
     return GemmArgs(**(fields | more))
 
 
 BAD = {
-    "rows": -1, "columns": -1, "depth": -1, "threads": 0, "dtype": 3, "activation": 5,
+    "m": -1, "n": -1, "k": -1, "threads": 0, "dtype": 3, "activation": 5,
     "a_k_stride": 2, "b_k_stride": 2, "a": None, "b": None, "out": None,
 }  # fmt: skip
 
@@ -224,15 +224,25 @@ def test_gemm_refuses(field):
 
 @needs_native
 @pytest.mark.parametrize("entry", ["fastmp_activation", "fastmp_activation_backward"])
-@pytest.mark.parametrize("field", ["rows", "columns", "dtype", "activation", "saved", "out"])
-def test_activation_refuses(field, entry):
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("rows", -1),
+        ("columns", -1),
+        ("dtype", 3),
+        ("activation", 5),
+        ("saved", None),
+        ("out", None),
+    ],
+)
+def test_activation_refuses(field, bad, entry):
     z, out = torch.randn(3, 4), torch.full((3, 4), 7.0)
     fields = {
         "saved": z.data_ptr(), "grad_output": z.data_ptr(), "out": out.data_ptr(),
         "rows": 3, "columns": 4, "activation": Activation.RELU,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=f"{entry} refused"):
-        cpu.call(entry, ActivationArgs(**(fields | {field: BAD.get(field)})))
+        cpu.call(entry, ActivationArgs(**(fields | {field: bad})))
     assert (out == 7.0).all()
     cpu.call(entry, ActivationArgs(**fields))
     assert not (out == 7.0).any()

@@ -89,7 +89,7 @@ def serves(op: str, detail: str = "") -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the library's matrix product is the fastest known one for ``dtype`` on this CPU."""
     library, _ = load()
-    return library is not None and bool(library.fastmp_multiplies(DTYPE_CODES[dtype]))
+    return library is not None and bool(library.fastmp_prefers_own_gemm(DTYPE_CODES[dtype]))
 
 
 def call(name: str, args: Structure) -> int:
