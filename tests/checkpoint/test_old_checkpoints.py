@@ -1,7 +1,7 @@
 """Checkpoints of commit dc3cc1d, before modules moved into packages, load and go on as they did.
 
-``before/runs.tar.xz`` holds two runs of ``fastmp train --model tiny_net:net``, cut off in the middle
-of their first epoch, with the log of the whole run, and the states of three optimizers.
+``before/runs.tar.xz`` holds two runs of ``fastmp train --model tiny_net:net``, cut off in their
+first epoch, with the log of the whole run, and the states of three optimizers.
 """
 
 from __future__ import annotations
