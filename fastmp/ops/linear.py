@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from fastmp.backends import cpu, triton
 from fastmp.backends.abi import DTYPE_CODES, Activation
 from fastmp.backends.cpu import linear as cpu_linear
+from fastmp.backends.torch_matmul import matmul
 
 ACTIVATIONS = tuple(a.name.lower() for a in Activation)
 
@@ -73,7 +74,7 @@ def _sums(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The result is no view: autograd forbids to write to a view that was made inside an operation.
     """
-    z = F.linear(_rows(input), weight, bias)
+    z = matmul(_rows(input), weight.t(), bias)
     shape = (*input.shape[:-1], weight.shape[0])
     return cast(Tensor, torch.ops.aten._unsafe_view(z, shape))
 
@@ -141,8 +142,8 @@ def backward_reference(
         operation must not share memory) for each that is not needed.
     """
     dz = _rows(_activation_gradient(grad, saved, activation))
-    dx = (dz @ weight).view(input.shape) if needs[0] else grad.new_empty(0)
-    dw = dz.t() @ _rows(input) if needs[1] else grad.new_empty(0)
+    dx = matmul(dz, weight).view(input.shape) if needs[0] else grad.new_empty(0)
+    dw = matmul(dz.t(), _rows(input)) if needs[1] else grad.new_empty(0)
     db = dz.sum(0) if needs[2] else grad.new_empty(0)
     return dx, dw, db
 
@@ -190,8 +191,8 @@ def backward_cpu(
             else grad.new_empty(0)
         )
     else:
-        dx = (dz @ weight).view(input.shape) if needs[0] else grad.new_empty(0)
-        dw = dz.t() @ _rows(input) if needs[1] else grad.new_empty(0)
+        dx = matmul(dz, weight).view(input.shape) if needs[0] else grad.new_empty(0)
+        dw = matmul(dz.t(), _rows(input)) if needs[1] else grad.new_empty(0)
     return dx, dw, db
 
 
