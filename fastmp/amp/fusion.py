@@ -1,24 +1,24 @@
-"""Joining the linear layers of a model with the activations that follow them.
+"""Fusing the linear layers of a model with the activations that follow them.
 
-An activation moves into its linear layer only where that is certain to change no value. In an
-``nn.Sequential`` it is: neighbours follow each other. Elsewhere the forward is run on symbols
-(``torch.fx``), and its graph must show that the activation is called on nothing but what the layer
-returns, which goes nowhere else. Modules further up could call the two one by one: their graphs
-must show the same, or, where a forward does not run on symbols, its source must not name them.
+An activation moves into its linear layer only where that changes no value. In an ``nn.Sequential``
+neighbours follow each other. Elsewhere ``torch.fx`` traces the forward, in training and in
+evaluation, and both graphs must show that the activation takes nothing but the output of the layer
+and that nothing else takes this output. A module further up could call the two one by one: its
+graphs must show the pair too, or must not contain it. Where the forward of such a module cannot be
+traced, its source decides: see ``_may_reach``.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import random
-import textwrap
+import re
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,6 @@ from torch import Tensor, fx, nn
 from fastmp.nn import Linear
 
 Place = tuple[nn.Module, str]  # a submodule by its parent and its name there; it may have several
-_MAX_OPTIONAL = 3  # every subset of the optional arguments of a forward costs four graphs
 
 
 def fuse_linear(model: nn.Module) -> nn.Module:
@@ -35,9 +34,10 @@ def fuse_linear(model: nn.Module) -> nn.Module:
 
     Layers and parameters stay the same objects, and an activation that moved (``nn.ReLU``,
     ``nn.GELU``, ``nn.SiLU``) leaves an ``nn.Identity``: ``state_dict`` keys do not change.
-    Subclasses, parametrized layers and what ``torch.compile`` or ``torch.jit`` made are left alone;
-    activations stay where a layer is shared or one of the two has hooks. The model is judged by its
-    forwards as they stand; other code that calls a layer by itself gets its activation too.
+    Subclasses, parametrized layers and modules from ``torch.compile`` or ``torch.jit`` are left
+    alone; activations stay where a layer is shared or one of the two has hooks, and where the
+    forward that calls them has optional arguments. Code outside the model that calls a fused layer
+    by itself gets its activation too.
 
     Args:
         model: any module.
@@ -50,7 +50,7 @@ def fuse_linear(model: nn.Module) -> nn.Module:
         if type(module) is nn.Linear and "forward" not in vars(module) and _is_real(module.weight):
             module.__class__ = Linear  # as torch's parametrize does: same object, same hooks
             cast(Linear, module).activation = "none"
-    for (parent, name), layers in _joints(model, modules).items():
+    for (parent, name), layers in _fusable_pairs(model, modules).items():
         activation = cast(nn.Module, parent._modules[name])
         for owner, layer in layers:
             cast(Linear, owner._modules[layer]).activation = cast(str, _kind(activation))
@@ -58,22 +58,22 @@ def fuse_linear(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- what may be joined ----
+# ---- which pairs can be fused ----
 
 
 def _open_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model, but for those compiled or scripted and what is in them."""
+    """The modules of a model, except compiled and scripted ones and their descendants."""
     closed = {inner for m in model.modules() if _is_closed(m) for inner in m.modules()}
     return [module for module in model.modules() if module not in closed]
 
 
 def _is_closed(module: nn.Module) -> bool:
-    # torch.compile's wrapper by what it holds: importing its class costs a second.
+    # torch.compile's wrapper by its attribute: importing its class costs a second.
     return isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules
 
 
 def _is_real(weight: Tensor) -> bool:
-    """Whether the operation knows such a weight: no complex one, no subclass of torch's types."""
+    """Whether the operation supports such a weight: not complex, no subclass of torch's types."""
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
@@ -90,47 +90,49 @@ def _is_plain(module: nn.Module) -> bool:
     return not (forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _joints(model: nn.Module, modules: list[nn.Module]) -> dict[Place, set[Place]]:
+def _fusable_pairs(model: nn.Module, modules: list[nn.Module]) -> dict[Place, set[Place]]:
     """The activations to move, each with the layers it moves into."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    evidence = _Evidence()
+    analysis = _FusionAnalysis()
     for parent in modules:
         for name, child in parent._modules.items():
             if child is None or not _is_plain(child):
                 continue
             if type(child) is Linear and child.activation == "none" and places[id(child)] == 1:
-                evidence.layers.add((parent, name))
+                analysis.layers.add((parent, name))
             elif _kind(child) is not None:
-                evidence.activations.add((parent, name))
-    parents = {p for p, _ in evidence.layers} & {p for p, _ in evidence.activations}
+                analysis.activations.add((parent, name))
+    parents = {p for p, _ in analysis.layers} & {p for p, _ in analysis.activations}
     for module in modules:
         if not parents.isdisjoint(module.modules()):
-            evidence.examine(module, parents)
-    return evidence.joints()
+            analysis.add(module, parents)
+    return analysis.pairs()
 
 
-class _Evidence:
-    """Candidates, by place, and what the forwards say of them: which pairs, and who must stay."""
+class _FusionAnalysis:
+    """Candidates, by place; the pairs that forwards show, and the candidates that must stay."""
 
     def __init__(self) -> None:
         self.layers: set[Place] = set()
         self.activations: set[Place] = set()
         self._pairs: set[tuple[Place, Place]] = set()
-        self._staying: set[Place] = set()
+        self._blocked: set[Place] = set()
 
-    def examine(self, module: nn.Module, parents: set[nn.Module]) -> None:
-        """Add what this module does with the candidates among its descendants."""
+    def add(self, module: nn.Module, parents: set[nn.Module]) -> None:
+        """Add what the forward of this module does with the candidates among its descendants."""
         if type(module) is nn.Sequential and "forward" not in vars(module):
             self._pairs.update(pairwise((module, name) for name in module._modules))
         elif type(module) not in (nn.ModuleList, nn.ModuleDict):
             try:
-                for graph in list(_graphs(module, self.activations)):
+                graphs = [_graph(module, training, self.activations) for training in (True, False)]
+            except Exception:  # a forward may raise anything when symbols go in
+                self._block(module, parents)
+            else:
+                for graph in graphs:
                     self._read(graph, module)
-            except Exception:  # anybody's forward may raise anything when symbols go in
-                self._suspect(module, parents)
 
-    def joints(self) -> dict[Place, set[Place]]:
-        """The pairs of candidates that nothing speaks against, by activation."""
+    def pairs(self) -> dict[Place, set[Place]]:
+        """The pairs of candidates that no forward speaks against, by activation."""
         layers, activations = defaultdict(set), defaultdict(set)
         for layer, activation in self._pairs:
             if layer in self.layers and activation in self.activations:
@@ -139,7 +141,7 @@ class _Evidence:
         return {
             activation: group
             for activation, group in layers.items()
-            if self._staying.isdisjoint({activation, *group})
+            if self._blocked.isdisjoint({activation, *group})
             and all(len(activations[layer]) == 1 for layer in group)
         }
 
@@ -148,21 +150,21 @@ class _Evidence:
         for node in graph.find_nodes(op="call_module"):
             owner, _, name = cast(str, node.target).rpartition(".")
             called[node] = module.get_submodule(owner), name
-        joined = set()
+        paired = set()
         for node, place in called.items():
             source = _only_source(node)
             layer = called.get(source) if source is not None else None
             if place in self.activations and layer in self.layers and layer[0] is place[0]:
                 self._pairs.add((layer, place))
-                joined |= {node, source}
-        self._staying |= {place for node, place in called.items() if node not in joined}
+                paired |= {node, source}
+        self._blocked |= {place for node, place in called.items() if node not in paired}
 
-    def _suspect(self, module: nn.Module, parents: set[nn.Module]) -> None:
-        """Without graphs, whatever the module might use by itself must stay."""
+    def _block(self, module: nn.Module, parents: set[nn.Module]) -> None:
+        """Without graphs: every candidate that the module may use by itself must stay."""
         for path, parent in module.named_modules(remove_duplicate=False):
             for name in parent._modules if parent in parents else ():
                 if _may_reach(module, f"{path}.{name}".lstrip(".")):
-                    self._staying.add((parent, name))
+                    self._blocked.add((parent, name))
 
 
 def _only_source(node: fx.Node) -> fx.Node | None:
@@ -173,7 +175,7 @@ def _only_source(node: fx.Node) -> fx.Node | None:
     return source if source.meta.get("grad") == node.meta["grad"] else None
 
 
-# ---- a forward as graphs ----
+# ---- a forward as a graph ----
 
 
 class _Tracer(fx.Tracer):
@@ -190,40 +192,38 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _graphs(module: nn.Module, activations: set[Place]) -> Iterator[fx.Graph]:
-    """What forward does in training and in evaluation, with and without each optional argument.
+def _graph(module: nn.Module, training: bool, activations: set[Place]) -> fx.Graph:
+    """The graph of forward in training or in evaluation.
 
     Raises:
-        Exception: it does not run on symbols, or its graphs would not tell all that it does.
+        Exception: forward cannot be traced, or its graph would not show all of its effects.
     """
     parameters = inspect.signature(type(module).forward).parameters.values()
-    optional = [p for p in parameters if p.default is not p.empty]
-    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    if "forward" in vars(module) or variadic or len(optional) > _MAX_OPTIONAL:
-        raise ValueError("not the forward of the class, or too many ways to call it")
-    for training, *given in product((True, False), repeat=1 + len(optional)):
-        defaults = {p.name: p.default for p, g in zip(optional, given, strict=True) if not g}
-        graph = _trace(_shell(module, training, set()), defaults)
-        fused = _trace(_shell(module, training, activations), defaults)
-        if str(graph) != str(fused):
-            raise ValueError("it does more with its activations than call them")
-        yield graph
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.default is not p.empty or p.kind in variadic for p in parameters):
+        raise ValueError("several ways to call forward")
+    if "forward" in vars(module):
+        raise ValueError("not the forward of the class")
+    graph = _trace(_meta_copy(module, training, set()))
+    if str(graph) != str(_trace(_meta_copy(module, training, activations))):
+        raise ValueError("forward does more with its activations than call them")
+    return graph
 
 
-def _trace(shell: nn.Module, defaults: dict[str, Any]) -> fx.Graph:
+def _trace(shell: nn.Module) -> fx.Graph:
     states = torch.get_rng_state(), random.getstate()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = _Tracer().trace(shell, defaults or None)
+            graph = _Tracer().trace(shell)
         drew = not torch.equal(torch.get_rng_state(), states[0]) or random.getstate() != states[1]
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
     if drew:
-        raise ValueError("random numbers may have chosen the way")
+        raise ValueError("random numbers may have chosen the branch")
     if any(_holds_symbol(vars(module)) for module in shell.modules()):
-        raise ValueError("a value is kept where others may read it")
+        raise ValueError("a value is kept where other code may read it")
     return graph
 
 
@@ -233,21 +233,21 @@ def _holds_symbol(value: Any) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def _shell(module: nn.Module, training: bool, hidden: set[Place]) -> nn.Module:
+def _meta_copy(module: nn.Module, training: bool, hidden: set[Place]) -> nn.Module:
     """A copy for its forward to change as it likes, with an identity in every hidden place.
 
     Every place has a module of its own, so that the graph tells places apart. Tensors are on the
     meta device: no memory, and no values to decide by.
     """
-    shell: nn.Module = object.__new__(type(module))
-    vars(shell).update({name: _copy(value) for name, value in vars(module).items()})
-    shell.training = training
+    twin: nn.Module = object.__new__(type(module))
+    vars(twin).update({name: _copy(value) for name, value in vars(module).items()})
+    twin.training = training
     for name, child in module._modules.items():
         if (module, name) in hidden or (child is not None and _is_closed(child)):
-            shell._modules[name] = nn.Identity()
+            twin._modules[name] = nn.Identity()
         elif child is not None:
-            shell._modules[name] = _shell(child, training, hidden)
-    return shell
+            twin._modules[name] = _meta_copy(child, training, hidden)
+    return twin
 
 
 def _copy(value: Any) -> Any:
@@ -263,36 +263,29 @@ def _copy(value: Any) -> Any:
 
 
 def _may_reach(module: nn.Module, path: str) -> bool:
-    """Whether code of the module's class may use the descendant at ``path`` by itself.
+    """Whether a module that cannot be traced may call the descendant at ``path`` by itself.
 
-    It would have to name every attribute on the way, and to do more than call the last one where
-    from there the way goes on through numbers: ``self.net(x)`` does not reach ``net.0``.
+    It may if the source of its class has ``.name`` or ``"name"`` with the last name of the path;
+    where the path ends in numbers, other than as ``self.net(x)`` or ``self.net = ...``; and if its
+    forward lists submodules. Functions outside the class are taken to call the modules they get.
     """
-    names = [name for name in path.split(".") if not name.isdigit()]
-    if "forward" in vars(module) or not names:
-        return True
-    try:
-        named, used = _mentions(cast(Any, type(module)))
-    except (OSError, TypeError, SyntaxError):  # no source
-        return True
-    return named.issuperset(names) and (path.endswith(names[-1]) or names[-1] in used)
+    path, numbered = re.subn(r"(\.\d+)+$", "", path)
+    name = path.rpartition(".")[2]
+    source = None
+    if "forward" not in vars(module) and not name.isdigit():
+        source = _source(cast(Any, type(module)))
+    mention = rf"[.\"']{name}\b" + r"(?!\s*[(=])" * numbered
+    return source is None or re.search(mention, source) is not None
 
 
 @lru_cache(64)
-def _mentions(kind: type[nn.Module]) -> tuple[set[str], set[str]]:
-    """The attributes a class names outside ``__init__``, and those it does more with than call."""
-    nodes = [
-        node
-        for base in kind.__mro__
-        if base not in nn.Module.__mro__
-        for part in cast(Any, ast.parse(textwrap.dedent(inspect.getsource(base)))).body[0].body
-        if getattr(part, "name", None) != "__init__"
-        for node in ast.walk(part)
-    ]
-    calls = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    used = {node.attr for node in attributes if id(node) not in calls}
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            used.update(node.value.split("."))  # getattr(self, "net")
-    return used.union(node.attr for node in attributes), used
+def _source(kind: Any) -> str | None:
+    """The source of a class; None if there is none, or if its forward lists submodules."""
+    try:
+        forward = inspect.getsource(kind.forward)
+        bases = (base for base in kind.__mro__ if base not in nn.Module.__mro__)
+        source = "\n".join(map(inspect.getsource, bases))
+    except (OSError, TypeError):
+        return None
+    lists = re.search(r"\b(_modules|get_submodule|(named_)?(modules|children))\b", forward)
+    return None if lists else source

@@ -169,12 +169,6 @@ def test_a_list_of_layers_called_in_turn():
     assert fused(model) == {"layers.0": "gelu"}
 
 
-class Optional(Block):
-    def forward(self, x, bias=None):
-        y = self.out(self.act(self.fc(x)))
-        return y if bias is None else y + bias
-
-
 class Masked(Block):
     def __init__(self):
         super().__init__()
@@ -200,7 +194,7 @@ class Helped(Block):
         return self.act(self.fc(x.view(rows, 4)))
 
 
-@pytest.mark.parametrize("kind", [Optional, Masked, WithoutNorm, Helped])
+@pytest.mark.parametrize("kind", [Masked, WithoutNorm, Helped])
 def test_forwards_that_do_more(kind):
     model = kind()
     assert_unchanged(model, torch.randn(5, 4))

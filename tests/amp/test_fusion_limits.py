@@ -115,15 +115,12 @@ class IfGiven(Block):
         return self.out(h if gate is None else self.act(h) * gate)
 
 
-class IfOneOfTwo(Block):
-    def forward(self, x, gate=None, *, bias=None):
-        h = self.fc(x)
-        return self.out(h if gate is None and bias is not None else self.act(h))
+class WithAnOption(Block):
+    """No value speaks against it, but one graph does not show both ways to call it."""
 
-
-class ManyOptions(Block):
-    def forward(self, x, a=None, b=None, c=None, d=None):
-        return self.out(self.act(self.fc(x)))
+    def forward(self, x, bias=None):
+        y = self.out(self.act(self.fc(x)))
+        return y if bias is None else y + bias
 
 
 class Variadic(Block):
@@ -223,7 +220,7 @@ class Unused(Block):
 
 STAYING = [
     Tapped, Added, Twofold, Bare, TrainingOnly, EvaluationOnly, TwoActivations, ByValue, IfGiven,
-    IfOneOfTwo, ManyOptions, Variadic, ByChance, ByTorchsChance, ByKind, Remembers,
+    WithAnOption, Variadic, ByChance, ByTorchsChance, ByKind, Remembers,
     RemembersInAList, WithoutGradient, Unnamed, AcrossLevels,
 ]  # fmt: skip
 
@@ -329,6 +326,30 @@ class ReachesAfterAQuestion(Outer):
         return self.net.fc(x).sum() + self.net(x)
 
 
+class WalksAfterAQuestion(Outer):
+    def forward(self, x):
+        *_, layers = [m for m in self.modules() if len(list(m.children())) > 1]
+        x = x if x.sum() > 0 else -x
+        return next(layers.children())(x).sum() + self.net(x)
+
+
+class Loops(Outer):
+    def __init__(self, net):
+        super().__init__(nn.ModuleList([net]))
+
+    def forward(self, x, mask=None):
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class LoopsAndReaches(Loops):
+    def forward(self, x, mask=None):
+        for layer in self.net:
+            x = layer.fc(x)
+        return x
+
+
 @pytest.mark.parametrize(
     ("kind", "net", "expected"),
     [
@@ -343,6 +364,11 @@ class ReachesAfterAQuestion(Outer):
         (ByName, chain, {}),
         (Reaches, Block, {}),
         (ReachesAfterAQuestion, Block, {}),
+        (WalksAfterAQuestion, Block, {}),
+        (WalksAfterAQuestion, chain, {}),
+        (Loops, Block, {"net.0.fc": "gelu"}),
+        (Loops, chain, {}),
+        (LoopsAndReaches, Block, {}),
     ],
 )
 def test_a_module_further_up(kind, net, expected):
