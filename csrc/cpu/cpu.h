@@ -1,4 +1,4 @@
-/* What every CPU kernel file shares: the thread pool and scratch memory.
+/* Shared by all CPU kernels: the thread pool, scratch memory, validation of arguments.
  *
  * Kernel files are compiled once per instruction set, in namespace fastmp::FASTMP_TARGET.
  * Everything here lives in that namespace too, and nothing from the C++ library's templates is
@@ -16,7 +16,7 @@
 
 namespace fastmp {
 
-/* Runs fn over [0, n) on the pool that was handed over, or on this thread (api.cpp). */
+/* Runs fn over [0, n) on the caller's thread pool, or without one on this thread (api.cpp). */
 void run_parallel(int64_t n, int64_t grain, fastmp_range_fn fn, void* ctx);
 
 namespace FASTMP_TARGET {
@@ -29,8 +29,8 @@ static inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-/* Uninitialised memory for n values of a plain type, on a cache line of its own, freed at the end
- * of the scope. data is null if there was none to be had. */
+/* Uninitialised memory for n values of a plain type, aligned to a cache line, freed at the end of
+ * the scope. data is null if the allocation failed. */
 template <class T>
 struct Scratch {
   T* data;
@@ -45,35 +45,35 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-/* ---- what a caller may hand over ---- */
+/* ---- validation of arguments ---- */
 
-/* Bytes of a value; dtype is one that exists. */
-static inline int64_t width_of(int32_t dtype) {
+/* Bytes per value of a valid fastmp_dtype. */
+static inline int64_t bytes_of(int32_t dtype) {
   return dtype == FASTMP_F32 ? 4 : dtype == FASTMP_U8 ? 1 : 2;
 }
 
-/* Whether an array of these sizes could be in memory: none is negative, and their product, in
- * values of so many bytes, is no more than the 47 bits that a process can address. */
+/* Whether an array of these sizes, in values of `width` bytes, can exist: no size is negative, and
+ * the bytes are at most the 2^47 that a process can address. */
 template <class... Sizes>
-static inline bool fits(int64_t width, Sizes... sizes) {
-  constexpr int64_t kMost = INT64_C(1) << 47;
+static inline bool is_addressable(int64_t width, Sizes... sizes) {
+  constexpr int64_t kMaxBytes = INT64_C(1) << 47;
   int64_t bytes = width;
   const auto grows = [&](int64_t size) {
-    return size >= 0 && size <= kMost && !__builtin_mul_overflow(bytes, size, &bytes) &&
-           bytes <= kMost;
+    return size >= 0 && size <= kMaxBytes && !__builtin_mul_overflow(bytes, size, &bytes) &&
+           bytes <= kMaxBytes;
   };
   return (grows(sizes) && ...);
 }
 
-/* Whether values of so many bytes may begin at each of these; null is for others to judge. */
+/* Whether every pointer is a multiple of `width` bytes; null is. */
 template <class... Pointers>
-static inline bool aligned(int64_t width, Pointers... pointers) {
+static inline bool is_aligned(int64_t width, Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % static_cast<uintptr_t>(width) == 0) && ...);
 }
 
 /* Whether two blocks of memory share no byte, or one of them is null. Indices are checked before
- * anything is written: what is written must not be an index. */
-static inline bool apart(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b) {
+ * the first write, so no output may overlap an index. */
+static inline bool disjoint(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
   if (a == nullptr || b == nullptr) return true;
   return first + static_cast<uintptr_t>(bytes_a) <= second ||

@@ -141,12 +141,14 @@ typedef Widened<bf16> Bf16Products;
 
 static bool is_valid(const fastmp_gemm_args& args) {
   if (args.threads < 1 || args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
-  if (!fits(4, args.m, args.n) || !fits(4, args.m, args.k)) return false;
-  if (!fits(4, args.k, args.n)) return false;
-  if (!fits(4, args.m, args.a_stride) || !fits(4, args.k, args.a_k_stride)) return false;
-  if (!fits(4, args.n, args.b_stride) || !fits(4, args.k, args.b_k_stride)) return false;
-  const int64_t width = width_of(args.dtype);
-  if (!aligned(width, args.a, args.b, args.bias, args.preactivation, args.out)) return false;
+  if (!is_addressable(4, args.m, args.n) || !is_addressable(4, args.m, args.k)) return false;
+  if (!is_addressable(4, args.k, args.n)) return false;
+  if (!is_addressable(4, args.m, args.a_stride) || !is_addressable(4, args.k, args.a_k_stride))
+    return false;
+  if (!is_addressable(4, args.n, args.b_stride) || !is_addressable(4, args.k, args.b_k_stride))
+    return false;
+  const int64_t width = bytes_of(args.dtype);
+  if (!is_aligned(width, args.a, args.b, args.bias, args.preactivation, args.out)) return false;
   if (args.activation < FASTMP_IDENTITY || args.activation > FASTMP_SILU) return false;
   if (args.a_stride != 1 && args.a_k_stride != 1) return false;
   if (args.b_stride != 1 && args.b_k_stride != 1) return false;
@@ -254,10 +256,10 @@ static int backward_as(const fastmp_activation_args& args) {
 }
 
 static bool is_valid(const fastmp_activation_args& args) {
-  if (!fits(4, args.rows, args.columns)) return false;
+  if (!is_addressable(4, args.rows, args.columns)) return false;
   if (args.dtype < FASTMP_F32 || args.dtype > FASTMP_BF16) return false;
-  const int64_t width = width_of(args.dtype);
-  if (!aligned(width, args.saved, args.grad_output, args.out, args.grad_bias)) return false;
+  const int64_t width = bytes_of(args.dtype);
+  if (!is_aligned(width, args.saved, args.grad_output, args.out, args.grad_bias)) return false;
   return args.activation >= FASTMP_IDENTITY && args.activation <= FASTMP_SILU;
 }
 

@@ -118,27 +118,29 @@ static int backward_as(const Problem& problem) {
 
 /* ---- the call ---- */
 
-/* Whether nothing that is written is a target. */
-static bool keeps(const fastmp_loss_args& args, const int64_t* targets) {
+/* Whether no output overlaps the targets. */
+static bool outputs_disjoint(const fastmp_loss_args& args, const int64_t* targets) {
   const int64_t bytes = args.rows * 8, losses = args.reduction == FASTMP_NONE ? args.rows : 1;
-  return apart(targets, bytes, args.loss, losses * 4) &&
-         apart(targets, bytes, args.stats, args.rows * 8) &&
-         apart(targets, bytes, args.grad, args.rows * args.classes * width_of(args.dtype));
+  return disjoint(targets, bytes, args.loss, losses * 4) &&
+         disjoint(targets, bytes, args.stats, args.rows * 8) &&
+         disjoint(targets, bytes, args.grad, args.rows * args.classes * bytes_of(args.dtype));
 }
 
 static bool is_valid(const fastmp_loss_args& args) {
   if (args.dtype < 0 || args.dtype > FASTMP_BF16) return false;
   if (args.reduction < FASTMP_NONE || args.reduction > FASTMP_SUM) return false;
-  if (!fits(8, args.rows, args.classes) || !fits(8, args.rows, args.row_stride)) return false;
-  if (!fits(8, args.rows) || !fits(8, args.classes)) return false;
-  if (!aligned(width_of(args.dtype), args.logits, args.grad)) return false;
-  if (!aligned(8, args.target_a, args.target_b)) return false;
+  if (!is_addressable(8, args.rows, args.classes)) return false;
+  if (!is_addressable(8, args.rows, args.row_stride)) return false;
+  if (!is_addressable(8, args.rows) || !is_addressable(8, args.classes)) return false;
+  if (!is_aligned(bytes_of(args.dtype), args.logits, args.grad)) return false;
+  if (!is_aligned(8, args.target_a, args.target_b)) return false;
   if (args.lam_stride < 0 || args.lam_stride > 1) return false;
   if (args.grad_stride < 0 || args.grad_stride > 1) return false;
-  if (!aligned(4, args.lam, args.weight, args.grad_output, args.loss, args.stats)) return false;
+  if (!is_aligned(4, args.lam, args.weight, args.grad_output, args.loss, args.stats)) return false;
   if (args.rows == 0) return true;
   if (args.target_a == nullptr || args.stats == nullptr) return false;
-  if (!keeps(args, args.target_a) || !keeps(args, args.target_b)) return false;
+  if (!outputs_disjoint(args, args.target_a)) return false;
+  if (!outputs_disjoint(args, args.target_b)) return false;
   if (args.target_b != nullptr && args.lam == nullptr) return false;
   return args.classes == 0 || args.logits != nullptr;
 }
@@ -193,8 +195,7 @@ static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Pro
   }
   if (args.classes == 0 || args.rows == 0) return FASTMP_OK;
   if (args.grad != nullptr) {
-    const int64_t value_size = args.dtype == FASTMP_F32 ? 4 : 2;
-    hint_huge_pages(args.grad, args.rows * args.classes * value_size);
+    hint_huge_pages(args.grad, args.rows * args.classes * bytes_of(args.dtype));
   }
   const bool mean = args.reduction == FASTMP_MEAN;
   const Problem problem = {args,

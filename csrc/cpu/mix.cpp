@@ -119,21 +119,21 @@ static void mix_from(const fastmp_mix_args& args) {
 }
 
 static bool is_valid(const fastmp_mix_args& args) {
-  if (!fits(4, args.batch, args.channels, args.height, args.width)) return false;
-  if (!fits(32, args.batch)) return false;
+  if (!is_addressable(4, args.batch, args.channels, args.height, args.width)) return false;
+  if (!is_addressable(32, args.batch)) return false;
   if (args.input_dtype < 0 || args.input_dtype > FASTMP_U8) return false;
   if (args.output_dtype < 0 || args.output_dtype > FASTMP_BF16) return false;
-  if (!aligned(width_of(args.input_dtype), args.input)) return false;
-  if (!aligned(width_of(args.output_dtype), args.output)) return false;
-  if (!aligned(8, args.index, args.box)) return false;
+  if (!is_aligned(bytes_of(args.input_dtype), args.input)) return false;
+  if (!is_aligned(bytes_of(args.output_dtype), args.output)) return false;
+  if (!is_aligned(8, args.index, args.box)) return false;
   if (args.lam_stride < 0 || args.lam_stride > 1) return false;
   if (args.box_stride != 0 && args.box_stride != 4) return false;
-  if (!aligned(4, args.lam, args.scale, args.shift)) return false;
+  if (!is_aligned(4, args.lam, args.scale, args.shift)) return false;
   const int64_t numel = args.batch * args.channels * args.height * args.width;
   if (numel > 0 && (args.input == nullptr || args.output == nullptr)) return false;
-  const int64_t bytes = numel * width_of(args.output_dtype);
-  if (!apart(args.output, bytes, args.index, args.batch * 8)) return false;
-  if (!apart(args.output, bytes, args.box, (args.box_stride == 0 ? 1 : args.batch) * 32)) {
+  const int64_t bytes = numel * bytes_of(args.output_dtype);
+  if (!disjoint(args.output, bytes, args.index, args.batch * 8)) return false;
+  if (!disjoint(args.output, bytes, args.box, (args.box_stride == 0 ? 1 : args.batch) * 32)) {
     return false;
   }
   if (args.index != nullptr && args.box == nullptr && args.lam == nullptr) return false;

@@ -162,7 +162,7 @@ static void round_weight(const fastmp_row& row, int64_t offset, int64_t n, const
                          bool stream) {
   T* weight = static_cast<T*>(row.param) + offset;
   if (stream) {
-    narrow_past_caches(master, weight, n);
+    narrow_streaming(master, weight, n);
   } else {
     narrow(master, weight, n);
   }
@@ -277,29 +277,30 @@ static int states_of(const fastmp_hyper& hyper) {
 }
 
 static bool is_valid(const fastmp_request& request) {
-  if (request.record == nullptr || !aligned(8, request.record, request.schedule)) return false;
+  if (request.record == nullptr || !is_aligned(8, request.record, request.schedule)) return false;
   if (request.schedule != nullptr && request.schedule_rows < 1) return false;
-  if (!fits(24, request.schedule_rows)) return false;
-  return aligned(4, request.grad_scale, request.found_inf);
+  if (!is_addressable(24, request.schedule_rows)) return false;
+  return is_aligned(4, request.grad_scale, request.found_inf);
 }
 
 static bool is_valid(const fastmp_update_args& args) {
-  if (!is_valid(args.request) || !aligned(8, args.rows, args.groups)) return false;
-  if (!fits(sizeof(fastmp_row), args.row_count)) return false;
-  if (!fits(sizeof(fastmp_hyper), args.group_count)) return false;
+  if (!is_valid(args.request) || !is_aligned(8, args.rows, args.groups)) return false;
+  if (!is_addressable(sizeof(fastmp_row), args.row_count)) return false;
+  if (!is_addressable(sizeof(fastmp_hyper), args.group_count)) return false;
   if (args.row_count > 0 && (args.rows == nullptr || args.groups == nullptr)) return false;
   for (int64_t i = 0; i < args.row_count; ++i) {
     const fastmp_row& row = args.rows[i];
-    if (row.group >= args.group_count || !fits(4, row.numel) || row.step == nullptr) return false;
+    if (row.group >= args.group_count || row.step == nullptr) return false;
+    if (!is_addressable(4, row.numel)) return false;
     const int states = states_of(args.groups[row.group]);
     if (states < 0 || row.param_dtype > FASTMP_BF16 || row.grad_dtype > FASTMP_BF16) return false;
     if (row.master_kind > FASTMP_SPLIT) return false;
     if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
     if (row.master_kind == FASTMP_SPLIT && row.param_dtype != FASTMP_BF16) return false;
-    if (!aligned(4, row.step, row.state0, row.state1, row.state2)) return false;
-    if (!aligned(width_of(row.param_dtype), row.param)) return false;
-    if (!aligned(width_of(row.grad_dtype), row.grad)) return false;
-    if (!aligned(row.master_kind == FASTMP_SPLIT ? 2 : 4, row.master)) return false;
+    if (!is_aligned(4, row.step, row.state0, row.state1, row.state2)) return false;
+    if (!is_aligned(bytes_of(row.param_dtype), row.param)) return false;
+    if (!is_aligned(bytes_of(row.grad_dtype), row.grad)) return false;
+    if (!is_aligned(row.master_kind == FASTMP_SPLIT ? 2 : 4, row.master)) return false;
     if (row.numel == 0) continue;
     if (row.param == nullptr || row.grad == nullptr) return false;
     if (row.master_kind != FASTMP_SELF && row.master == nullptr) return false;

@@ -53,8 +53,8 @@ struct Input {
   /* Room for so many values of so many bytes; now and then null, one byte off, or another's. */
   void* buffer(int64_t values, int64_t width) {
     if (one_in(40)) return nullptr;
-    const bool fits = values >= 0 && values < 1 << 20;
-    const int64_t bytes = fits ? values * width : 0;
+    const bool allocatable = values >= 0 && values < 1 << 20;
+    const int64_t bytes = allocatable ? values * width : 0;
     for (int i = 0; i < count && one_in(30); ++i) {
       if (sizes[i] >= bytes) return blocks[i];
     }
@@ -83,7 +83,7 @@ struct Input {
   }
 };
 
-static int64_t width_of(int32_t dtype) {
+static int64_t bytes_of(int32_t dtype) {
   return dtype >= 0 && dtype < 4 ? kWidth[dtype] : 4;
 }
 
@@ -115,8 +115,8 @@ static int32_t fuzz_update(Input& in) {
     row.grad_dtype = static_cast<uint8_t>(in.code(3));
     const uint8_t kinds[3] = {FASTMP_SELF, FASTMP_FULL, FASTMP_SPLIT};
     row.master_kind = in.one_in(20) ? in.byte() : kinds[row.param_dtype % 3];
-    row.param = in.buffer(numel, width_of(row.param_dtype));
-    row.grad = in.buffer(numel, width_of(row.grad_dtype));
+    row.param = in.buffer(numel, bytes_of(row.param_dtype));
+    row.grad = in.buffer(numel, bytes_of(row.grad_dtype));
     row.master = in.buffer(numel, 4);
     row.state0 = in.floats(numel);
     row.state1 = in.floats(numel);
@@ -154,7 +154,7 @@ static int32_t fuzz_loss(Input& in) {
   const int64_t numel = product(args.rows, args.classes);
   const bool padded = in.one_in(3);
   args.row_stride = args.classes + (padded ? in.below(4) : 0);
-  args.logits = in.buffer(product(args.rows, args.row_stride), width_of(args.dtype));
+  args.logits = in.buffer(product(args.rows, args.row_stride), bytes_of(args.dtype));
   args.target_a = in.indices(args.rows, args.classes);
   if (in.one_in(2)) {
     args.target_b = in.indices(args.rows, args.classes);
@@ -168,7 +168,7 @@ static int32_t fuzz_loss(Input& in) {
   args.grad_output = in.floats(args.grad_stride == 1 ? args.rows : 1);
   args.loss = in.floats(args.reduction == FASTMP_NONE ? args.rows : 1);
   args.stats = in.floats(product(args.rows, 2));
-  args.grad = in.buffer(numel, width_of(args.dtype));
+  args.grad = in.buffer(numel, bytes_of(args.dtype));
   const int32_t status = fastmp_loss_forward(&args);
   return in.one_in(2) ? fastmp_loss_backward(&args) : status;
 }
@@ -185,8 +185,8 @@ static int32_t fuzz_mix(Input& in) {
   args.width = in.extent(9);
   const int64_t numel =
       product(product(args.batch, args.channels), product(args.height, args.width));
-  args.input = in.buffer(numel, width_of(args.input_dtype));
-  args.output = in.buffer(numel, width_of(args.output_dtype));
+  args.input = in.buffer(numel, bytes_of(args.input_dtype));
+  args.output = in.buffer(numel, bytes_of(args.output_dtype));
   if (in.one_in(4) == false) args.index = in.indices(args.batch, args.batch);
   args.lam_stride = in.below(2);
   args.lam = in.floats(args.lam_stride == 1 ? args.batch : 1);
@@ -218,7 +218,7 @@ static void* matrix(Input& in, int64_t rows, int64_t columns, int32_t dtype, int
   const int64_t inner = along_rows ? columns : rows, outer = along_rows ? rows : columns;
   *near = in.one_in(50) ? 2 : 1;
   *far = product(inner < 0 ? 1 : inner, *near) + pad;
-  return in.buffer(product(outer, *far), width_of(dtype));
+  return in.buffer(product(outer, *far), bytes_of(dtype));
 }
 
 static int32_t fuzz_gemm(Input& in) {
@@ -233,9 +233,9 @@ static int32_t fuzz_gemm(Input& in) {
   args.a = matrix(in, args.m, args.k, args.dtype, &args.a_stride, &args.a_k_stride);
   args.b = matrix(in, args.n, args.k, args.dtype, &args.b_stride, &args.b_k_stride);
   const int64_t numel = product(args.m, args.n);
-  if (in.one_in(2)) args.bias = in.buffer(args.n, width_of(args.dtype));
-  if (in.one_in(2)) args.preactivation = in.buffer(numel, width_of(args.dtype));
-  args.out = in.buffer(numel, width_of(args.dtype));
+  if (in.one_in(2)) args.bias = in.buffer(args.n, bytes_of(args.dtype));
+  if (in.one_in(2)) args.preactivation = in.buffer(numel, bytes_of(args.dtype));
+  args.out = in.buffer(numel, bytes_of(args.dtype));
   args.threads = in.one_in(30) ? in.below(3) - 1 : 1 + in.below(4);
   return fastmp_gemm(&args);
 }
@@ -249,10 +249,10 @@ static int32_t fuzz_activation(Input& in) {
   args.rows = in.extent(40);
   args.columns = in.extent(40);
   const int64_t numel = product(args.rows, args.columns);
-  args.saved = in.buffer(numel, width_of(args.dtype));
-  args.grad_output = in.buffer(numel, width_of(args.dtype));
-  args.out = in.buffer(numel, width_of(args.dtype));
-  if (in.one_in(2)) args.grad_bias = in.buffer(args.columns, width_of(args.dtype));
+  args.saved = in.buffer(numel, bytes_of(args.dtype));
+  args.grad_output = in.buffer(numel, bytes_of(args.dtype));
+  args.out = in.buffer(numel, bytes_of(args.dtype));
+  if (in.one_in(2)) args.grad_bias = in.buffer(args.columns, bytes_of(args.dtype));
   return in.one_in(2) ? fastmp_activation(&args) : fastmp_activation_backward(&args);
 }
 
