@@ -94,9 +94,9 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
     if words[0] == "make":
         assert words[1] in TARGETS
         return
-    from fastmp import cli
+    from fastmp.cli.main import COMMANDS
 
-    assert words[1] in cli.COMMANDS
+    assert words[1] in COMMANDS
     asked = []
     real = tyro.cli
 

@@ -47,7 +47,7 @@ class Train:
 def main(arguments: Sequence[str]) -> None:
     """Train an image classifier with mixed precision, mixup, label smoothing and one-cycle."""
     given = _parsed(arguments)
-    with rendezvous.joined(recipe.device_of(given.recipe)) as world:
+    with rendezvous.torchrun_group(recipe.device_of(given.recipe)) as world:
         run(given.recipe, world, resume=given.resume)
 
 
@@ -74,7 +74,7 @@ def _parsed(arguments: Sequence[str]) -> Train:
 def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
     """Train as ``config`` says, and leave metrics, checkpoints, curves and a report in a folder."""
     given, config = config, config.resolved(world.size)
-    out = world.share(_run_folder(config, resume))
+    out = world.broadcast_object(_run_folder(config, resume))
     say = print if world.is_first else _silent
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -164,7 +164,7 @@ def _dtype(
     if config.dtype != "auto":
         return config.dtype
     verdict = _measured(config, dataset, model, device) if world.is_first else None
-    return cast(DtypeName, world.share(verdict))
+    return cast(DtypeName, world.broadcast_object(verdict))
 
 
 def _measured(config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device) -> str:

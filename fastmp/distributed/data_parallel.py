@@ -1,10 +1,10 @@
 """Gradients averaged over the ranks while the backward still runs.
 
-torch's DistributedDataParallel does the exchange. Here is what it lacks: a mean that 16 bits can
-hold, and accumulation in fp32.
+torch's DistributedDataParallel does the all-reduce; its communication hook here adds a mean that
+fits in 16 bits and accumulation in fp32.
 
 Overflow needs no message of its own. An infinity or a NaN on one rank is one in the sum on all
-ranks, and all ranks hold the same bits of it: all of them skip, or none.
+ranks, with the same bits on all of them: every rank skips the step, or none does.
 """
 # Annotations are evaluated here: DistributedDataParallel compares those of a hook with its types.
 
@@ -22,21 +22,21 @@ from fastmp.amp.accumulation import Accumulator
 def parallel(
     model: nn.Module, accumulator: Accumulator, *, static: bool
 ) -> DistributedDataParallel:
-    """``model`` on every rank, with gradients averaged in their own dtype.
+    """``model`` in DistributedDataParallel, gradients averaged in their own dtype.
 
     Args:
-        model: on this rank's device; the first rank's weights go to all.
-        accumulator: what earlier backward passes of the step gave, added before the exchange.
-        static: every backward exchanges gradients. DDP then need not look for parameters that took
-            no part; with ``unsynchronised`` passes before the first exchange it fails (torch 2.13).
+        model: on this rank's device; rank 0's weights are broadcast.
+        accumulator: gradients of the step's earlier backward passes, added before the all-reduce.
+        static: every backward all-reduces. DDP then skips its search for unused parameters; with
+            ``unsynchronised`` passes before the first all-reduce it fails (torch 2.13).
     """
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static)
     wrapped.register_comm_hook(accumulator, _average)
     return wrapped
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank the first one's buffers."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to every rank."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
 
@@ -45,11 +45,11 @@ def _average(
     accumulator: Accumulator,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """The mean over the ranks: part of the division before the sum, the rest after it.
+    """The mean over the ranks: divided in part before the sum, in part after it.
 
-    All of it before would push small fp16 gradients into zero, all of it after would let the sum of
-    large ones overflow. Both divisors are about the root of the number of ranks; the first is a
-    power of two, exact but for subnormals.
+    Division before the sum alone rounds small fp16 gradients to zero, division after it alone lets
+    the sum of large ones overflow. Both divisors are about the square root of the number of ranks;
+    the first is a power of two, exact but for subnormals.
     """
     accumulator.add_to(bucket.parameters(), bucket.gradients())
     buffer = bucket.buffer()
@@ -72,5 +72,5 @@ def _divisors(size: int) -> tuple[int, float]:
 
 
 def unsynchronised(model: nn.Module) -> Any:
-    """In the block backward passes keep their gradients to themselves."""
+    """Backward passes in the block do not all-reduce their gradients."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -48,7 +48,9 @@ def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
         ValueError: another dtype than ``amp.convert`` takes, or a parameter without dimensions.
     """
     if not dist.is_initialized():
-        raise RuntimeError("expected a process group; start with torchrun, see rendezvous.joined")
+        raise RuntimeError(
+            "expected a process group; start with torchrun, see rendezvous.torchrun_group"
+        )
     for name, param in model.named_parameters():
         if param.ndim == 0:
             raise ValueError(f"{name}: expected at least one dimension to split, got a scalar")

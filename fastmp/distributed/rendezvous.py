@@ -1,8 +1,8 @@
-"""Processes that train together: who they are and how they find each other.
+"""The ranks of a distributed run and their process group.
 
     torchrun --nproc-per-node=8 -m fastmp train ...
 
-torchrun starts the processes and says in the environment who is who.
+torchrun starts the processes; rank, world size and address come from its environment variables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT = timedelta(minutes=30)  # of one collective: the first may wait for a s
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is."""
+    """This process's rank and local rank, and the number of ranks in the run."""
 
     rank: int = 0
     size: int = 1
@@ -37,11 +37,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that prints and saves."""
+        """Whether this is rank 0, the rank that prints and saves."""
         return self.rank == 0
 
-    def share(self, value: Any) -> Any:
-        """The first rank's ``value``, on every rank."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -68,7 +68,7 @@ class World:
 
 
 def current() -> World:
-    """The world of the process group there is; one process if there is none."""
+    """The world of the current process group; a single rank without one."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -76,35 +76,35 @@ def current() -> World:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """In the block this process is one of those torchrun started: NCCL on GPUs, gloo on CPUs.
+def torchrun_group(device: torch.device) -> Iterator[World]:
+    """The process group of a torchrun job, for the block: NCCL on GPUs, gloo on CPUs.
 
-    Without torchrun's environment, or where a process group exists already, nothing is joined.
+    Without torchrun's environment, or inside an existing process group, none is made.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield current()
         return
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    with group(device, rank, size, store=_met(store, rank, size)) as world:
+    with group(device, rank, size, store=fresh_store(store, rank, size)) as world:
         yield world
 
 
 @contextmanager
 def group(device: torch.device, rank: int, size: int, **where: Any) -> Iterator[World]:
-    """In the block this process is one of a group: NCCL on GPUs, gloo on CPUs.
+    """A process group for the block: NCCL on GPUs, gloo on CPUs.
 
-    Its threads end with the block. One of gloo's may still wait for the interpreter's lock, to drop
-    the last tensor: an interpreter that ends meanwhile aborts the process (torch 2.13, 2 of 8 runs
-    with a switch interval of 5 s). What ``fsdp.shard`` makes stays in torch's caches, and with
-    it the group and its threads.
+    The group's threads end with the block. A gloo thread may still wait for the interpreter's lock,
+    to free its last tensor: an interpreter that exits meanwhile aborts the process (torch 2.13, 2
+    of 8 runs with a switch interval of 5 s). Modules made by ``fsdp.shard`` stay in torch's caches
+    and keep the group and its threads alive.
 
     Args:
-        device: of the tensors; a GPU is this process's own, and becomes the current one.
-        rank: this process's number in the group.
-        size: how many there are.
-        where: they meet, as torch.distributed.init_process_group takes it: store or init_method.
+        device: of the tensors; a GPU becomes the current device.
+        rank: of this process in the group.
+        size: number of ranks.
+        where: the ranks meet, store or init_method of ``torch.distributed.init_process_group``.
     """
-    # It keeps the group there is at its import, as a default argument: there must be none yet.
+    # Its import binds the default group as a default argument: import it before a group exists.
     import_module("torch.distributed.nn")
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -120,18 +120,17 @@ def group(device: torch.device, rank: int, size: int, **where: Any) -> Iterator[
     try:
         yield current()
     finally:
-        gc.collect()  # models hold the group; its threads are joined when nothing does
+        gc.collect()  # models refer to the group; its threads are joined with the last reference
         dist.destroy_process_group()
 
 
-def _met(store: Store, rank: int, size: int) -> Store:
-    """A part of ``store`` that nobody but the processes of this attempt has written to.
+def fresh_store(store: Store, rank: int, size: int) -> Store:
+    """A part of ``store`` with keys of this attempt only.
 
-    torchrun (2.13) keeps its store when it starts workers again. A process that finds the address
-    of a dead one there, before the new one has written its own, fails or waits for ever: so did 4
-    of 5 killed runs on a busy machine, and with this none of 14. Every process shows the first one
-    a fresh number; the first one shows what it sees until all have found their own number in it.
-    Its own names the part.
+    torchrun (2.13) keeps its store when it restarts workers. A process that reads the address of a
+    dead rank there, before the new rank has written its own, fails or blocks: 4 of 5 killed runs on
+    a busy machine, none of 14 with a fresh part. Every rank writes a random id; rank 0 publishes
+    the ids it reads until each rank has found its own among them. Rank 0's id names the part.
     """
     own = uuid.uuid4().hex
     store.set(f"fastmp/{rank}", own)
@@ -140,12 +139,12 @@ def _met(store: Store, rank: int, size: int) -> Store:
         return [store.get(f"fastmp/{key}").decode() for key in keys]
 
     if rank > 0:
-        shown: list[str] = []
-        while own not in shown:
+        published: list[str] = []
+        while own not in published:
             time.sleep(0.01)
-            shown = read("all")[0].split()
-        store.set(f"fastmp/seen/{rank}", shown[0])
-        return PrefixStore(shown[0], store)
+            published = read("all")[0].split()
+        store.set(f"fastmp/seen/{rank}", published[0])
+        return PrefixStore(published[0], store)
     seen: list[str] = []
     while seen != [own] * (size - 1):
         store.set("fastmp/all", " ".join(read(*map(str, range(size)))))
@@ -156,7 +155,7 @@ def _met(store: Store, rank: int, size: int) -> Store:
 
 
 def own_device(kind: str) -> torch.device:
-    """This process's device of a kind: with several processes a machine, the GPU of its number."""
+    """The device of this process: under torchrun the GPU with the number of its local rank."""
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(kind)

@@ -408,7 +408,7 @@ class Trainer:
         """
         with self.ema.in_place() if self.ema is not None else nullcontext():
             if self.world.size > 1:  # each rank has seen other batches: the first one's count
-                data_parallel.share_buffers(self.model)
+                data_parallel.broadcast_buffers(self.model)
             return evaluate(
                 self.model,
                 loader,
@@ -487,7 +487,7 @@ class Trainer:
             CheckpointError: it cannot be trusted; nothing has changed.
         """
         state = checkpoint.load(path) if self.world.is_first else None
-        self.load_state_dict(self.world.share(state))
+        self.load_state_dict(self.world.broadcast_object(state))
 
     def resume_newest(self) -> bool:
         """Go on from the newest complete checkpoint in the folder, if there is one.
@@ -496,7 +496,7 @@ class Trainer:
             CheckpointError: there are some, but none can be trusted.
         """
         state = None if self.checkpoints is None else self.checkpoints.load_newest()
-        state = self.world.share(state)
+        state = self.world.broadcast_object(state)
         if state is None:
             return False
         self.load_state_dict(state)

@@ -256,7 +256,7 @@ def sharded_resumes(world, folder):
 
 def main(folder):
     torch.set_num_threads(1)
-    with rendezvous.joined(CPU) as world:
+    with rendezvous.torchrun_group(CPU) as world:
         seen = {
             "world": world,
             "twice": equals_one_rank_with_twice_the_batch(world),

@@ -184,7 +184,7 @@ def test_processes_meet_in_a_store_full_of_dead_ones():
 
     def meet(rank):
         time.sleep((0.0, 0.1, 0.05)[rank])
-        return rendezvous._met(store, rank, 3)
+        return rendezvous.fresh_store(store, rank, 3)
 
     with ThreadPoolExecutor(3) as pool:
         stores = list(pool.map(meet, range(3)))
@@ -229,8 +229,8 @@ def test_no_thread_outlives_the_group(tmp_path):
 
 
 def test_without_torchrun_there_is_one_process():
-    with rendezvous.joined(torch.device("cpu")) as world:
+    with rendezvous.torchrun_group(torch.device("cpu")) as world:
         assert world == rendezvous.World() == rendezvous.current()
-    assert world.share(3) == 3
+    assert world.broadcast_object(3) == 3
     assert world.gather(3) == [3]
     assert world.is_first
