@@ -76,7 +76,9 @@ def _devices() -> Iterator[Finding]:
         major, minor = torch.cuda.get_device_capability(device)
         found = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         problem = "the kernels need compute capability 8.0; plain PyTorch runs instead"
-        yield Finding("devices", str(device), found, None if triton.runs_on(device) else problem)
+        yield Finding(
+            "devices", str(device), found, problem if triton.supports_device(device) else None
+        )
     if torch.cuda.is_available():
         return
     if not Path("/proc/driver/nvidia").exists():

@@ -145,7 +145,7 @@ def test_doctor_says_what_serves_each_operation(capsys):
 
 def test_doctor_names_the_fix_for_a_missing_library(monkeypatch, tmp_path):
     reason = "libfastmp_cpu.so is not there"
-    served = backends.Served("loss", "cpu", "reference", reason)
+    served = backends.OpBackend("loss", "cpu", "reference", reason)
     monkeypatch.setattr(cpu, "load", lambda: (None, reason))
     monkeypatch.setattr(backends, "report", lambda: [served])
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))

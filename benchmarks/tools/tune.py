@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends import triton as devices
-from fastmp.backends.triton import linear, loss
+from fastmp.backends.triton import loss
+from fastmp.backends.triton.kernels import linear
 from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
 from fastmp.bench.harness import interleave, kernel_clock
 

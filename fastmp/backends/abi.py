@@ -12,6 +12,14 @@ import torch
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 
+def unsupported_dtype(*dtypes: torch.dtype) -> str | None:
+    """None, or the reason why no kernel takes tensors of these dtypes."""
+    for dtype in dtypes:
+        if dtype not in DTYPE_CODES:
+            return f"no kernel for {dtype}"
+    return None
+
+
 class Master(IntEnum):
     """``fastmp_master``: how a parameter keeps its fp32 value."""
 

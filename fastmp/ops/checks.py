@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmp.backends.registry import on_host
+
 
 def transformed(incoming: Tensor | None = None) -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode differentiation is at work.
@@ -25,8 +27,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_lam(lam: Tensor | None) -> None:
-    """Raise ValueError unless every λ of a CPU tensor lies in [0, 1]."""
-    if lam is None or lam.device.type != "cpu" or lam.numel() == 0:
+    """Raise ValueError unless every λ that is on the host lies in [0, 1]."""
+    if lam is None or not on_host(lam) or lam.numel() == 0:
         return
     low, high = (lam, lam) if lam.dim() == 0 else torch.aminmax(lam)
     if not (low.item() >= 0 and high.item() <= 1):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu, triton
+from fastmp.backends import registry, triton
 from fastmp.backends.abi import DTYPE_CODES
 from fastmp.backends.cpu import loss as cpu_loss
 from fastmp.ops.checks import check_lam, transformed, wide_dtype
@@ -269,7 +269,11 @@ def backward_cpu(
 
 
 def _on_triton(logits: Tensor) -> bool:
-    return logits.dtype in DTYPE_CODES and logits.numel() > 0 and triton.runs_on(logits.device)
+    return (
+        logits.dtype in DTYPE_CODES
+        and logits.numel() > 0
+        and triton.supports_device(logits.device) is None
+    )
 
 
 def forward_cuda(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,11 +374,11 @@ torch.library.register_fake("fastmp::loss_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastmp::loss_backward", _backward_fake, lib=_library)
 torch.library.register_fake("fastmp::loss_settle_", lambda *_: None, lib=_library)
 
-if cpu.serves("loss"):
+if registry.announce("loss", "cpu", "cpu"):
     _library.impl("loss_forward", forward_cpu, "CPU")
     _library.impl("loss_backward", backward_cpu, "CPU")
 
-if triton.serves("loss"):
+if registry.announce("loss", "cuda", "triton"):
     _library.impl("loss_forward", forward_cuda, "CUDA")
     _library.impl("loss_backward", backward_cuda, "CUDA")
     _library.impl("loss_settle_", settle_cuda, "CUDA")

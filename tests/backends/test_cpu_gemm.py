@@ -25,7 +25,7 @@ NAN = float("nan")
 
 def own_product(own=True):
     """The library's matrix product or torch's, on any CPU."""
-    return mock.patch.object(cpu, "multiplies", return_value=own)
+    return mock.patch.object(cpu, "prefers_own_gemm", return_value=own)
 
 
 def operands(rows, k, n, dtype):
@@ -186,9 +186,9 @@ def test_who_serves_is_on_record():
 
 
 def test_the_library_multiplies_only_if_there_is_one():
-    answers = [cpu.multiplies(dtype) for dtype in DTYPES]
+    answers = [cpu.prefers_own_gemm(dtype) for dtype in DTYPES]
     assert all(type(answer) is bool for answer in answers)
-    assert cpu.multiplies(torch.float16) == NATIVE  # torch's is ten times slower, everywhere
+    assert cpu.prefers_own_gemm(torch.float16) == NATIVE  # torch's is ten times slower, everywhere
 
 
 # ---- the native entry points ----

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmp import backends
-from fastmp.backends import cuda
+from fastmp.backends import cuda, registry
 
 pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed: no NVRTC")
 
@@ -116,20 +116,18 @@ def test_reasons_are_on_record(monkeypatch):
 
 
 def test_a_gpu_that_nvrtc_cannot_serve_gets_the_reference(monkeypatch):
-    monkeypatch.setattr(cuda, "load", lambda: (True, "there it is"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K40")
-    monkeypatch.setattr(backends, "_served", dict(backends._served))
-    backends.record("update", "cuda", "cuda", "there it is")
-    runs_on = cuda.runs_on.__wrapped__
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    registry.mark_available("cuda", "NVRTC")
+    supports_device = cuda.supports_device.__wrapped__
     with pytest.warns(RuntimeWarning, match="Tesla K40: compute capability 3.5"):
-        found, _ = runs_on(torch.device("cuda", 0))
-    assert not found
+        assert supports_device(torch.device("cuda", 0)).startswith("compute capability 3.5")
     (row,) = [row for row in backends.report() if (row.op, row.device) == ("update", "cuda")]
     assert row.backend == "reference"
     monkeypatch.setenv("FASTMP_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="FASTMP_BACKEND=cuda, but Tesla K40"):
-        runs_on(torch.device("cuda", 0))
+        supports_device(torch.device("cuda", 0))
 
 
 FILL = """

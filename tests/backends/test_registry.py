@@ -4,11 +4,17 @@ import pytest
 import torch
 
 from fastmp import backends
-from fastmp.backends import cpu, triton
+from fastmp.backends import cpu, registry, triton
+
+
+def served(op, device):
+    (row,) = [row for row in backends.report() if (row.op, row.device) == (op, device)]
+    return row
 
 
 @pytest.fixture
 def no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
     monkeypatch.setattr(cpu, "_library_path", lambda: tmp_path / "libfastmp_cpu.so")
     return cpu.load.__wrapped__  # past the cache: the rest of the suite keeps its library
 
@@ -22,7 +28,7 @@ def test_a_missing_library_is_said_once_and_loudly(no_library):
 
 def test_a_demanded_library_that_is_missing_is_an_error(no_library, monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="FASTMP_BACKEND=cpu, but there is no usable"):
+    with pytest.raises(RuntimeError, match="FASTMP_BACKEND=cpu, but no usable"):
         no_library()
 
 
@@ -45,15 +51,15 @@ def test_kernels_that_cannot_run_are_on_record(monkeypatch):
 def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    served = dict(backends._served)
-    monkeypatch.setattr(backends, "_served", served)
-    backends.record("loss", "cuda", "triton", "there it is")
-    runs_on = triton.runs_on.__wrapped__
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    registry.mark_available("triton", "Triton")
+    assert served("loss", "cuda").backend == "triton"
+    supports_device = triton.supports_device.__wrapped__
     with pytest.warns(RuntimeWarning, match="Tesla T4 has compute capability 7.5, the kernels"):
-        assert not runs_on(torch.device("cuda", 0))
-    (row,) = [row for row in backends.report() if (row.op, row.device) == ("loss", "cuda")]
+        assert "7.5" in supports_device(torch.device("cuda", 0))
+    row = served("loss", "cuda")
     assert row.backend == "reference"
     assert "7.5" in row.reason
     monkeypatch.setenv("FASTMP_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="Tesla T4"):
-        runs_on(torch.device("cuda", 0))
+        supports_device(torch.device("cuda", 0))

@@ -24,7 +24,7 @@ X, W, B = (torch.randn(shape, generator=_fixed) for shape in ((3, 5, 7), (4, 7),
 @contextmanager
 def product(own):
     """The library's matrix product, or torch's followed by the library's passes, on any CPU."""
-    with mock.patch.object(cpu, "multiplies", return_value=own):
+    with mock.patch.object(cpu, "prefers_own_gemm", return_value=own):
         yield
 
 

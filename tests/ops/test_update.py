@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastmp import backends
-from fastmp.backends import cpu
+from fastmp.backends import cpu, registry
 from fastmp.backends.abi import HYPER_FIELDS, record_field
 from fastmp.ops import update
 from fastmp.ops.update.step_table import Plan
@@ -28,8 +28,8 @@ def test_the_report_names_who_serves_update():
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "tpu")
     with pytest.raises(
-        ValueError, match=r"must be one of cpu, triton, cuda \(or unset\), got 'tpu'"
+        ValueError, match=r"must be one of cpu, cuda, triton \(or unset\), got 'tpu'"
     ):
-        backends.required()
+        registry.forced_backend()
     monkeypatch.setenv("FASTMP_BACKEND", "CPU")
-    assert backends.required() == "cpu"
+    assert registry.forced_backend() == "cpu"

@@ -1,7 +1,7 @@
 """The native CPU library ``libfastmp_cpu``, through ctypes.
 
 Only memory addresses cross this boundary, in the structs of ``structs.py``: the operations in
-``fastmp.ops`` check every argument before they come here.
+``fastmp.ops`` check every argument before it is called.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import importlib.resources
 import sys
-import warnings
 from ctypes import POINTER, Structure, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from fastmp import backends
+from fastmp.backends import registry
 from fastmp.backends.abi import DTYPE_CODES
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
 
@@ -38,7 +37,7 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _hand_over_thread_pool(library: ctypes.CDLL) -> str:
+def use_torch_thread_pool(library: ctypes.CDLL) -> str:
     """Give the library torch's own threads: a second OpenMP runtime would be a second pool."""
     name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
@@ -52,7 +51,7 @@ def _hand_over_thread_pool(library: ctypes.CDLL) -> str:
 
 @cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None, and the reason in words. Warns once if there is none.
+    """The library, or None, and the reason. Warns once if there is none.
 
     Raises:
         RuntimeError: there is none and ``FASTMP_BACKEND`` demands it.
@@ -62,31 +61,17 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         library = _open(path)
     except (OSError, AttributeError) as error:
         reason = f"no usable native library: {error}"
-        if backends.required() == "cpu":
-            raise RuntimeError(f"FASTMP_BACKEND=cpu, but there is {reason}") from error
-        warnings.warn(
-            f"fastmp runs on its slow reference backend ({reason}). "
-            "Install a C++17 compiler (Debian: apt install g++) and reinstall fastmp.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        fix = "Install a C++17 compiler (Debian: apt install g++) and reinstall fastmp."
+        registry.mark_unavailable("cpu", reason, fix=fix)
         return None, reason
-    threads = _hand_over_thread_pool(library)
-    return library, f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
-
-
-def serves(op: str, detail: str = "") -> bool:
-    """Whether the library is there to carry out ``op``; notes the answer in the report."""
-    library, reason = load()
-    if library is None:
-        backends.record(op, "cpu", "reference", reason)
-    else:
-        backends.record(op, "cpu", "cpu", f"{reason}; {detail}" if detail else reason)
-    return library is not None
+    threads = use_torch_thread_pool(library)
+    reason = f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
+    registry.mark_available("cpu", reason)
+    return library, reason
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
+def prefers_own_gemm(dtype: torch.dtype) -> bool:
     """Whether the library's matrix product is the fastest known one for ``dtype`` on this CPU."""
     library, _ = load()
     return library is not None and bool(library.fastmp_prefers_own_gemm(DTYPE_CODES[dtype]))
@@ -104,3 +89,6 @@ def call(name: str, args: Structure) -> int:
     if status == Status.BAD_ARGUMENT:
         raise RuntimeError(f"{name} refused its arguments: a defect in fastmp, please report it")
     return status
+
+
+load()

@@ -1,25 +1,78 @@
-"""The linear layer on the native library: tensors in, ``GemmArgs`` and ``ActivationArgs`` across.
-
-What is computed here and what by torch is decided in ``fastmp.ops.linear``.
-"""
+"""The linear layer on the native library, and when to use it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
-from fastmp.backends.abi import DTYPE_CODES, Activation
+from fastmp.backends import cpu, registry, torch_linear
+from fastmp.backends.abi import DTYPE_CODES, Activation, unsupported_dtype
 from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
+from fastmp.backends.torch_linear import as_rows, saves_preactivation
+
+# Multiply-adds from which on a call gains more than its 15 us, forward and backward 60.
+_WORTH_A_CALL = {torch.float32: 1 << 22, torch.bfloat16: 300_000_000}
 
 
-def _side_by_side(matrix: Tensor) -> Tensor:
+def worthwhile(input: Tensor, weight: Tensor, activation: str) -> bool:
+    """Whether the operation beats torch's linear followed by the activation.
+
+    torch multiplies fp32 at 0.7 and bf16 at 0.95 of our rate, and does not pack a matrix for a few
+    rows or columns. Its fp16 is too slow for any of this.
+    """
+    threshold = _WORTH_A_CALL.get(input.dtype)
+    if threshold is None:
+        return True
+    m, (n, k) = input.shape[:-1].numel(), weight.shape
+    return min(m, n) >= 4 and m * n * k >= threshold
+
+
+def _supports(input: Tensor, *_: object) -> str | None:
+    return unsupported_dtype(input.dtype)
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::linear``; the product is torch's where that is faster, followed by one pass."""
+    shape = (*input.shape[:-1], weight.shape[0])
+    save = save and saves_preactivation(activation)
+    if cpu.prefers_own_gemm(input.dtype):
+        z = input.new_empty(shape if save else 0)
+        y = gemm(as_rows(input), weight.t(), shape, bias, activation, z if save else None)
+        return y, z
+    z = torch_linear.product(input, weight, bias).contiguous()
+    if activation == "none":
+        return z, input.new_empty(0)
+    y = activate(z, activation, in_place=not save)
+    return y, z if save else input.new_empty(0)
+
+
+def linear_backward(
+    grad: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::linear_backward``; the products are torch's where those are faster."""
+    dz, db = activation_backward(as_rows(grad), saved, activation, needs[2])
+    if cpu.prefers_own_gemm(grad.dtype):
+        dx = gemm(dz, weight, input.shape) if needs[0] else grad.new_empty(0)
+        dw = gemm(dz.t(), as_rows(input), weight.shape) if needs[1] else grad.new_empty(0)
+    else:
+        dx, dw = torch_linear.product_gradients(dz, input, weight, needs)
+    return dx, dw, db
+
+
+def _with_dense_dimension(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows or its columns are dense, else a copy."""
     # Not contiguous(): that leaves a 1 x 1 matrix the strides it has.
     return matrix if 1 in matrix.stride() else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def product(
+def gemm(
     a: Tensor,
     b: Tensor,
     shape: tuple[int, ...],
@@ -31,7 +84,7 @@ def product(
 
     The result is no view, which is why it has its shape from the start.
     """
-    a, b = _side_by_side(a), _side_by_side(b)
+    a, b = _with_dense_dimension(a), _with_dense_dimension(b)
     out = a.new_empty(shape)
     if out.numel() == 0:
         return out
@@ -93,3 +146,16 @@ def activation_backward(
     )
     cpu.call("fastmp_activation_backward", args)
     return dz, db
+
+
+_own = [str(d).removeprefix("torch.") for d in DTYPE_CODES if cpu.prefers_own_gemm(d)]
+registry.register(
+    "linear",
+    "cpu",
+    linear,
+    backend="cpu",
+    supports=_supports,
+    worthwhile=worthwhile,
+    detail=f"products of its own in {', '.join(_own)}",
+)
+registry.register("linear_backward", "cpu", linear_backward, backend="cpu", supports=_supports)

@@ -1,15 +1,17 @@
 """mix on the native library: tensors in, ``MixArgs`` across, a tensor out.
 
-The formulas and the arguments are those of ``fastmp.ops.mix``, which checks them.
+The formulas and the arguments are those of ``fastmp.ops.mix``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu
-from fastmp.backends.abi import DTYPE_CODES
+from fastmp.backends import cpu, registry
+from fastmp.backends.abi import DTYPE_CODES, unsupported_dtype
 from fastmp.backends.cpu.structs import MixArgs
 
 
@@ -51,3 +53,10 @@ def mix(
     args.lam, args.scale, args.shift, args.index, args.box = addresses
     cpu.call("fastmp_mix", args)
     return output
+
+
+def _supports(input: Tensor, *others: Any) -> str | None:
+    return unsupported_dtype(input.dtype, others[-1])
+
+
+registry.register("mix", "cpu", mix, backend="cpu", supports=_supports)

@@ -12,48 +12,40 @@ from functools import cache
 
 import torch
 
-from fastmp import backends
+from fastmp.backends import registry
 
 
 @cache
 def load() -> tuple[bool, str]:
-    """Whether the kernel can be compiled, and what there is in words.
+    """Whether the kernel can be compiled, and the reason.
 
     Raises:
         RuntimeError: it cannot, and ``FASTMP_BACKEND`` demands it.
     """
-    found = False
     if torch.version.cuda is None:
         reason = "this PyTorch is built without CUDA"
     elif importlib.util.find_spec("cuda.bindings") is None:
         reason = "cuda.bindings is not installed: pip install cuda-bindings nvidia-cuda-nvrtc"
     else:
-        found = True
         reason = f"NVRTC through cuda.bindings {importlib.metadata.version('cuda-bindings')}"
-    if not found and backends.required() == "cuda":
-        raise RuntimeError(f"FASTMP_BACKEND=cuda, but {reason}")
-    return found, reason
-
-
-def serves(op: str) -> bool:
-    """Whether the kernel of ``op`` can be used; notes the answer in the report."""
-    found, reason = load()
-    backends.record(op, "cuda", "cuda" if found else "reference", reason)
-    return found
+        registry.mark_available("cuda", reason)
+        return True, reason
+    registry.mark_unavailable("cuda", reason, warn=False)
+    return False, reason
 
 
 @cache
-def runs_on(device: torch.device) -> tuple[bool, str]:
-    """Whether the kernel runs on this device, with the reason. Says so loudly, once, if not."""
-    found, reason = load()
-    if not found:
-        return found, reason
+def supports_device(device: torch.device) -> str | None:
+    """None, or the reason why the kernel does not run on this device. Warns once, if so."""
     from fastmp.backends.cuda import nvrtc
 
-    capability = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     try:
-        nvrtc.target(capability[0] * 10 + capability[1])
+        nvrtc.target(major * 10 + minor)
     except RuntimeError as error:
-        backends.withdraw("cuda", f"{torch.cuda.get_device_name(device)}: {error}")
-        return False, str(error)
-    return True, reason
+        registry.mark_unavailable("cuda", f"{torch.cuda.get_device_name(device)}: {error}")
+        return str(error)
+    return None
+
+
+load()

@@ -1,6 +1,7 @@
 """The Triton kernels for NVIDIA GPUs: what they need, and what they need to know of a device.
 
-Triton itself is imported by the kernel files only, at the first call: ``import fastmp`` does not.
+``<operation>.py`` registers the kernels of an operation and says when they serve a call. Triton is
+imported by ``kernels`` only, at the first call: ``import fastmp`` does not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import cache
 
 import torch
 
-from fastmp import backends
+from fastmp.backends import registry
 
 #: Compute capability from which on the kernels are compiled and inspected.
 MINIMUM_CAPABILITY = (8, 0)
@@ -18,55 +19,46 @@ MINIMUM_CAPABILITY = (8, 0)
 
 @cache
 def load() -> tuple[str | None, str]:
-    """Triton's version, or None, and what there is in words.
+    """Triton's version, or None, and the reason.
 
     Raises:
         RuntimeError: the kernels cannot run and ``FASTMP_BACKEND`` demands them.
     """
-    version: str | None = None
     if torch.version.cuda is None:
         reason = "this PyTorch is built without CUDA"
     else:
         try:
             version = importlib.metadata.version("triton")
-            reason = f"Triton {version}, on GPUs of compute capability 8.0 and newer"
         except importlib.metadata.PackageNotFoundError:
             reason = "Triton is not installed: pip install triton"
-    if version is None and backends.required() == "triton":
-        raise RuntimeError(f"FASTMP_BACKEND=triton, but {reason}")
-    return version, reason
-
-
-def serves(op: str, detail: str = "") -> bool:
-    """Whether the kernels of ``op`` can be registered; notes the answer in the report."""
-    version, reason = load()
-    if version is None:
-        backends.record(op, "cuda", "reference", reason)
-    else:
-        backends.record(op, "cuda", "triton", f"{reason}; {detail}" if detail else reason)
-    return version is not None
+        else:
+            reason = f"Triton {version}, on GPUs of compute capability 8.0 and newer"
+            registry.mark_available("triton", reason)
+            return version, reason
+    registry.mark_unavailable("triton", reason, warn=False)
+    return None, reason
 
 
 @cache
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on this device. Says so once, here and in the report, if not.
+def supports_device(device: torch.device) -> str | None:
+    """None, or the reason why the kernels do not run on this device. Warns once, if so.
 
-    The CPU counts: only Triton's interpreter brings its tensors here.
+    CPU tensors arrive only under TRITON_INTERPRET=1.
     """
     if device.type != "cuda":
-        return True
+        return None
     capability = torch.cuda.get_device_capability(device)
     if capability >= MINIMUM_CAPABILITY:
-        return True
+        return None
     name, (major, minor) = torch.cuda.get_device_name(device), capability
     reason = f"{name} has compute capability {major}.{minor}, the kernels need 8.0"
-    backends.withdraw("triton", reason)
-    return False
+    registry.mark_unavailable("triton", reason)
+    return reason
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has; a few for the interpreter."""
+def num_sms(device: torch.device) -> int:
+    """How many multiprocessors the device has; 2 for the interpreter."""
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -85,3 +77,6 @@ def architecture(device: torch.device) -> int:
     if triton.knobs.runtime.interpret:
         return 90
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+load()

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmp.backends.triton import processors
+from fastmp.backends.triton import num_sms
+from fastmp.backends.triton.kernels.numerics import exp
 from fastmp.backends.triton.loss_row import (
     absorb,
     absorb_part,
@@ -53,7 +54,6 @@ from fastmp.backends.triton.loss_row import (
     store_at_target,
     term,
 )
-from fastmp.backends.triton.numerics import exp
 from fastmp.backends.triton.tiles import loss_tile
 
 _NONE, _MEAN = 0, 1
@@ -251,7 +251,7 @@ def _launch(
         )  # fmt: skip
     tile = loss_tile(classes, logits.element_size())
     vector, has_edges = _vector(logits)
-    programs = min(triton.cdiv(rows, tile.rows), tile.programs * processors(logits.device))
+    programs = min(triton.cdiv(rows, tile.rows), tile.programs * num_sms(logits.device))
     _loss_kernel[(programs,)](
         logits, logits.stride(0), target, target_b, lam, _stride(lam), weight,
         None if weight is None else weight.sum(dtype=torch.float32), incoming,

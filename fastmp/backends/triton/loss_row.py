@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmp.backends.triton.numerics import exp
+from fastmp.backends.triton.kernels.numerics import exp
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends import cpu, cuda
+from fastmp.backends import cpu, registry
 from fastmp.backends.abi import RECORD, Request, record_field
 from fastmp.backends.cpu.structs import UpdateArgs
 from fastmp.ops.update.rules import RULES, Hyper
@@ -214,5 +214,5 @@ def _update(slot: Slot, grad: Tensor, factor: float, h: Hyper) -> None:
         slot.param.copy_(new)
 
 
-cpu.serves("update")
-cuda.serves("update")
+registry.announce("update", "cpu", "cpu")
+registry.announce("update", "cuda", "cuda")

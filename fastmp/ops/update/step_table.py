@@ -148,7 +148,9 @@ def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | Non
         return None
     device = slots[0].param.device
     if is_on_gpu(device):
-        found, reason = cuda.runs_on(device)
+        unsupported = None if cuda.load()[0] else cuda.load()[1]
+        unsupported = unsupported or cuda.supports_device(device)
+        found, reason = unsupported is None, unsupported or ""
     elif device.type == "cpu":
         library, reason = cpu.load()
         found = library is not None

@@ -7,8 +7,8 @@ from tests.kernels.compile.harness import SM_WARPS
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from fastmp.backends.triton.activation import activation_backward
-from fastmp.backends.triton.linear import linear
+from fastmp.backends.triton.kernels.activation import activation_backward
+from fastmp.backends.triton.kernels.linear import linear
 from fastmp.backends.triton.tiles import linear_tile
 
 # Of each architecture's matrix instructions, and its copies from global to shared memory.

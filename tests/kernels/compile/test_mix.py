@@ -11,7 +11,7 @@ KINDS = ["mixup", "cutmix", "plain"]
 
 
 def launch(shape, kind, input, dtype, normalise, shifted=0, device="cpu"):
-    from fastmp.backends.triton.mix import mix
+    from fastmp.backends.triton.kernels.mix import mix
 
     n, channels, height, width = shape
     memory = torch.zeros(n * channels * height * width + shifted, dtype=input, device=device)

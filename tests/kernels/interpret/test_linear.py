@@ -6,16 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmp.backends.triton import activation as activation_kernels
-from fastmp.backends.triton import linear as kernels
-from fastmp.backends.triton.activation import activation_backward
+from fastmp.backends.triton import linear as backend
+from fastmp.backends.triton.kernels import activation as activation_kernels
+from fastmp.backends.triton.kernels import linear as kernels
+from fastmp.backends.triton.kernels.activation import activation_backward
 from fastmp.backends.triton.tiles import DEEPEST_FUSED, linear_tile
 from fastmp.ops.linear import (
     ACTIVATIONS,
     activate,
-    backward_cuda,
     backward_reference,
-    linear_cuda,
     linear_reference,
     saves_preactivation,
 )
@@ -61,7 +60,7 @@ def problem(rows, columns, depth, dtype, bias=True):
 
 
 def check(x, w, b, activation, save):
-    assert kernels.serves(x, w)
+    assert backend.supports_operands(x, w) is None
     y, z = kernels.linear(x, w, b, activation, save)
     wide = [None if t is None else t.double() for t in (x, w, b)]
     ref = F.linear(*wide)
@@ -135,11 +134,14 @@ def test_two_runs_give_the_same_bits(architecture, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_is_served():
+def test_supported_operands():
     x, w = torch.zeros(4, 64).half(), torch.zeros(8, 64).half()
-    assert kernels.serves(x, w)
-    assert kernels.serves(x[:, :8], w[:, 8:16])
-    assert kernels.serves(x.bfloat16(), w.bfloat16())
+    supports = backend.supports_operands
+    assert supports(x, w) is None
+    assert supports(x[:, :8], w[:, 8:16]) is None
+    assert supports(x.bfloat16(), w.bfloat16()) is None
+    assert supports(x.view(2, 2, 64), w) is None
+    assert supports(torch.zeros(2, 64, 3).half().mT, w) is None  # flattening copies
     refused = {
         "fp32": (x.float(), w.float()),
         "two dtypes": (x, w.bfloat16()),
@@ -153,14 +155,14 @@ def test_what_is_served():
         "rows 64 MB apart": (x[:1].as_strided((1, 64), (2**25, 1)), w),
         "the same row again": (x[:1].expand(4, 64), w),
     }
-    assert [why for why, tensors in refused.items() if kernels.serves(*tensors)] == []
+    assert [why for why, tensors in refused.items() if supports(*tensors) is None] == []
 
 
 def test_the_rule_names_every_activation():
     assert set(DEEPEST_FUSED) == set(ACTIVATIONS)
-    assert not kernels.fused_is_faster(8, "none")
-    assert kernels.fused_is_faster(4096, "relu")
-    assert not kernels.fused_is_faster(8192, "relu")
+    assert not backend.fused_is_faster(8, "none")
+    assert backend.fused_is_faster(4096, "relu")
+    assert not backend.fused_is_faster(8192, "relu")
 
 
 # ---- dz = dy · act'(z), db = Σ dz ----
@@ -197,7 +199,7 @@ def test_gradients(activation, dtype, shape):
 
 def test_gradients_of_many_strips_and_layouts():
     grad, saved = torch.randn(2, 40, 4100, device=DEVICE).half()
-    with mock.patch.object(activation_kernels, "processors", return_value=1000):
+    with mock.patch.object(activation_kernels, "num_sms", return_value=1000):
         dz, db = activation_backward(grad.t(), saved.t(), "silu", True)  # 129 strips of 32 rows
     ref = derivative(grad.t().double(), saved.t().double(), "silu")
     same = derivative(grad.t(), saved.t(), "silu")
@@ -243,12 +245,15 @@ def test_the_operation_of_more_dimensions(dtype, depth):
         torch.randn(size, device=DEVICE).to(dtype)
         for size in ((3, 5, depth), (24, depth), (24,), (3, 5, 24))
     )
-    y, z = linear_cuda(x, w, b, "silu", True)
+    supported = backend.supports_operands(x, w) is None
+    assert supported == (depth == 48)
+    linear = backend.linear if supported else linear_reference
+    y, z = linear(x, w, b, "silu", True)
     expected_y, expected_z = linear_reference(x.double(), w.double(), b.double(), "silu", True)
     for found, exact in ((y, expected_y), (z, expected_z)):
         assert found.shape == exact.shape
         assert (found - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
-    found = backward_cuda(grad, z, x, w, "silu", [True, True, True])
+    found = backend.linear_backward(grad, z, x, w, "silu", [True, True, True])
     exact = backward_reference(
         grad.double(), z.double(), x.double(), w.double(), "silu", [True, True, True]
     )

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastmp.backends.triton import tiles
-from fastmp.backends.triton.mix import mix
+from fastmp.backends.triton.kernels.mix import mix
 from fastmp.ops.mix import mix_reference
 from tests.kernels.interpret.conftest import DEVICE
 
@@ -175,7 +175,7 @@ def test_any_address_and_stride(kind, input):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_rows(kind, monkeypatch):
     """What 2^31 rows, or pixels of a plane, would switch on."""
-    monkeypatch.setattr("fastmp.backends.triton.mix._NARROW", 0)
+    monkeypatch.setattr("fastmp.backends.triton.kernels.mix._NARROW", 0)
     for shape in [(3, 2, 24, 72), (5, 3, 7, 11)]:
         arguments = problem(shape, kind, torch.uint8, torch.float16, True)
         check(arguments, mix(*arguments))

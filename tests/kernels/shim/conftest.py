@@ -64,7 +64,8 @@ class Kernel:
 def kernel(library, monkeypatch):
     """Tensors on the CPU are taken for tensors on a GPU."""
     monkeypatch.setattr(step_table, "is_on_gpu", lambda device: device.type == "cpu")
-    monkeypatch.setattr(cuda, "runs_on", lambda device: (True, "the shim"))
+    monkeypatch.setattr(cuda, "load", lambda: (True, "the shim"))
+    monkeypatch.setattr(cuda, "supports_device", lambda device: None)
     monkeypatch.setattr(launch, "kernel", lambda cases, device: Kernel(library))
     monkeypatch.setattr(update, "_SPANS", 5)  # 12 barriers each, of real threads
     monkeypatch.setattr(Kernel, "launches", 0)

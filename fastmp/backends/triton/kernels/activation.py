@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmp.backends.abi import Activation
-from fastmp.backends.triton import processors
-from fastmp.backends.triton.numerics import exp
+from fastmp.backends.triton import num_sms
+from fastmp.backends.triton.kernels.numerics import exp
 from fastmp.backends.triton.tiles import STRIPS_TILE, activation_tile
 
 # Kernels read no globals but these.
@@ -189,7 +189,7 @@ def activation_backward(
     dz = grad if code == Activation.NONE else torch.empty_like(dense)
     widest = 16 // grad.element_size()
     vector = 1 if columns % widest else widest
-    tile = activation_tile(rows, columns, vector, processors(grad.device))
+    tile = activation_tile(rows, columns, vector, num_sms(grad.device))
     strips = triton.cdiv(rows, tile.strip)
     parts = None
     if needs_bias:

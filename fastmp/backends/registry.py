@@ -1,0 +1,239 @@
+"""Which backend serves which operation, and why. A call that no kernel supports falls back here.
+
+An operation is defined once, in ``fastmp.ops``: ``define`` takes its schema, fake and reference. A
+backend is one folder, ``fastmp/backends/<backend>/``. Its file ``<operation>.py`` registers the
+kernels of that operation and is imported by ``define``. What no kernel serves runs on the reference
+in plain PyTorch. ``FASTMP_BACKEND=cpu|triton|cuda`` turns a backend that cannot run into an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+#: The folders beside this file.
+BACKENDS = tuple(sorted(file.parent.name for file in Path(__file__).parent.glob("*/__init__.py")))
+
+
+class OpBackend(NamedTuple):
+    """The backend that serves an operation on a kind of device, and the reason."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+class TorchOp(NamedTuple):
+    """An entry point of an operation: ``torch.ops.fastmp.<name>``.
+
+    Attributes:
+        schema: as ``torch.library`` reads it, "<name>(Tensor input, ...) -> ...".
+        reference: the operation in plain PyTorch, for any device.
+        fake: shapes and dtypes of its results.
+        check: raises where a value is wrong; called before a kernel. The reference calls it itself.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    check: Callable[..., None] | None = None
+
+
+class _Kernel(NamedTuple):
+    backend: str
+    call: Callable[..., Any] | None  # None: the backend cannot run
+    supports: Callable[..., str | None]
+    detail: str
+
+
+class _Availability(NamedTuple):
+    available: bool
+    reason: str
+
+
+_library = torch.library.Library("fastmp", "FRAGMENT")
+_torch_ops: dict[str, TorchOp] = {}
+_operations: dict[str, tuple[str, ...]] = {}  # the names to register kernels for
+_kernels: dict[tuple[str, str], _Kernel] = {}  # by name and type of device
+_policies: dict[tuple[str, str, str], Callable[..., bool]] = {}  # by name, policy, type of device
+_backends: dict[str, _Availability] = {}
+
+
+# ---- operations ----
+
+
+def define(operation: str, *torch_ops: TorchOp) -> None:
+    """Define an operation and import its kernels.
+
+    Args:
+        operation: its name in the report and that of its files, ``backends/*/<operation>.py``.
+        torch_ops: its entry points. None: it is no torch operation, and calls ``select``.
+    """
+    for op in torch_ops:
+        name = op.schema.partition("(")[0]
+        _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastmp::{name}", op.fake, lib=_library)
+        _torch_ops[name] = op
+    names = tuple(op.schema.partition("(")[0] for op in torch_ops)
+    _operations[operation] = names or (operation,)
+    for backend in BACKENDS:
+        module = f"fastmp.backends.{backend}.{operation}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+
+
+# ---- kernels ----
+
+
+def _anything(*_: Any) -> str | None:
+    return None
+
+
+def register(
+    op: str,
+    device: str,
+    kernel: Callable[..., Any],
+    *,
+    backend: str,
+    supports: Callable[..., str | None] = _anything,
+    detail: str = "",
+    **policies: Callable[..., bool],
+) -> None:
+    """Let ``kernel`` serve ``op`` on a type of device.
+
+    Args:
+        op: the name of an entry point, "linear_backward", or of an operation without any.
+        device: "cpu", "cuda", ...
+        kernel: takes the arguments of the reference.
+        backend: its name; ``mark_available`` or ``mark_unavailable`` has been called for it.
+        supports: takes them too; None, or the reason why the kernel cannot serve this call.
+        detail: what the report says beside the backend's own reason.
+        policies: what callers of ``op`` may ask of this device, see ``ask``.
+    """
+    available, _ = _backends[backend]
+    _kernels[op, device] = _Kernel(backend, kernel if available else None, supports, detail)
+    for name, decide in policies.items():
+        _policies[op, name, device] = decide
+    if available and op in _torch_ops:
+        serve = _with_fallback(_torch_ops[op], kernel, supports)
+        torch.library.impl(f"fastmp::{op}", device, serve, lib=_library)
+
+
+def _with_fallback(
+    op: TorchOp, kernel: Callable[..., Any], supports: Callable[..., str | None]
+) -> Callable[..., Any]:
+    reference, check = op.reference, op.check
+
+    def serve(*args: Any) -> Any:
+        if supports(*args) is not None:
+            return reference(*args)
+        if check is not None:
+            check(*args)
+        return kernel(*args)
+
+    return serve
+
+
+def select(op: str, device: torch.device, *args: Any) -> tuple[Callable[..., Any] | None, str]:
+    """The kernel for a call of an operation that is no torch operation, and the reason.
+
+    Args:
+        op: the operation.
+        device: where its tensors are.
+        args: for ``supports``.
+
+    Returns:
+        the kernel, or None: use the reference.
+    """
+    kernel = _kernels.get((op, device.type))
+    if kernel is None:
+        return None, f"no kernel for {device.type}"
+    if kernel.call is None:
+        return None, _backends[kernel.backend].reason
+    reason = kernel.supports(*args)
+    return (kernel.call, _backends[kernel.backend].reason) if reason is None else (None, reason)
+
+
+def ask(op: str, policy: str, device: torch.device, *args: Any, default: bool) -> bool:
+    """A decision that belongs to the backend of a device; ``default`` if it registered none.
+
+    It does not depend on whether the backend can run: the reference then takes the same path.
+    """
+    decide = _policies.get((op, policy, device.type))
+    return default if decide is None else decide(*args)
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def announce(operation: str, device: str, backend: str) -> bool:
+    """Only until loss and update register their kernels: a row for the report."""
+    _operations.setdefault(operation, (operation,))
+    register(operation, device, _anything, backend=backend)
+    return _backends[backend].available
+
+
+# ---- backends ----
+
+
+def forced_backend() -> str | None:
+    """The backend demanded by ``FASTMP_BACKEND``, or None.
+
+    Raises:
+        ValueError: the variable names a backend that does not exist.
+    """
+    name = os.environ.get("FASTMP_BACKEND", "").strip().lower() or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"FASTMP_BACKEND must be one of {', '.join(BACKENDS)} (or unset), got {name!r}"
+        )
+    return name
+
+
+def mark_available(backend: str, reason: str) -> None:
+    """Note that a backend can run; ``reason`` says on what."""
+    _backends[backend] = _Availability(True, reason)
+
+
+def mark_unavailable(backend: str, reason: str, *, warn: bool = True, fix: str = "") -> None:
+    """Note that a backend cannot run, and warn; ``fix`` is the advice that goes with it.
+
+    Raises:
+        RuntimeError: ``FASTMP_BACKEND`` demands it.
+    """
+    if forced_backend() == backend:
+        raise RuntimeError(f"FASTMP_BACKEND={backend}, but {reason}")
+    _backends[backend] = _Availability(False, reason)
+    if warn:
+        text = f"fastmp runs on its slow reference backend ({reason}). {fix}"
+        warnings.warn(text.rstrip(), RuntimeWarning, stacklevel=3)
+
+
+def report() -> list[OpBackend]:
+    """The backend of each operation on each type of device, with the reason, one row each."""
+    devices = sorted({device for _, device in _kernels})
+    return [_row(operation, device) for operation in sorted(_operations) for device in devices]
+
+
+def _row(operation: str, device: str) -> OpBackend:
+    found = (_kernels.get((name, device)) for name in _operations[operation])
+    kernel = next(filter(None, found), None)
+    if kernel is None:
+        reason = f"no kernel for {device}: plain PyTorch"
+        return OpBackend(operation, device, "reference", reason)
+    available, reason = _backends[kernel.backend]
+    if not available:
+        return OpBackend(operation, device, "reference", reason)
+    reason = f"{reason}; {kernel.detail}" if kernel.detail else reason
+    return OpBackend(operation, device, kernel.backend, reason)

@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers; only these files import Triton."""
