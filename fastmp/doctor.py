@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import fastmp
-from fastmp import backends
+from fastmp import backends, files
 from fastmp.backends import cpu, cuda, triton
 
 PACKAGES = ("torch", "numpy", "triton", "cuda-bindings", "tensorboard", "datasets", "pillow")
@@ -139,11 +139,10 @@ def _nvrtc() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    from fastmp.backends.cuda import nvrtc
 
     triton_folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     kinds = (
-        ("compiled CUDA kernels", nvrtc.cache_folder(), "FASTMP_CACHE"),
+        ("compiled CUDA kernels", files.cache_dir(), "FASTMP_CACHE"),
         ("compiled Triton kernels", triton_folder, "TRITON_CACHE_DIR"),
     )
     for name, folder, variable in kinds:

@@ -13,7 +13,7 @@ PACKAGE = Path(fastmp.__file__).parent
 
 # What people call -> operation -> device. A module may import from lower layers and from its own.
 LAYERS = [
-    ["backends", "schedule"],
+    ["backends", "files", "schedule"],
     ["ops"],
     ["functional"],
     ["nn", "optim", "data"],

@@ -27,6 +27,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fastmp.files import atomic_write
+
 FORMAT = "fastmp-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -64,8 +66,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / name, payload)
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    atomic_write(folder / name, payload)
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     for old in folder.iterdir():
         if old.name != name and (_TENSOR_FILE.fullmatch(old.name) or old.suffix == ".partial"):
             old.unlink(missing_ok=True)
@@ -135,28 +137,6 @@ def _content_sum(content: Any) -> str:
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
-
-
-def _write(path: Path, payload: bytes) -> None:
-    """Put a file in place whole: half of it never stands under its name, whenever power fails."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as out:
-        out.write(payload)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Bring the renames in ``folder`` to the disk, before anything relies on them."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _distrust(path: Path, expected: str, found: str) -> CheckpointError:

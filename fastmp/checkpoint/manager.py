@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmp.checkpoint.format import CheckpointError, entry, load, save, sync
+from fastmp.checkpoint.format import CheckpointError, entry, load, save
+from fastmp.files import sync
 
 _NAME = re.compile(r"step-(\d{9,})")
 _UNFINISHED = ".unfinished"

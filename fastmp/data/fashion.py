@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fastmp.data.dataset import DataError, Dataset, in_memory
+from fastmp.files import cache_dir
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def _find_fashion_mnist() -> Path:
                 "correct FASTMP_DATA, or unset it to have them downloaded"
             )
         return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = cache / "fastmp" / "fashion-mnist"
+    cached = cache_dir() / "fashion-mnist"
     for folder in (*_SYSTEM_FOLDERS, cached):
         if _complete(folder):
             return folder

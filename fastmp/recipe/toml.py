@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fastmp.files import atomic_write
 from fastmp.recipe.config import ConfigError, TrainConfig
 
 
@@ -55,7 +56,7 @@ def write_toml(config: TrainConfig, path: Path) -> None:
         value = getattr(config, field.name)
         if value is not None:
             lines.append(f"{field.name} = {_as_toml(value)}\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    atomic_write(path, "".join(lines).encode())
 
 
 def _as_toml(value: Any) -> str:

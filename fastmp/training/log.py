@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
+
+from fastmp.files import atomic_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -114,10 +115,8 @@ class Log:
             return
         self.close()
         path = self._folder / FILE
-        kept = [row for row in _rows(path) if row.get("step", 0) <= step]
-        partial = path.with_name(f"{FILE}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
+        kept = [row for row in read(path) if row.get("step", 0) <= step]
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._purged = step + 1
 
     def close(self) -> None:
@@ -140,22 +139,20 @@ class Log:
         return self._events
 
 
-def read(path: str | os.PathLike[str], kind: str) -> list[dict[str, Any]]:
-    """The rows of one kind, in order.
+def read(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows, of one kind or all, in order.
 
     Raises:
         ValueError: a line is no JSON; the last one may be torn, by a run that was killed.
     """
-    return [row for row in _rows(Path(path)) if row["kind"] == kind]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line feed is torn
         try:
-            yield json.loads(line)
+            rows.append(json.loads(line))
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: expected JSON, got {line[:60]!r}; "
                 "delete the line, or the file"
             ) from error
+    return [row for row in rows if kind in (None, row["kind"])]

@@ -104,7 +104,7 @@ def test_a_damaged_one_is_passed_over(tmp_path, harm):
 
 SAVER = """
 import sys, torch
-from fastmp.checkpoints import Checkpoints
+from fastmp.checkpoint.manager import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], background=bool(int(sys.argv[3])))
 for step in range(int(sys.argv[2]), 10**6):
     checkpoints.save({"step": step, "weights": torch.full((500_000,), float(step))}, step)

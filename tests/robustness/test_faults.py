@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import fastmp
+from fastmp.training import log
 
 SOAK = bool(os.environ.get("FASTMP_SOAK"))
 
@@ -104,7 +105,7 @@ def test_three_runs_end_with_the_same_bits(tmp_path, dtype):
     for out in runs:
         newest = max((out / "checkpoints").iterdir())
         tensors = {p.name: p.read_bytes() for p in newest.rglob("*.safetensors")}
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = log.read(out / log.FILE)
         losses = [{k: v for k, v in row.items() if "loss" in k or "acc" in k} for row in rows]
         assert tensors
         assert any(losses)

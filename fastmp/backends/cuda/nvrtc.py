@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastmp import files
 
 # --fmad=false: as the CPU library, so that both give the same bits. The kernel waits for memory.
 _OPTIONS = ("--std=c++17", "--fmad=false")
@@ -135,15 +136,6 @@ def compile(file: str, kernel: str, architecture: str) -> Image:
 # ---- the cache ----
 
 
-def cache_folder() -> Path:
-    """``$FASTMP_CACHE``, else ``fastmp`` in the user's cache folder."""
-    own = os.environ.get("FASTMP_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastmp"
-
-
 def _digest(parts: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -154,7 +146,7 @@ def _digest(parts: Sequence[bytes]) -> str:
 def _entry(file: str, kernel: str, architecture: str) -> Path:
     made_by = [file, kernel, architecture, *_OPTIONS, str(version()), str(_FORMAT)]
     sources = [part for name, text in _sources().items() for part in (name.encode(), text)]
-    return cache_folder() / f"{_digest([m.encode() for m in made_by] + sources)}.cubin"
+    return files.cache_dir() / f"{_digest([m.encode() for m in made_by] + sources)}.cubin"
 
 
 def _read(entry: Path) -> Image | None:
@@ -177,11 +169,7 @@ def _write(entry: Path, image: Image) -> None:
     head = json.dumps({"kernel": image.kernel, "sha256": digest}).encode()
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            file.write(head + b"\n" + image.code)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(entry)
+        files.atomic_write(entry, head + b"\n" + image.code)
     except OSError as error:
         warnings.warn(
             f"fastmp compiles its kernel anew in every process: {error}. "
