@@ -94,7 +94,7 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
     if words[0] == "make":
         assert words[1] in TARGETS
         return
-    from fastmp.cli.main import COMMANDS
+    from fastmp.cli.main import COMMANDS, main
 
     assert words[1] in COMMANDS
     asked = []
@@ -110,11 +110,11 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
     arguments = [names.get(word, word) for word in words[1:]]
     if "--help" in arguments:
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            main(arguments)
         assert stop.value.code == 0
         return
     try:
-        cli.main(arguments)
+        main(arguments)
     except SystemExit as stop:
         pytest.fail(f"{line!r} is refused: {stop.code}")
     assert asked or words[1] == "doctor"
