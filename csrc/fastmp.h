@@ -69,11 +69,11 @@ typedef struct {
   const float* weight;     /* per class; NULL: all 1 */
   int64_t ignore_index;
   double smoothing;
-  const float* grad_output; /* incoming gradient of the loss, in fp32 */
-  int64_t grad_stride;      /* 0: one for all rows, 1: one per row (reduction none) */
-  float* loss;              /* forward: 1 value, or one per row for reduction none */
-  float* stats;             /* rows x 2: largest logit, sum of exp(logit - largest); forward
-                               writes, backward reads */
+  const float* grad_output;   /* gradient of the loss; forward: the assumed one, NULL: 1 */
+  int64_t grad_output_stride; /* 0: one for all rows, 1: one per row (reduction none) */
+  float* loss;                /* forward: 1 value, or one per row for reduction none */
+  float* stats;               /* rows x 2: row_max, sum of exp(logit - row_max); forward writes,
+                                 backward reads */
   void* grad;         /* gradient of the logits, dense; NULL: forward computes the loss alone */
   int64_t bad_row;    /* out, with FASTMP_BAD_TARGET */
   int64_t bad_target; /* out, likewise */

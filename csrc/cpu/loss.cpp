@@ -1,15 +1,20 @@
 /* loss: cross-entropy of a mixed pair of targets with smoothing. For a row z, targets a and b:
  *
- *   loss     = k_a CE(z, a) + k_b CE(z, b),   k_a = λ / W_a,   k_b = (1-λ) / W_b
- *   W_y      = Σ w_y over the rows that are not ignored (reduction mean), else 1
+ *   loss     = mix_weight_a CE(z, a) + mix_weight_b CE(z, b)
  *   CE(z, y) = (1-ε) w_y (lse(z) - z_y) + (ε/C) Σ_c w_c (lse(z) - z_c)
- *   dz_c     = A softmax(z)_c - S w_c - B_a [c = a] - B_b [c = b]
- *   B_y = g k_y (1-ε) w_y,   S = g (k_a + k_b) ε/C,   A = B_a + B_b + S Σw,   g: incoming gradient
+ *   grad_c   = softmax_coef softmax(z)_c - smooth_coef w_c - target_coef_a [c = a]
+ *              - target_coef_b [c = b]
+ *
+ *   mix_weight_a  = λ / divisor_a,   mix_weight_b = (1-λ) / divisor_b
+ *   divisor_y     = Σ w_y over the rows that are not ignored (reduction mean), else 1
+ *   target_coef_y = grad_output mix_weight_y (1-ε) w_y
+ *   smooth_coef   = grad_output (mix_weight_a + mix_weight_b) ε/C
+ *   softmax_coef  = target_coef_a + target_coef_b + smooth_coef weight_total,   weight_total = Σ w
  *
  * Bytes per logit: the forward reads 4 (16-bit: 2) and, with the gradient, writes as many. A row is
- * taken in blocks that stay in L1: largest value, then exp(z - largest so far) into fp32 scratch,
- * one exp per logit. When a later block raises the maximum, earlier blocks get a factor, applied
- * with the softmax denominator when the gradient is written. The backward alone, for another g,
+ * taken in blocks that stay in L1: first the maximum, then exp(z - row_max so far) into fp32
+ * scratch, one exp per logit. When a later block raises row_max, earlier blocks get a factor,
+ * applied with sum_exp when the gradient is written. The backward alone, for another grad_output,
  * reads and writes the same bytes again.
  *
  * A row is summed in fp32 lanes within a block and in fp64 across blocks, the rows in order in
@@ -26,12 +31,12 @@ constexpr int64_t kGrain = 16384; /* logits worth a thread */
 /* ---- forward over all rows ---- */
 
 template <class T, Smooth smooth>
-static void forward_row(const Problem& problem, int64_t row, float* e, float* references) {
+static void forward_row(const Problem& problem, int64_t row, float* e, float* block_max) {
   const fastmp_loss_args& args = problem.args;
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = args.grad == nullptr ? nullptr : static_cast<T*>(args.grad) + row * args.classes;
   const Targets targets = targets_of(problem, row);
-  if (!targets.a.counts && !targets.b.counts) {
+  if (!targets.a.valid && !targets.b.valid) {
     problem.row_losses[row] = 0.0;
     args.stats[2 * row] = 0.0f;
     args.stats[2 * row + 1] = 1.0f;
@@ -39,14 +44,15 @@ static void forward_row(const Problem& problem, int64_t row, float* e, float* re
     return;
   }
   const int64_t e_stride = grad == nullptr ? 0 : kBlock;
-  const Scan scan = scan_row<T, smooth>(z, args.weight, args.classes, e, e_stride, references);
-  const double z_a = targets.a.counts ? static_cast<double>(to_float(z[targets.a.y])) : 0.0;
-  const double z_b = targets.b.counts ? static_cast<double>(to_float(z[targets.b.y])) : 0.0;
-  problem.row_losses[row] = loss_of_row(problem, targets, scan, references, z_a, z_b);
-  args.stats[2 * row] = scan.largest;
-  args.stats[2 * row + 1] = static_cast<float>(scan.sum);
+  const RowSums sums =
+      online_softmax<T, smooth>(z, args.weight, args.classes, e, e_stride, block_max);
+  const double z_a = targets.a.valid ? static_cast<double>(to_float(z[targets.a.y])) : 0.0;
+  const double z_b = targets.b.valid ? static_cast<double>(to_float(z[targets.b.y])) : 0.0;
+  problem.row_losses[row] = row_loss(problem, targets, sums, block_max, z_a, z_b);
+  args.stats[2 * row] = sums.row_max;
+  args.stats[2 * row + 1] = static_cast<float>(sums.sum_exp);
   if (grad != nullptr) {
-    write_row(problem, targets, scan, e, references, incoming_of(args, row), grad);
+    store_gradient(problem, targets, sums, e, block_max, grad_output_of(args, row), grad);
   }
 }
 
@@ -58,13 +64,13 @@ static int forward_rows(const Problem& problem) {
   int no_memory = 0;
   parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
                [&](int64_t begin, int64_t end) {
-                 Scratch<float> e(kept), references(blocks);
-                 if (e.data == nullptr || references.data == nullptr) {
+                 Scratch<float> e(kept), block_max(blocks);
+                 if (e.data == nullptr || block_max.data == nullptr) {
                    __atomic_store_n(&no_memory, 1, __ATOMIC_RELAXED);
                    return;
                  }
                  for (int64_t row = begin; row < end; ++row) {
-                   forward_row<T, smooth>(problem, row, e.data, references.data);
+                   forward_row<T, smooth>(problem, row, e.data, block_max.data);
                  }
                });
   return no_memory != 0 ? FASTMP_NO_MEMORY : FASTMP_OK;
@@ -72,7 +78,7 @@ static int forward_rows(const Problem& problem) {
 
 template <class T>
 static int forward_as(const Problem& problem) {
-  if (problem.smooth_each == 0.0) return forward_rows<T, Smooth::none>(problem);
+  if (problem.smooth_prob == 0.0) return forward_rows<T, Smooth::none>(problem);
   if (problem.args.weight == nullptr) return forward_rows<T, Smooth::equal>(problem);
   return forward_rows<T, Smooth::weighted>(problem);
 }
@@ -85,25 +91,26 @@ static void backward_row(const Problem& problem, int64_t row) {
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = static_cast<T*>(args.grad) + row * args.classes;
   const Targets targets = targets_of(problem, row);
-  if (!targets.a.counts && !targets.b.counts) {
+  if (!targets.a.valid && !targets.b.valid) {
     memset(grad, 0, static_cast<size_t>(args.classes) * sizeof(T));
     return;
   }
-  const float largest = args.stats[2 * row];
-  const double sum = static_cast<double>(args.stats[2 * row + 1]);
-  const Gradient g = gradient_of(problem, targets, incoming_of(args, row));
-  const float factor = static_cast<float>(g.a / sum), s = static_cast<float>(g.s);
+  const float row_max = args.stats[2 * row];
+  const double sum_exp = static_cast<double>(args.stats[2 * row + 1]);
+  const GradientCoefs k = gradient_coefs(problem, targets, grad_output_of(args, row));
+  const float factor = static_cast<float>(k.softmax_coef / sum_exp);
+  const float smooth_coef = static_cast<float>(k.smooth_coef);
   if (args.weight != nullptr) {
-    rewrite_block<T, true>(z, args.weight, grad, args.classes, largest, factor, s);
+    gradient_of_logits<T, true>(z, args.weight, grad, args.classes, row_max, factor, smooth_coef);
   } else {
-    rewrite_block<T, false>(z, nullptr, grad, args.classes, largest, factor, s);
+    gradient_of_logits<T, false>(z, nullptr, grad, args.classes, row_max, factor, smooth_coef);
   }
   const auto softmax_at = [&](const Target& t) {
-    if (!t.counts) return 0.0;
-    const double x = static_cast<double>(to_float(z[t.y])) - static_cast<double>(largest);
-    return exp(x) / sum;
+    if (!t.valid) return 0.0;
+    const double x = static_cast<double>(to_float(z[t.y])) - static_cast<double>(row_max);
+    return exp(x) / sum_exp;
   };
-  write_targets(problem, targets, g, softmax_at(targets.a), softmax_at(targets.b), grad);
+  fix_target_logits(problem, targets, k, softmax_at(targets.a), softmax_at(targets.b), grad);
 }
 
 template <class T>
@@ -135,7 +142,7 @@ static bool is_valid(const fastmp_loss_args& args) {
   if (!is_aligned(bytes_of(args.dtype), args.logits, args.grad)) return false;
   if (!is_aligned(8, args.target_a, args.target_b)) return false;
   if (args.lam_stride < 0 || args.lam_stride > 1) return false;
-  if (args.grad_stride < 0 || args.grad_stride > 1) return false;
+  if (args.grad_output_stride < 0 || args.grad_output_stride > 1) return false;
   if (!is_aligned(4, args.lam, args.weight, args.grad_output, args.loss, args.stats)) return false;
   if (args.rows == 0) return true;
   if (args.target_a == nullptr || args.stats == nullptr) return false;
@@ -145,14 +152,14 @@ static bool is_valid(const fastmp_loss_args& args) {
   return args.classes == 0 || args.logits != nullptr;
 }
 
-/* Whether the gradients that come in and go out have a place. */
+/* Whether grad_output and grad are there. */
 static bool has_gradients(const fastmp_loss_args& args) {
   if (args.rows == 0 || args.classes == 0) return true;
   return args.grad != nullptr && args.grad_output != nullptr;
 }
 
-/* Every target is in range or ignored; W: the weight of those that count (reduction mean). */
-static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double* weight_sum) {
+/* False: a target is out of range, see bad_row. divisor: Σ w_y of those that are not ignored. */
+static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double* divisor) {
   double sum = 0.0;
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t y = targets[row];
@@ -164,7 +171,7 @@ static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double
     }
     sum += args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[y]);
   }
-  *weight_sum = sum;
+  *divisor = sum;
   return true;
 }
 
@@ -201,6 +208,7 @@ static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Pro
   const Problem problem = {args,
                            mean ? 1.0 / divisors[0] : 1.0,
                            mean ? 1.0 / divisors[1] : 1.0,
+                           1.0 - args.smoothing,
                            args.smoothing / static_cast<double>(args.classes),
                            sum_weights(args, block_weights.data),
                            block_weights.data,
@@ -234,8 +242,8 @@ int loss_forward(fastmp_loss_args* args) {
   }
   double loss = 0.0;
   for (int64_t row = 0; row < args->rows; ++row) loss += row_losses.data[row];
-  const bool nothing = divisors[0] == 0.0 || divisors[1] == 0.0;
-  if (args->reduction == FASTMP_MEAN && nothing) loss = static_cast<double>(__builtin_nanf(""));
+  const bool all_ignored = divisors[0] == 0.0 || divisors[1] == 0.0;
+  if (args->reduction == FASTMP_MEAN && all_ignored) loss = static_cast<double>(__builtin_nanf(""));
   *args->loss = static_cast<float>(loss);
   return FASTMP_OK;
 }

@@ -14,23 +14,24 @@ namespace {
 constexpr int64_t kBlock = 2048; /* logits taken at a time: 8 KiB of fp32 */
 enum class Smooth { none, equal, weighted };
 
-/* What the rows of a call share. */
+/* One call, for all of its rows. */
 struct Problem {
   const fastmp_loss_args& args;
-  double share_a, share_b; /* 1 / W: what a target's λ is multiplied with */
-  double smooth_each;      /* ε/C */
-  double weight_sum;       /* Σ w */
-  const double* block_weights;
+  double inv_divisor_a, inv_divisor_b;
+  double target_prob; /* 1-ε */
+  double smooth_prob; /* ε/C */
+  double weight_total;
+  const double* block_weights; /* Σ w over each block */
   double* row_losses;
 
   float weight_of(int64_t y) const { return args.weight == nullptr ? 1.0f : args.weight[y]; }
 };
 
-/* A target of a row: k_y, or 0 and counts = false where it is ignored. */
+/* A target of a row; where it is ignored mix_weight is 0. */
 struct Target {
   int64_t y;
-  bool counts;
-  double share;
+  bool valid;
+  double mix_weight;
 };
 struct Targets {
   Target a, b;
@@ -43,24 +44,26 @@ static Targets targets_of(const Problem& problem, int64_t row) {
   if (args.target_b != nullptr) {
     lam = static_cast<double>(args.lam[row * args.lam_stride]);
     t.b.y = args.target_b[row];
-    t.b.counts = t.b.y != args.ignore_index;
-    if (t.b.counts) t.b.share = (1.0 - lam) * problem.share_b;
+    t.b.valid = t.b.y != args.ignore_index;
+    if (t.b.valid) t.b.mix_weight = (1.0 - lam) * problem.inv_divisor_b;
   }
-  t.a.counts = t.a.y != args.ignore_index;
-  if (t.a.counts) t.a.share = lam * problem.share_a;
+  t.a.valid = t.a.y != args.ignore_index;
+  if (t.a.valid) t.a.mix_weight = lam * problem.inv_divisor_a;
   return t;
 }
 
 /* ---- forward over one row ---- */
 
-struct Scan {
-  float largest;
-  double sum;    /* Σ exp(z - largest) */
-  double smooth; /* Σ w (z - reference of its block), over the blocks */
+/* What the forward keeps of a row. Each block is taken against the row_max known by then, its
+ * block_max: exp(z - block_max). */
+struct RowSums {
+  float row_max;
+  double sum_exp; /* Σ exp(z - row_max) */
+  double shifted; /* Σ w (z - block_max) */
 };
 
 template <class T>
-static float largest_of(const T* z, int64_t n) {
+static float max_logit(const T* z, int64_t n) {
   const Vec lowest = broadcast(-__builtin_inff());
   Vec best[4] = {lowest, lowest, lowest, lowest};
   int64_t i = 0;
@@ -73,16 +76,16 @@ static float largest_of(const T* z, int64_t n) {
   return largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-/* e = exp(z - reference); adds up e, and w (z - reference) if smoothing asks for it. Meanwhile it
- * fetches what comes next, the following block or row: the hardware's prefetchers stop at every 4
- * KiB page, and a row of 1,000 fp32 logits is one page. 15 to 25% of forward and backward. */
+/* e = exp(z - block_max); adds up e, and with smoothing w (z - block_max). Prefetches the next
+ * block or row: the hardware's prefetchers stop at every 4 KiB page, and a row of 1,000 fp32 logits
+ * is one page. 15 to 25% of forward and backward. */
 template <class T, Smooth smooth>
 static void exp_block(const T* z, const float* weight, float* __restrict e, int64_t n,
-                      float reference, double* sum, double* smooth_sum) {
+                      float block_max, RowSums* row) {
   Vec sums[2] = {}, shifted[2] = {};
   const auto step = [&](int64_t i, int lane) {
     __builtin_prefetch(z + i + n);
-    const Vec x = load(z + i) - reference;
+    const Vec x = load(z + i) - block_max;
     const Vec y = exp_nonpos(x);
     save(y, e + i);
     sums[lane] += y;
@@ -99,170 +102,171 @@ static void exp_block(const T* z, const float* weight, float* __restrict e, int6
     i += kWidth;
   }
   if (i < n) {
-    /* Padding of -inf is exp 0; padding of reference adds 0 to the shifted sum. */
+    /* Padding of -inf is exp 0; padding of block_max adds 0 to the shifted sum. */
     const int64_t rest = n - i;
-    const Vec y = exp_nonpos(load_part(z + i, rest, -__builtin_inff()) - reference);
+    const Vec y = exp_nonpos(load_part(z + i, rest, -__builtin_inff()) - block_max);
     save_part(y, e + i, rest);
     sums[1] += y;
-    const Vec x = load_part(z + i, rest, reference) - reference;
+    const Vec x = load_part(z + i, rest, block_max) - block_max;
     if (smooth == Smooth::equal) shifted[1] += x;
     if (smooth == Smooth::weighted) shifted[1] += x * load_part(weight + i, rest, 0.0f);
   }
-  *sum += static_cast<double>(sum_of_lanes(sums[0] + sums[1]));
+  row->sum_exp += static_cast<double>(sum_of_lanes(sums[0] + sums[1]));
   if (smooth != Smooth::none) {
-    *smooth_sum += static_cast<double>(sum_of_lanes(shifted[0] + shifted[1]));
+    row->shifted += static_cast<double>(sum_of_lanes(shifted[0] + shifted[1]));
   }
 }
 
 /* e_stride 0: the exponentials are not kept, each block overwrites the last. */
 template <class T, Smooth smooth>
-static Scan scan_row(const T* z, const float* weight, int64_t classes, float* e, int64_t e_stride,
-                     float* references) {
-  Scan scan = {-__builtin_inff(), 0.0, 0.0};
+static RowSums online_softmax(const T* z, const float* weight, int64_t classes, float* e,
+                              int64_t e_stride, float* block_max) {
+  RowSums row = {-__builtin_inff(), 0.0, 0.0};
   for (int64_t at = 0, block = 0; at < classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, classes - at);
-    const float largest = largest_of(z + at, n);
-    if (largest > scan.largest) {
+    const float max = max_logit(z + at, n);
+    if (max > row.row_max) {
       if (block > 0) { /* before that the sum is 0: no exponential for a row of one block */
-        scan.sum *= exp(static_cast<double>(scan.largest) - static_cast<double>(largest));
+        row.sum_exp *= exp(static_cast<double>(row.row_max) - static_cast<double>(max));
       }
-      scan.largest = largest;
+      row.row_max = max;
     }
-    /* While all is -inf any finite reference gives exp 0, and not NaN as -inf would. */
-    references[block] = scan.largest == -__builtin_inff() ? 0.0f : scan.largest;
+    /* While all is -inf any finite block_max gives exp 0, and not NaN as -inf would. */
+    block_max[block] = row.row_max == -__builtin_inff() ? 0.0f : row.row_max;
     exp_block<T, smooth>(z + at, weight == nullptr ? nullptr : weight + at, e + block * e_stride, n,
-                         references[block], &scan.sum, &scan.smooth);
+                         block_max[block], &row);
   }
-  return scan;
+  return row;
 }
 
-static double loss_of_row(const Problem& problem, const Targets& targets, const Scan& scan,
-                          const float* references, double z_a, double z_b) {
-  const fastmp_loss_args& args = problem.args;
-  const double log_sum = log(scan.sum);
-  const double largest = static_cast<double>(scan.largest);
-  double smooth = 0.0;
-  if (problem.smooth_each > 0.0) {
-    const int64_t blocks = (args.classes + kBlock - 1) / kBlock;
+static double row_loss(const Problem& problem, const Targets& targets, const RowSums& row,
+                       const float* block_max, double z_a, double z_b) {
+  const double log_sum_exp = log(row.sum_exp);
+  const double row_max = static_cast<double>(row.row_max);
+  double smooth_loss = 0.0;
+  if (problem.smooth_prob > 0.0) {
+    const int64_t blocks = (problem.args.classes + kBlock - 1) / kBlock;
     for (int64_t block = 0; block < blocks; ++block) {
-      const double above = largest - static_cast<double>(references[block]);
-      smooth += problem.block_weights[block] * (above + log_sum);
+      const double above = row_max - static_cast<double>(block_max[block]);
+      smooth_loss += problem.block_weights[block] * (above + log_sum_exp);
     }
-    smooth = problem.smooth_each * (smooth - scan.smooth);
+    smooth_loss = problem.smooth_prob * (smooth_loss - row.shifted);
   }
+  const auto target_loss = [&](const Target& t, double z_y) {
+    const double w = static_cast<double>(problem.weight_of(t.y));
+    return t.mix_weight * (problem.target_prob * w * (row_max - z_y + log_sum_exp) + smooth_loss);
+  };
   double loss = 0.0;
-  if (targets.a.counts) {
-    const double w = static_cast<double>(problem.weight_of(targets.a.y));
-    loss += targets.a.share * ((1.0 - args.smoothing) * w * (largest - z_a + log_sum) + smooth);
-  }
-  if (targets.b.counts) {
-    const double w = static_cast<double>(problem.weight_of(targets.b.y));
-    loss += targets.b.share * ((1.0 - args.smoothing) * w * (largest - z_b + log_sum) + smooth);
-  }
+  if (targets.a.valid) loss += target_loss(targets.a, z_a);
+  if (targets.b.valid) loss += target_loss(targets.b, z_b);
   return loss;
 }
 
 /* ---- the gradient of one row ---- */
 
-/* dz_c = a softmax_c - s w_c - b_y [c = y]. */
-struct Gradient {
-  double a, s, b_a, b_b;
+struct GradientCoefs {
+  double softmax_coef, smooth_coef, target_coef_a, target_coef_b;
 };
 
-static Gradient gradient_of(const Problem& problem, const Targets& targets, double incoming) {
-  const double kept = 1.0 - problem.args.smoothing;
-  const auto pull = [&](const Target& t) {
-    return t.counts ? incoming * t.share * kept * static_cast<double>(problem.weight_of(t.y)) : 0.0;
+static GradientCoefs gradient_coefs(const Problem& problem, const Targets& targets,
+                                    double grad_output) {
+  const auto target_coef = [&](const Target& t) {
+    if (!t.valid) return 0.0;
+    const double w = static_cast<double>(problem.weight_of(t.y));
+    return grad_output * t.mix_weight * problem.target_prob * w;
   };
-  Gradient g;
-  g.b_a = pull(targets.a);
-  g.b_b = pull(targets.b);
-  g.s = incoming * (targets.a.share + targets.b.share) * problem.smooth_each;
-  g.a = g.b_a + g.b_b + g.s * problem.weight_sum;
-  return g;
+  GradientCoefs k;
+  k.target_coef_a = target_coef(targets.a);
+  k.target_coef_b = target_coef(targets.b);
+  k.smooth_coef = grad_output * (targets.a.mix_weight + targets.b.mix_weight) * problem.smooth_prob;
+  k.softmax_coef = k.target_coef_a + k.target_coef_b + k.smooth_coef * problem.weight_total;
+  return k;
 }
 
-static double incoming_of(const fastmp_loss_args& args, int64_t row) {
+static double grad_output_of(const fastmp_loss_args& args, int64_t row) {
   return args.grad_output == nullptr
              ? 1.0
-             : static_cast<double>(args.grad_output[row * args.grad_stride]);
+             : static_cast<double>(args.grad_output[row * args.grad_output_stride]);
 }
 
-/* grad = e * factor - s * w. */
+/* grad = e * factor - smooth_coef * w. */
 template <class T, bool weighted>
-static void write_block(const float* e, const float* weight, T* __restrict grad, int64_t n,
-                        float factor, float s) {
+static void gradient_of_exp(const float* e, const float* weight, T* __restrict grad, int64_t n,
+                            float factor, float smooth_coef) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     __builtin_prefetch(grad + i + n, 1);
-    const Vec w = weighted ? load(weight + i) * s : broadcast(s);
+    const Vec w = weighted ? load(weight + i) * smooth_coef : broadcast(smooth_coef);
     save(load(e + i) * factor - w, grad + i);
   }
   if (i < n) {
-    const Vec w = weighted ? load_part(weight + i, n - i, 0.0f) * s : broadcast(s);
+    const Vec w =
+        weighted ? load_part(weight + i, n - i, 0.0f) * smooth_coef : broadcast(smooth_coef);
     save_part(load_part(e + i, n - i, 0.0f) * factor - w, grad + i, n - i);
   }
 }
 
-/* grad = exp(z - largest) * factor - s * w. */
+/* grad = exp(z - row_max) * factor - smooth_coef * w. */
 template <class T, bool weighted>
-static void rewrite_block(const T* z, const float* weight, T* __restrict grad, int64_t n,
-                          float largest, float factor, float s) {
+static void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int64_t n,
+                               float row_max, float factor, float smooth_coef) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    const Vec w = weighted ? load(weight + i) * s : broadcast(s);
-    save(exp_nonpos(load(z + i) - largest) * factor - w, grad + i);
+    const Vec w = weighted ? load(weight + i) * smooth_coef : broadcast(smooth_coef);
+    save(exp_nonpos(load(z + i) - row_max) * factor - w, grad + i);
   }
   if (i < n) {
-    const Vec w = weighted ? load_part(weight + i, n - i, 0.0f) * s : broadcast(s);
-    const Vec e = exp_nonpos(load_part(z + i, n - i, largest) - largest);
+    const Vec w =
+        weighted ? load_part(weight + i, n - i, 0.0f) * smooth_coef : broadcast(smooth_coef);
+    const Vec e = exp_nonpos(load_part(z + i, n - i, row_max) - row_max);
     save_part(e * factor - w, grad + i, n - i);
   }
 }
 
-/* The targets' own elements again, in fp64: near softmax 1 they are a small difference. */
+/* The targets' logits again, in fp64: near softmax 1 their gradient is a small difference. */
 template <class T>
-static void write_targets(const Problem& problem, const Targets& targets, const Gradient& g,
-                          double softmax_a, double softmax_b, T* grad) {
-  const bool same = targets.a.counts && targets.b.counts && targets.a.y == targets.b.y;
-  const auto value = [&](const Target& t, double softmax, double b) {
+static void fix_target_logits(const Problem& problem, const Targets& targets,
+                              const GradientCoefs& k, double softmax_a, double softmax_b, T* grad) {
+  const bool same = targets.a.valid && targets.b.valid && targets.a.y == targets.b.y;
+  const auto value = [&](const Target& t, double softmax, double coef) {
     const double w = static_cast<double>(problem.weight_of(t.y));
-    return static_cast<float>(g.a * softmax - g.s * w - b);
+    return static_cast<float>(k.softmax_coef * softmax - k.smooth_coef * w - coef);
   };
-  if (targets.a.counts) {
-    store(value(targets.a, softmax_a, g.b_a + (same ? g.b_b : 0.0)), &grad[targets.a.y]);
+  if (targets.a.valid) {
+    store(value(targets.a, softmax_a, k.target_coef_a + (same ? k.target_coef_b : 0.0)),
+          &grad[targets.a.y]);
   }
-  if (targets.b.counts && !same) {
-    store(value(targets.b, softmax_b, g.b_b), &grad[targets.b.y]);
+  if (targets.b.valid && !same) {
+    store(value(targets.b, softmax_b, k.target_coef_b), &grad[targets.b.y]);
   }
 }
 
 template <class T>
-static void write_row(const Problem& problem, const Targets& targets, const Scan& scan,
-                      const float* e, const float* references, double incoming, T* grad) {
+static void store_gradient(const Problem& problem, const Targets& targets, const RowSums& row,
+                           const float* e, const float* block_max, double grad_output, T* grad) {
   const fastmp_loss_args& args = problem.args;
-  const Gradient g = gradient_of(problem, targets, incoming);
-  const float s = static_cast<float>(g.s);
+  const GradientCoefs k = gradient_coefs(problem, targets, grad_output);
+  const float smooth_coef = static_cast<float>(k.smooth_coef);
   const auto factor_of = [&](int64_t block) {
-    const float below = references[block];
-    const double rescale =
-        below == scan.largest ? 1.0
-                              : exp(static_cast<double>(below) - static_cast<double>(scan.largest));
-    return rescale / scan.sum;
+    const float below = block_max[block];
+    const double rescale = below == row.row_max
+                               ? 1.0
+                               : exp(static_cast<double>(below) - static_cast<double>(row.row_max));
+    return rescale / row.sum_exp;
   };
   for (int64_t at = 0, block = 0; at < args.classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, args.classes - at);
-    const float factor = static_cast<float>(g.a * factor_of(block));
+    const float factor = static_cast<float>(k.softmax_coef * factor_of(block));
     if (args.weight != nullptr) {
-      write_block<T, true>(e + at, args.weight + at, grad + at, n, factor, s);
+      gradient_of_exp<T, true>(e + at, args.weight + at, grad + at, n, factor, smooth_coef);
     } else {
-      write_block<T, false>(e + at, nullptr, grad + at, n, factor, s);
+      gradient_of_exp<T, false>(e + at, nullptr, grad + at, n, factor, smooth_coef);
     }
   }
   const auto softmax_at = [&](const Target& t) {
-    return t.counts ? static_cast<double>(e[t.y]) * factor_of(t.y / kBlock) : 0.0;
+    return t.valid ? static_cast<double>(e[t.y]) * factor_of(t.y / kBlock) : 0.0;
   };
-  write_targets(problem, targets, g, softmax_at(targets.a), softmax_at(targets.b), grad);
+  fix_target_logits(problem, targets, k, softmax_at(targets.a), softmax_at(targets.b), grad);
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ def _native_args(
         ignore_index=ignore_index,
         smoothing=smoothing,
         lam_stride=0 if lam is None else lam.dim(),
-        grad_stride=0 if incoming is None else incoming.dim(),
+        grad_output_stride=0 if incoming is None else incoming.dim(),
     )
     fields = ("logits", "target_a", "target_b", "lam", "weight", "grad_output")
     for field, tensor in zip(fields, kept, strict=True):

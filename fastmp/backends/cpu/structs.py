@@ -54,7 +54,7 @@ class LossArgs(Structure):
         ("ignore_index", c_int64),
         ("smoothing", c_double),
         ("grad_output", c_void_p),
-        ("grad_stride", c_int64),
+        ("grad_output_stride", c_int64),
         ("loss", c_void_p),
         ("stats", c_void_p),
         ("grad", c_void_p),

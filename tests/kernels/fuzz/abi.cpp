@@ -164,8 +164,8 @@ static int32_t fuzz_loss(Input& in) {
   if (in.one_in(3)) args.weight = in.floats(args.classes);
   args.ignore_index = in.one_in(2) ? -100 : in.below(40);
   args.smoothing = in.one_in(2) ? 0.1 : static_cast<double>(in.number());
-  args.grad_stride = in.below(2);
-  args.grad_output = in.floats(args.grad_stride == 1 ? args.rows : 1);
+  args.grad_output_stride = in.below(2);
+  args.grad_output = in.floats(args.grad_output_stride == 1 ? args.rows : 1);
   args.loss = in.floats(args.reduction == FASTMP_NONE ? args.rows : 1);
   args.stats = in.floats(product(args.rows, 2));
   args.grad = in.buffer(numel, bytes_of(args.dtype));
