@@ -1,8 +1,8 @@
-"""The models that ``fastmp train`` knows by name, and the door for models it does not.
+"""Built-in models of ``fastmp train``, and the import of models by package.module:factory.
 
 Every builder takes ``(in_shape, classes)``, the (C, H, W) of one image and the number of classes,
-and returns a module from (N, C, H, W) to logits (N, classes). Weights come from torch's global
-generator: seed it, and they are the same again.
+and returns a module from (N, C, H, W) to logits (N, classes). Weights are drawn from torch's global
+generator.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Shape = tuple[int, int, int]
 
 
 class ModelError(ValueError):
-    """A model name that leads nowhere, or to something that is not a model."""
+    """An unknown model name, or a factory that makes no classifier."""
 
 
 def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
-    """The model of that name, one of ``MODELS``, or ``package.module:factory`` called likewise.
+    """A model of ``MODELS``, or the result of a factory ``package.module:factory``.
 
-    Modules are looked for in the current folder too, as ``python -m`` does.
+    Modules may lie in the current folder, as for ``python -m``.
 
     Raises:
         ModelError: an unknown name, a module or attribute that does not exist, or a factory that
-            cannot be called, returns no ``torch.nn.Module``, or one that gives no logits.
+            cannot be called with (in_shape, classes), or returns no ``torch.nn.Module`` with logits
+            as output.
     """
     if name in MODELS:
         return MODELS[name](in_shape, classes)
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise ModelError(
-            f"unknown model {name!r}; the known ones are {', '.join(MODELS)}, and "
-            "package.module:factory for your own"
+            f"unknown model {name!r}; expected {', '.join(MODELS)}, or package.module:factory"
         )
     model = _factory(name, module_name, attribute)(in_shape, classes)
     if not isinstance(model, nn.Module):
@@ -52,14 +52,14 @@ def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _check_logits(name: str, model: nn.Module, in_shape: Shape, classes: int) -> None:
-    """Try the model on two blank images; lazy modules get their weights here."""
+    """Run the model on two blank images, which also initialises lazy modules."""
     logits = model.eval()(torch.zeros(2, *in_shape))
     model.train()
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if got != (2, classes):
         raise ModelError(
             f"{name} must map images of shape (N, *{in_shape}) to logits (N, {classes}); "
-            f"for N = 2 it gave {got}"
+            f"for N = 2 it returned {got}"
         )
 
 
@@ -69,13 +69,12 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"model {name!r}: there is no module {error.name!r}; it must be installed or lie in "
-            "the current folder"
+            f"model {name!r}: there is no module {error.name!r}; install it or run in its folder"
         ) from error
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
-    found = _not_a_factory(factory)
+    found = _factory_error(factory)
     if found:
         raise ModelError(
             f"model {name!r}: expected {attribute!r} in {module_name} to be a function of "
@@ -84,8 +83,8 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
     return cast(Callable[[Shape, int], object], factory)
 
 
-def _not_a_factory(factory: object) -> str | None:
-    """What it is instead, if it cannot be called with a shape and a number."""
+def _factory_error(factory: object) -> str | None:
+    """Why ``factory(in_shape, classes)`` cannot be called; None if it can."""
     if factory is None:
         return "no such attribute"
     if not callable(factory):
@@ -95,7 +94,7 @@ def _not_a_factory(factory: object) -> str | None:
     except TypeError as error:
         return f"one that takes other arguments ({error})"
     except ValueError:
-        pass  # some built-in functions do not tell
+        pass  # some built-in functions have no signature
     return None
 
 
@@ -137,8 +136,9 @@ def convnet(in_shape: Shape, classes: int) -> nn.Module:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention; on a CPU in fp32: torch's backward in bf16 takes 5.7 times as long, 263 ms of a
-    step of 256 images against 46 (AMD EPYC Zen 4, 2 threads).
+    """Attention, on a CPU in fp32: torch's bf16 backward takes 5.7 times as long.
+
+    263 ms against 46 of a step of 256 images (AMD EPYC Zen 4, 2 threads).
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
@@ -203,9 +203,9 @@ class VisionTransformer(nn.Module):
         expansion: int = 2,
     ) -> None:
         super().__init__()
-        channels, height, wide = in_shape
-        tokens = math.ceil(height / patch) * math.ceil(wide / patch)
-        self.padding = (0, -wide % patch, 0, -height % patch)
+        channels, height, width_px = in_shape
+        tokens = math.ceil(height / patch) * math.ceil(width_px / patch)
+        self.padding = (0, -width_px % patch, 0, -height % patch)
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.position = nn.Parameter(torch.randn(1, tokens, width) * 0.02)
         self.blocks = nn.Sequential(*(_Block(width, heads, expansion) for _ in range(depth)))
@@ -225,5 +225,5 @@ def vit(in_shape: Shape, classes: int) -> nn.Module:
     return VisionTransformer(in_shape, classes, patch=patch, width=128, depth=4, heads=4)
 
 
-#: Every model, by the name ``build`` takes.
+#: Built-in models by name.
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {"mlp": mlp, "convnet": convnet, "vit": vit}

@@ -1,4 +1,4 @@
-"""Transfer learning: weights from elsewhere, a new head, frozen layers, a rate for each layer.
+"""Transfer learning: pretrained weights, a new head, frozen layers, layer-wise learning rates.
 
 report = load_pretrained(model, "weights.safetensors")
 replace_head(model, classes=2)
@@ -23,11 +23,11 @@ import fastmp.nn
 from fastmp import checkpoint
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
-_SHOWN = 4  # names of a kind in a report
+_SHOWN = 4  # names of each kind in a report
 
 
 class TransferError(ValueError):
-    """Weights that cannot be read or do not fit, or names that lead to nothing."""
+    """Weights that cannot be read or do not fit, or unknown names."""
 
 
 # ---- weights ----
@@ -35,11 +35,11 @@ class TransferError(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What ``load_pretrained`` did with each entry.
+    """The entries of a model and of the source that ``load_pretrained`` copied from.
 
-    ``loaded`` ones are the source's now. ``reshaped`` ones have another shape in the source,
-    (wanted, found): the model keeps its own, as it does those that are ``missing`` there.
-    ``unexpected`` ones the model has no use for.
+    ``loaded``: copied. ``missing``: not in the source. ``unexpected``: not in the model.
+    ``reshaped``: (wanted, found) shapes that differ. Missing and reshaped entries of the model keep
+    their values.
     """
 
     loaded: tuple[str, ...]
@@ -69,16 +69,16 @@ def load_pretrained(
     """Copy the weights of ``source`` into ``model``, in the model's dtype and on its device.
 
     Args:
-        model: whatever does not fit stays as it is there.
+        model: entries that do not fit keep their values.
         source: a .safetensors file; a file of ``torch.save`` with a state_dict, bare or under
-            "state_dict" or "model" (read with weights_only: nothing in it is executed); the folder
-            of a fastmp checkpoint; a module; a state_dict.
-        prefix: in front of the model's names in the source, such as "backbone.".
+            "state_dict" or "model" (read with weights_only: no code in it runs); the folder of a
+            fastmp checkpoint; a module; a state_dict.
+        prefix: of the model's names in the source, such as "backbone.".
         strict: refuse a source that does not fit entry by entry.
 
     Raises:
-        TransferError: the source cannot be read, nothing in it fits, or with ``strict`` not
-            everything. The model has not changed.
+        TransferError: the source cannot be read, none of its entries fits, or with ``strict`` one
+            does not. The model is then unchanged.
     """
     entries = _unwrapped(_entries(source), prefix)
     own = model.state_dict(keep_vars=True)
@@ -95,8 +95,9 @@ def load_pretrained(
     )
     if not fitting:
         raise TransferError(
-            f"nothing in the source fits the model: it has {', '.join(list(entries)[:_SHOWN])}, "
-            f"the model wants {', '.join(list(own)[:_SHOWN])}; is there a prefix?"
+            f"no entry of the source fits the model: the source has "
+            f"{', '.join(list(entries)[:_SHOWN])}, the model {', '.join(list(own)[:_SHOWN])}; "
+            "is a prefix missing?"
         )
     if strict and len(fitting) < max(len(own), len(entries)):
         raise TransferError(f"expected every entry to fit, got: {report}")
@@ -120,14 +121,14 @@ def _entries(source: Any) -> dict[str, Tensor]:
     if not tensors:
         raise TransferError(
             "expected a file, a checkpoint, a module or a state_dict with tensors, "
-            f"got {type(source).__name__} without any"
+            f"got {type(source).__name__} without tensors"
         )
     return tensors
 
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        raise TransferError(f"there is no {path}; expected a file of weights or a checkpoint")
+        raise TransferError(f"{path} does not exist; expected a file of weights or a checkpoint")
     try:
         if path.is_dir():
             return checkpoint.load(path)
@@ -136,7 +137,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, checkpoint.CheckpointError) as error:
         raise TransferError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # torch.load raises what unpickling raises: anything
+    except Exception as error:  # torch.load raises any error of the unpickler
         raise TransferError(
             f"{path} cannot be read: expected .safetensors or a state_dict of torch.save without "
             f"other objects, got: {str(error).splitlines()[0]}"
@@ -151,24 +152,24 @@ def _unwrapped(entries: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def replace_head(model: nn.Module, classes: int, name: str | None = None) -> nn.Module:
-    """Give the model a new last linear layer, for ``classes`` classes, with fresh weights.
+    """Replace the model's last linear layer by a newly initialised one with ``classes`` outputs.
 
     Args:
         model: changed in place; make the optimizer afterwards.
         classes: outputs of the new layer.
-        name: of the layer, where it is not the last ``nn.Linear`` of the model.
+        name: of the layer. Default: the last ``nn.Linear`` of the model.
 
     Returns:
-        the new layer: of the old one's kind, inputs, dtype and device.
+        the new layer, with the class, inputs, dtype and device of the old one.
 
     Raises:
-        TransferError: there is no such linear layer.
+        TransferError: no linear layer of that name.
     """
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n}
     wanted = next(reversed(linear), "") if name is None else name
     if wanted not in linear:
-        known = ", ".join(linear) or "none"
-        raise TransferError(f"expected a linear layer {wanted!r}; the model's are: {known}")
+        names = ", ".join(linear) or "none"
+        raise TransferError(f"expected a linear layer {wanted!r}; the model has: {names}")
     old = linear[wanted]
     kind = fastmp.nn.Linear if isinstance(old, fastmp.nn.Linear) else nn.Linear
     weight = old.weight
@@ -183,8 +184,8 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> nn.
 def layers(model: nn.Module) -> list[tuple[str, list[tuple[str, nn.Parameter]]]]:
     """The model's layers with their named parameters, from the input to the head.
 
-    A layer is a child of the model that has parameters; an ``nn.Sequential`` or ``nn.ModuleList``
-    is not one but its children are. Parameters of the model's own belong to the first.
+    A layer is a child of the model with parameters; of an ``nn.Sequential`` or ``nn.ModuleList``
+    the children are layers. Parameters of the model itself belong to the first layer.
     """
     found = [(name, list(module.named_parameters(name))) for name, module in _leaves(model, "")]
     known = {p for _, named in found for _, p in named}
@@ -207,19 +208,18 @@ def layerwise_lr(
 ) -> list[dict[str, Any]]:
     """Parameter groups with a learning rate for each layer (Howard and Ruder 2018, 1801.06146).
 
-    The last layer has ``lr``, each one before it ``decay`` times that of the one after. Schedules
-    multiply it in (``lr_scale``). Frozen parameters are left out.
+    The last layer has ``lr``, each layer before it ``decay`` times the rate of the layer after it.
+    Schedules multiply by the group's ``lr_scale``. Frozen parameters are left out.
 
     Args:
         model: see ``layers``.
         lr: of the last layer.
         decay: in (0, 1]; with 1 all layers have the same rate and share their groups.
-        weight_decay: of matrices and filters; norms and biases have none, for there is no reason
-            for them to be near zero.
+        weight_decay: of matrices and filters; norms and biases have none.
 
     Raises:
         ValueError: a decay outside (0, 1].
-        TransferError: nothing trains.
+        TransferError: all parameters are frozen.
     """
     if not 0 < decay <= 1:
         raise ValueError(f"decay must lie in (0, 1], got {decay}")
@@ -231,7 +231,7 @@ def layerwise_lr(
             if p.requires_grad:
                 groups.setdefault((decay**depth, p.ndim >= 2), []).append((name, p))
     if not groups:
-        raise TransferError("expected a parameter that trains, all are frozen; unfreeze some")
+        raise TransferError("expected a trainable parameter, got a model with all of them frozen")
     return [
         {
             "params": params,
@@ -244,25 +244,26 @@ def layerwise_lr(
 
 
 def freeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Let parameters of a model keep their values.
+    """Set ``requires_grad=False`` on parameters of a model.
+
+    Batch norms with frozen parameters also keep their running statistics under ``train_mode``,
+    which the trainer uses.
 
     Args:
         model: any.
-        patterns: names, names of modules, or such as "blocks.*".
-
-    Their running statistics stay too where ``train_mode`` is used, as the trainer does.
+        patterns: names of parameters or modules, or globs such as "blocks.*".
 
     Returns:
-        the names of the parameters that no longer train.
+        the names of the parameters that are newly frozen.
 
     Raises:
-        TransferError: a pattern that fits nothing.
+        TransferError: a pattern without a match.
     """
     return _set_trainable(model, patterns, False)
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> list[str]:
-    """Let parameters train again; ``model`` and ``patterns`` as in ``freeze``."""
+    """Set ``requires_grad=True``; ``model``, ``patterns`` and result as in ``freeze``."""
     return _set_trainable(model, patterns, True)
 
 
@@ -270,13 +271,13 @@ def _set_trainable(model: nn.Module, patterns: Iterable[str], trains: bool) -> l
     named = dict(model.named_parameters())
     chosen: dict[str, None] = {}
     for pattern in patterns:
-        fits = [n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
-        if not fits:
+        matches = [n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+        if not matches:
             tops = dict.fromkeys(name.rpartition(".")[0] or name for name in named)
             raise TransferError(
-                f"no parameter fits {pattern!r}; the model has {', '.join(list(tops)[:20])}"
+                f"no parameter matches {pattern!r}; the model has {', '.join(list(tops)[:20])}"
             )
-        chosen.update(dict.fromkeys(fits))
+        chosen.update(dict.fromkeys(matches))
     changed = [name for name in chosen if named[name].requires_grad != trains]
     for name in changed:
         named[name].requires_grad_(trains)
@@ -295,10 +296,9 @@ def train_mode(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class GradualUnfreezing:
-    """Train the last layer alone, and after every so many epochs one more before it.
+    """Train the last layer alone, and one more layer before it after each ``every`` epochs.
 
-    Howard and Ruder 2018 (arXiv:1801.06146). The epoch alone decides, so a run that is resumed
-    needs nothing to be saved.
+    Howard and Ruder 2018 (arXiv:1801.06146). A function of the epoch, without state to save.
 
     Raises:
         ValueError: ``every`` below 1 epoch.
@@ -311,7 +311,7 @@ class GradualUnfreezing:
             raise ValueError(f"every must be at least 1 epoch, got {self.every}")
 
     def plan(self, model: nn.Module, epoch: int) -> bool:
-        """Freeze and unfreeze as ``epoch``, from 0, wants it; whether anything changed."""
+        """Freeze and unfreeze the layers for ``epoch``, from 0; whether any parameter changed."""
         last = 1 + epoch // self.every
         changed = False
         for depth, (_, named) in enumerate(reversed(layers(model))):

@@ -98,7 +98,7 @@ def test_a_factory_in_the_current_folder_is_found():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "unknown model 'resnet'; the known ones are mlp, convnet, vit"),
+        ("resnet", "unknown model 'resnet'; expected mlp, convnet, vit"),
         (":f", "unknown model ':f'"),
         ("m:", "unknown model 'm:'"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
@@ -106,7 +106,7 @@ def test_a_factory_in_the_current_folder_is_found():
         ("own_models_for_test:large", "expected 'large' .* found no such attribute"),
         ("own_models_for_test:number", "expected 'number' .* found an object of type int"),
         ("os:system", r"expected 'system' .* takes other arguments \(too many positional"),
-        ("own_models_for_test:narrow", r"to logits \(N, 10\); for N = 2 it gave \(2, 9\)"),
+        ("own_models_for_test:narrow", r"to logits \(N, 10\); for N = 2 it returned \(2, 9\)"),
         ("own_models_for_test:nothing", "must return a torch.nn.Module, got NoneType"),
     ],
 )

@@ -81,12 +81,12 @@ def test_bad_sources_change_nothing(tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     other = torch.nn.Linear(2, 2)
     for source, message in [
-        (tmp_path / "absent.pt", "there is no"),
+        (tmp_path / "absent.pt", "does not exist"),
         (tmp_path / "evil.pt", r"cannot be read: expected \.safetensors or a state_dict"),
         (tmp_path / "cut.safetensors", "cannot be read"),
         (tmp_path, "cannot be read"),
-        (other, "nothing in the source fits the model: it has weight, bias"),
-        ({"epoch": 3}, "got dict without any"),
+        (other, "no entry of the source fits the model: the source has weight, bias"),
+        ({"epoch": 3}, "got dict without tensors"),
     ]:
         with pytest.raises(TransferError, match=message):
             load_pretrained(model, source)
@@ -107,9 +107,9 @@ def test_a_new_head(dtype):
     assert model(torch.zeros(3, 4, dtype=dtype)).shape == (3, 2)
     vit = models.build("vit", (1, 28, 28), 10)
     assert transfer.replace_head(vit, 4) is vit.head
-    with pytest.raises(TransferError, match="linear layer 'last'; the model's are: 0, 2, 4"):
+    with pytest.raises(TransferError, match="linear layer 'last'; the model has: 0, 2, 4"):
         transfer.replace_head(net(), 2, name="last")
-    with pytest.raises(TransferError, match="the model's are: none"):
+    with pytest.raises(TransferError, match="the model has: none"):
         transfer.replace_head(torch.nn.Sequential(torch.nn.ReLU()), 2)
 
 
@@ -122,7 +122,9 @@ def test_freezing_by_name_module_and_pattern():
     assert transfer.unfreeze(model, "0.bias", "5") == ["0.bias", "5.bias"]
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trains == ["0.bias", "3.weight", "5.weight", "5.bias"]
-    with pytest.raises(TransferError, match=r"no parameter fits 'blocks\.\*'; the model has 0, 1"):
+    with pytest.raises(
+        TransferError, match=r"no parameter matches 'blocks\.\*'; the model has 0, 1"
+    ):
         transfer.freeze(model, "blocks.*")
 
 
@@ -162,7 +164,7 @@ def test_rates_fall_from_the_head_down_and_schedules_keep_the_ratio():
     ]
     assert moved == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.4, 0.4], rel=1e-5)
     transfer.freeze(model, "*")
-    with pytest.raises(TransferError, match="all are frozen"):
+    with pytest.raises(TransferError, match="all of them frozen"):
         layerwise_lr(model, 0.1)
     with pytest.raises(ValueError, match=r"decay must lie in \(0, 1\], got 0"):
         layerwise_lr(model, 0.1, 0)

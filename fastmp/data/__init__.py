@@ -28,13 +28,13 @@ __all__ = [
     "read_idx",
 ]
 
-#: Data sets that have a name.
+#: Built-in data sets by name.
 DATASETS: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion-mnist": fashion_mnist}
 _HUB = "hf:"
 
 
 def is_known(name: str) -> bool:
-    """Whether ``load`` knows where to look for ``name``."""
+    """Whether ``name`` is a built-in data set, a Hugging Face name or an existing folder."""
     return name in DATASETS or name.startswith(_HUB) or Path(name).is_dir()
 
 
@@ -43,13 +43,13 @@ def load(name: str, *, image_size: int | None = None) -> Dataset:
 
     Args:
         name: one of ``DATASETS``; a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or with
-            CLASS/IMAGE, of which every tenth of a class is then for testing; or hf:NAME, also
-            hf:NAME:CONFIG or hf:FOLDER, for Hugging Face ``datasets``.
-        image_size: height and width that images from files are cut to; None: the shorter side of
-            the first, at most 224.
+            CLASS/IMAGE, where every tenth image of a class goes to the test split; or hf:NAME,
+            also hf:NAME:CONFIG or hf:FOLDER, for Hugging Face ``datasets``.
+        image_size: height and width to crop and resize image files to; None: the shorter side of
+            the first image, at most 224.
 
     Raises:
-        DataError: an unknown name, or files that cannot be found, fetched or trusted.
+        DataError: an unknown name; files that are missing, corrupt or cannot be downloaded.
     """
     if name in DATASETS:
         return DATASETS[name]()
@@ -58,6 +58,6 @@ def load(name: str, *, image_size: int | None = None) -> Dataset:
     if Path(name).is_dir():
         return files.from_folder(Path(name), image_size)
     raise DataError(
-        f"unknown data set {name!r}; the known ones are {', '.join(DATASETS)}, a folder of images "
-        "with a folder for each class, and hf:NAME"
+        f"unknown data set {name!r}; expected {', '.join(DATASETS)}, a folder of images with one "
+        "subfolder per class, or hf:NAME"
     )

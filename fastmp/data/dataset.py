@@ -1,4 +1,4 @@
-"""What a data set is: two sources of uint8 images with labels, and their statistics.
+"""Data sets: two sources of uint8 images with labels, and the statistics of their pixels.
 
 Images stay uint8 until ``Mixup`` normalises, mixes and casts a whole batch in one pass; a batch is
 one indexing operation, never a list of samples collated in Python.
@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images with labels, by index: what a data set has to offer to be trained on."""
+    """Images with labels, by index."""
 
     @property
     def labels(self) -> Tensor:
@@ -38,9 +38,9 @@ class Source(Protocol):
         """Images uint8 (n, C, H, W) and labels int64 (n,).
 
         Args:
-            indices: which.
-            seed: decides all that is random about the images, such as how they are cropped, so
-                that the same batch can be had again; None: nothing is random.
+            indices: of the images, (n,).
+            seed: of all random augmentation, such as crops: the same seed gives the same batch;
+                None: no augmentation.
         """
 
 
@@ -52,7 +52,7 @@ class Arrays:
         labels: int64 (N,).
 
     Raises:
-        ValueError: no images, or another number of labels.
+        ValueError: no images, or unequal numbers of images and labels.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -75,12 +75,12 @@ class Arrays:
         return len(self.images)
 
     def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels of these indices; nothing about them is random."""
+        """Images and labels of these indices; ``seed`` is unused, there is no augmentation."""
         index = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
         return self.images[index], self.labels[index]
 
     def to(self, device: torch.device) -> Arrays:
-        """The same on a device, where batches are then taken."""
+        """A copy on ``device``."""
         return Arrays(self.images.to(device), self.labels.to(device))
 
 
@@ -89,7 +89,7 @@ class Dataset:
     """Images and labels for training and testing, ``train`` and ``test``.
 
     ``mean`` and ``std`` are the training images' statistics per channel after scaling to [0, 1];
-    ``classes`` are the names of the labels, ``name`` is that of the whole.
+    ``classes`` are the names of the labels, ``name`` is the data set's name.
     """
 
     name: str

@@ -9,13 +9,13 @@ from fastmp.data.dataset import Dataset, in_memory
 
 
 def digits() -> Dataset:
-    """1,797 grey 8x8 images of digits; the same fifth of every class is always the test."""
-    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
+    """1,797 grey 8x8 images of digits; a fixed fifth of every class is the test split."""
+    from sklearn.datasets import load_digits  # slow to import, unused by other data sets
 
     images, labels = load_digits(return_X_y=True)
     scaled = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     shuffled = np.random.default_rng(0).permutation(len(labels))
-    rank = np.zeros(len(labels), dtype=np.int64)  # the how-manieth of its class, in shuffled order
+    rank = np.zeros(len(labels), dtype=np.int64)  # position within its class, in shuffled order
     for digit in range(10):
         members = shuffled[labels[shuffled] == digit]
         rank[members] = np.arange(len(members))

@@ -26,7 +26,7 @@ from fastmp.files import cache_dir
 class _IdxFile:
     name: str
     shape: tuple[int, ...]
-    sha256: str  # of the unpacked contents: packagers compress again, the contents stay the same
+    sha256: str  # of the unpacked contents: packages are recompressed, contents are equal
 
 
 _FASHION_FILES = {
@@ -78,15 +78,15 @@ def fashion_mnist() -> Dataset:
 
 
 def _find_fashion_mnist() -> Path:
-    """The folder with the four files, downloading them into the cache if there is none."""
+    """The folder with the four files; downloads them into the cache if no folder has them."""
     given = os.environ.get("FASTMP_DATA")
     if given:
         folder = Path(given).expanduser() / "fashion-mnist"
         if not _complete(folder):
             raise DataError(
-                f"FASTMP_DATA={given} was expected to hold fashion-mnist/ with the files "
-                f"{_wanted()} (each also as .gz), but {_missing(folder)}; "
-                "correct FASTMP_DATA, or unset it to have them downloaded"
+                f"FASTMP_DATA={given}: expected fashion-mnist/ in it with the files {_wanted()} "
+                f"(each also as .gz), but {_missing(folder)}; correct FASTMP_DATA, or unset it "
+                "to download them"
             )
         return folder
     cached = cache_dir() / "fashion-mnist"
@@ -122,7 +122,7 @@ def _wanted() -> str:
 
 
 def _fetch(file: _IdxFile, folder: Path) -> None:
-    """Download one file into ``folder``; it appears there whole and checked, or not at all."""
+    """Download one file, check it and move it into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
     for url in (f"{base}{file.name}.gz" for base in _FASHION_URLS):
@@ -138,13 +138,13 @@ def _fetch(file: _IdxFile, folder: Path) -> None:
             return
     raise DataError(
         f"{file.name} could not be downloaded ({'; '.join(failures)}); check the network, or point "
-        "FASTMP_DATA at a folder that holds fashion-mnist/ with the four files"
+        "FASTMP_DATA at a folder with fashion-mnist/ and the four files in it"
     )
 
 
 def _download(url: str, path: Path, limit: int) -> None:
-    """Write what ``url`` gives to ``path``, with a progress bar. ``limit`` in bytes."""
-    from tqdm import tqdm  # an optional dependency, needed on this path alone
+    """Download ``url`` to ``path`` with a progress bar; ``limit`` is the largest size, in bytes."""
+    from tqdm import tqdm  # an optional dependency, used for downloads only
 
     with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as out:
         total = int(answer.headers.get("Content-Length") or 0) or None
@@ -153,7 +153,7 @@ def _download(url: str, path: Path, limit: int) -> None:
                 out.write(block)
                 bar.update(len(block))
                 if bar.n > limit:
-                    raise DataError(f"expected at most {limit} bytes, more came")
+                    raise DataError(f"expected at most {limit} bytes, got more")
 
 
 # ---- the IDX format: two zero bytes, a type code, the number of dimensions, the dimensions ----
@@ -168,12 +168,12 @@ def _unpacked_size(shape: tuple[int, ...]) -> int:
 def read_idx(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
     """The uint8 array of ``shape`` in the IDX file at ``path``, plain or gzip (by its ending).
 
-    ``sha256`` is that of the unpacked file, in hexadecimal digits.
+    ``sha256`` is the hash of the unpacked file, in hexadecimal digits.
 
-    Never unpacks more than one byte beyond the expected size, so a gzip bomb stays small.
+    At most one byte beyond the expected size is unpacked, so a gzip bomb stays small.
 
     Raises:
-        DataError: missing, truncated, too long, not IDX, another shape, or another sum.
+        DataError: a missing, truncated or too long file, no IDX, another shape or hash.
     """
     size = _unpacked_size(shape)
     header = struct.pack(f">BBBB{len(shape)}I", 0, 0, _UINT8_CODE, len(shape), *shape)
@@ -181,17 +181,17 @@ def read_idx(path: Path, shape: tuple[int, ...], sha256: str) -> np.ndarray:
         with path.open("rb") as file:
             contents = _read_at_most(file, path.suffix == ".gz", size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise _distrust(path, f"{size} bytes of IDX data", f"{error}") from error
+        raise _corrupt_error(path, f"{size} bytes of IDX data", f"{error}") from error
     if contents[: len(header)] != header:
         found = f"it starts with {contents[: len(header)].hex(' ') or 'nothing'}"
         expected = f"a uint8 IDX file of shape {shape}, starting with {header.hex(' ')}"
-        raise _distrust(path, expected, found)
+        raise _corrupt_error(path, expected, found)
     if len(contents) != size:
         found = f"there are {'more' if len(contents) > size else len(contents)}"
-        raise _distrust(path, f"{size} bytes unpacked", found)
+        raise _corrupt_error(path, f"{size} bytes unpacked", found)
     found_sum = hashlib.sha256(contents).hexdigest()
     if found_sum != sha256:
-        raise _distrust(path, f"contents with sha256 {sha256}", f"they have {found_sum}")
+        raise _corrupt_error(path, f"contents with sha256 {sha256}", f"they have {found_sum}")
     return np.frombuffer(contents, np.uint8, offset=len(header)).reshape(shape).copy()
 
 
@@ -202,8 +202,8 @@ def _read_at_most(file: BinaryIO, packed: bool, limit: int) -> bytes:
         return unpacked.read(limit)
 
 
-def _distrust(path: Path, expected: str, found: str) -> DataError:
+def _corrupt_error(path: Path, expected: str, found: str) -> DataError:
     return DataError(
         f"{path} cannot be used: expected {expected}, but {found}; "
-        "delete the file to have it fetched again, or put a good copy in its place"
+        "delete the file to download it again, or replace it with a good copy"
     )

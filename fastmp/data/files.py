@@ -1,4 +1,4 @@
-"""Images in files: a folder for each class, or a data set of Hugging Face; the extra ``[data]``."""
+"""Image files, a folder per class, and Hugging Face data sets; needs the extra ``[data]``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LARGEST = 224  # pixels a side, unless told otherwise: what ImageNet's models take
+MAX_DEFAULT_SIDE = 224  # pixels, without an image_size: the input of ImageNet models
 _SAMPLE = 1000  # images for mean and std
-_MOST_PIXELS = 10**8  # of an image: 300 MB when it is decoded; a small file can hold any number
-_AREA = (0.08, 1.0)  # of a random crop, and its width : height (Szegedy et al. 2015, 1409.4842)
-_RATIO = (3 / 4, 4 / 3)
+_MAX_PIXELS = 10**8  # of an image, 300 MB decoded: a small file may decode to any size
+_CROP_AREA = (0.08, 1.0)  # of the image (Szegedy et al. 2015, 1409.4842)
+_CROP_RATIO = (3 / 4, 4 / 3)  # width : height
 
 
 class Images:
-    """A source that decodes images when they are asked for.
+    """A source that decodes images on access.
 
-    In training each is cut to a random part and mirrored half of the time, as (seed, index) say; in
-    evaluation it is the largest square in the middle.
+    In training a random crop, flipped with probability 1/2, drawn from (seed, index); in evaluation
+    the largest centre square.
 
     Args:
-        read: opens the image of an index, and names it for messages.
+        read: index to the opened image and its name in messages.
         labels: int64 (N,).
         shape: (C, H, W) of the result; C is 1 or 3.
     """
@@ -56,7 +56,7 @@ class Images:
         """Images uint8 (n, C, H, W) and labels int64 (n,).
 
         Raises:
-            DataError: a file that is no image, by its name.
+            DataError: a file that is no image; the message has its name.
         """
         images = torch.stack([self._decoded(int(index), seed) for index in indices])
         return images, self.labels[torch.as_tensor(indices)]
@@ -66,37 +66,37 @@ class Images:
         name = f"image {index}"
         try:
             image, name = self._read(index)
-            if image.width * image.height > _MOST_PIXELS:  # known before anything is decoded
-                raise OSError(f"{image.width} x {image.height} pixels, {_MOST_PIXELS} at most")
+            if image.width * image.height > _MAX_PIXELS:  # from the header, before decoding
+                raise OSError(f"{image.width} x {image.height} pixels, {_MAX_PIXELS} at most")
             image = image.convert("L" if channels == 1 else "RGB")
-            dice = None if seed is None else random.Random(f"{seed} {index}")
-            box = _middle(*image.size) if dice is None else _random_part(*image.size, dice)
+            rng = None if seed is None else random.Random(f"{seed} {index}")
+            box = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
             image = image.resize((width, height), 2, box=box, reducing_gap=2.0)  # 2: bilinear
         except OSError as error:
             raise DataError(
                 f"{name} cannot be read: expected an image, got: {error}; replace or delete it"
             ) from error
         pixels = torch.from_numpy(np.array(image, np.uint8)).reshape(height, width, channels)
-        if dice is not None and dice.random() < 0.5:
+        if rng is not None and rng.random() < 0.5:
             pixels = pixels.flip(1)
         return pixels.permute(2, 0, 1).contiguous()
 
 
-def _middle(width: int, height: int) -> tuple[float, float, float, float]:
+def _centre_square(width: int, height: int) -> tuple[float, float, float, float]:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def _random_part(width: int, height: int, dice: random.Random) -> tuple[float, float, float, float]:
+def _random_crop(width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
     for _ in range(10):
-        area = width * height * dice.uniform(*_AREA)
-        ratio = np.exp(dice.uniform(*np.log(_RATIO)))
-        wide, high = float(np.sqrt(area * ratio)), float(np.sqrt(area / ratio))
-        if wide <= width and high <= height:
-            left, top = dice.uniform(0, width - wide), dice.uniform(0, height - high)
-            return left, top, left + wide, top + high
-    return _middle(width, height)
+        area = width * height * rng.uniform(*_CROP_AREA)
+        ratio = np.exp(rng.uniform(*np.log(_CROP_RATIO)))
+        crop_w, crop_h = float(np.sqrt(area * ratio)), float(np.sqrt(area / ratio))
+        if crop_w <= width and crop_h <= height:
+            left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
+            return left, top, left + crop_w, top + crop_h
+    return _centre_square(width, height)
 
 
 def _dataset(
@@ -110,7 +110,7 @@ def _dataset(
         first, _ = read(0)
     except OSError as error:
         raise DataError(f"the first image of {name} cannot be read: {error}") from error
-    side = min(LARGEST, *first.size) if size is None else size
+    side = min(MAX_DEFAULT_SIDE, *first.size) if size is None else size
     shape = (1 if first.mode in ("1", "L") else 3, side, side)
     train = Images(read, torch.tensor(labels), shape)
     test = Images(read_test, torch.tensor(test_labels), shape)
@@ -123,7 +123,7 @@ def _dataset(
 
 
 class _Files:
-    """Opens files; an object, because it has to go to the worker processes."""
+    """Opens files by index; a class, so that worker processes can unpickle it."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
@@ -143,7 +143,7 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
     """The images below ``folder``; see ``fastmp.data.load``.
 
     Raises:
-        DataError: no images, or classes for testing that there are none of for training.
+        DataError: no images, or a test class without training images.
     """
     _pillow()
     train = folder / "train"
@@ -156,10 +156,10 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
         found = {name: [p for i, p in enumerate(paths) if i % 10] for name, paths in whole.items()}
         found_test = {name: paths[::10] for name, paths in whole.items()}
     classes = sorted(found)
-    strange = sorted(found_test.keys() - found.keys())
-    if strange:
+    unknown = sorted(found_test.keys() - found.keys())
+    if unknown:
         raise DataError(
-            f"{test} has classes that {train} has no images of: {', '.join(strange)}; "
+            f"{test} has classes without images in {train}: {', '.join(unknown)}; "
             "the folders must have the same names"
         )
     parts = []
@@ -172,7 +172,7 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """The images below each folder in ``folder``, in the order of their names."""
+    """The images below each subfolder of ``folder``, sorted by name."""
     found = {
         path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
         for path in folder.iterdir()
@@ -181,7 +181,7 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
     found = {name: paths for name, paths in found.items() if paths}
     if not found:
         raise DataError(
-            f"{folder}: expected a folder for each class with images ({', '.join(ENDINGS)}), "
+            f"{folder}: expected one subfolder per class with images ({', '.join(ENDINGS)}), "
             "found none"
         )
     return found
@@ -192,7 +192,7 @@ def _pillow() -> Any:
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            "images in files need pillow; install it with: pip install 'fastmp[data]'"
+            "image files need pillow; install it with: pip install 'fastmp[data]'"
         ) from error
     return Image
 
@@ -201,7 +201,7 @@ def _pillow() -> Any:
 
 
 class _Rows:
-    """Opens the images of a column."""
+    """Opens the images of a column by index."""
 
     def __init__(self, rows: Any, column: str, name: str) -> None:
         self._rows, self._column, self._name = rows, column, name
@@ -211,10 +211,10 @@ class _Rows:
 
 
 def from_hugging_face(name: str, size: int | None) -> Dataset:
-    """The data set of that name on the hub, or in that folder; see ``fastmp.data.load``.
+    """A data set on the Hugging Face hub or in a folder; see ``fastmp.data.load``.
 
     Raises:
-        DataError: it cannot be had, or has no column of images or of class labels.
+        DataError: it cannot be loaded, or has no column of images or of class labels.
     """
     _pillow()
     try:
@@ -229,7 +229,7 @@ def from_hugging_face(name: str, size: int | None) -> Dataset:
             found = datasets.load_from_disk(path)
         else:
             found = datasets.load_dataset(path, config or None)
-    except Exception as error:  # it has no common class of errors
+    except Exception as error:  # datasets has no base class for its errors
         raise DataError(f"hf:{name} cannot be loaded: {error}") from error
     train, test = _splits(found, name)
     kinds = {column: type(kind).__name__ for column, kind in train.features.items()}
@@ -244,7 +244,7 @@ def from_hugging_face(name: str, size: int | None) -> Dataset:
 
 
 def _splits(found: Any, name: str) -> tuple[Any, Any]:
-    """Training and testing; without a split for testing a tenth, always the same."""
+    """The training and the test split; without a test split a fixed tenth of the training split."""
     if not hasattr(found, "keys"):
         found = {"train": found}
     if "train" not in found:

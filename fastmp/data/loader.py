@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of seed, epoch and rank: nothing of it has to be saved."""
+"""Batches in an order that is a function of seed, epoch and rank, so a resumed run saves none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fastmp.data.dataset import Arrays, Source
 
 Batch = tuple[Tensor, Tensor]
-_SHARE_OF_MEMORY = 4  # a data set may take a fourth of what is free on a GPU
+_GPU_MEMORY_FRACTION = 1 / 4  # of the free memory, for a data set
 
 
 def loader(
@@ -27,20 +27,20 @@ def loader(
 ) -> Loader:
     """Batches of (images uint8 (n, C, H, W), labels int64 (n,)).
 
-    With ``shuffle`` (training) the epoch is cut into global batches of ``batch_size * world``, of
-    which each rank has its part: two ranks see in a step what one with twice the batch would see. A
-    last partial one is dropped, unless it is the only one. Without (evaluation) every sample comes
-    once, in order, to one of the ranks.
+    With ``shuffle`` (training) an epoch consists of global batches of ``batch_size * world``, split
+    over the ranks: a step of two ranks has the samples of one rank with twice the batch size. The
+    last partial batch is dropped, unless the epoch has no other. Without ``shuffle`` (evaluation)
+    every sample comes once, in order, on one of the ranks.
 
     Args:
-        source: one of a data set's.
-        batch_size: samples a batch, of one rank.
+        source: the training or the test source of a data set.
+        batch_size: samples per batch and rank.
         shuffle: for training.
-        seed: decides the order, and how images from files are cropped.
-        rank, world: which process this is, and how many share the samples.
-        workers: processes that prepare batches in the background; for sources not in memory.
-        device: where training runs. A source in memory that fits on a GPU is moved there, once;
-            else batches for a GPU come in pinned memory.
+        seed: of the order and of the augmentation of image files.
+        rank, world: this process's rank and the number of ranks.
+        workers: background processes that prepare batches; unused for sources in memory.
+        device: of the training. A source in memory that fits on a GPU is moved there, once;
+            otherwise batches for a GPU are in pinned memory.
 
     Raises:
         ValueError: a batch size below 1, or fewer samples than ranks.
@@ -61,11 +61,11 @@ def loader(
 
 def _fits(source: Arrays, device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
-    return source.images.nbytes + source.labels.nbytes <= free // _SHARE_OF_MEMORY
+    return source.images.nbytes + source.labels.nbytes <= free * _GPU_MEMORY_FRACTION
 
 
 class _Order:
-    """Which samples are in which batch of this rank."""
+    """The indices of every batch of a rank."""
 
     def __init__(
         self, samples: int, batch_size: int, shuffle: bool, seed: int, rank: int, world: int
@@ -74,7 +74,7 @@ class _Order:
         self.seed, self.rank, self.world = seed, rank, world
 
     def seed_of(self, epoch: int) -> int:
-        """Of all that is random in an epoch."""
+        """The seed of an epoch's order and augmentation."""
         return (self.seed * 1_000_003 + epoch) % 2**63
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -84,11 +84,11 @@ class _Order:
             return _cut(list(range(first, last)), self.batch_size)
         generator = torch.Generator().manual_seed(self.seed_of(epoch))
         order = torch.randperm(self.samples, generator=generator).tolist()
-        together = self.batch_size * self.world
-        if self.samples < together:  # the only one: as evenly as it goes
+        global_batch = self.batch_size * self.world
+        if self.samples < global_batch:  # a single partial batch, split as evenly as possible
             first, last = (self.samples * r // self.world for r in (self.rank, self.rank + 1))
             return [order[first:last]]
-        whole = order[: self.samples // together * together]
+        whole = order[: self.samples // global_batch * global_batch]
         parts = _cut(whole, self.batch_size)
         return parts[self.rank :: self.world]
 
@@ -98,10 +98,10 @@ def _cut(indices: list[int], size: int) -> list[list[int]]:
 
 
 class Loader:
-    """What ``loader`` returns: iterate over it for the batches of an epoch.
+    """An iterable over the batches of an epoch, made by ``loader``.
 
-    ``source`` has the images, ``order`` says which of them when; ``workers`` processes read ahead,
-    into ``pinned`` memory if a GPU takes them.
+    ``order`` gives the indices of each batch in ``source``; ``workers`` processes prefetch, into
+    ``pinned`` memory for a GPU.
     """
 
     def __init__(self, source: Source, order: _Order, workers: int, pinned: bool) -> None:
@@ -116,16 +116,16 @@ class Loader:
     def __len__(self) -> int:
         """Batches an epoch."""
         if self._order.shuffle:
-            together = self.batch_size * self._order.world
-            return max(1, len(self.source) // together)
+            global_batch = self.batch_size * self._order.world
+            return max(1, len(self.source) // global_batch)
         return len(self._order.batches(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch, from 0, the next iterations are; each has an order of its own."""
+        """Set the epoch, from 0, of the next iterations; each epoch has its own order."""
         self._epoch = epoch
 
     def start_at(self, batch: int) -> None:
-        """Let the next iteration, and only that one, begin at this batch."""
+        """Start the next iteration, and only that one, at this batch."""
         self._first = batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,13 +141,13 @@ class Loader:
                 sampler=wanted,
                 num_workers=self._workers,
                 pin_memory=self._pinned,
-                generator=torch.Generator(),  # else it would draw a seed from the global one
+                generator=torch.Generator(),  # without one it draws from the global generator
             )
         )
 
 
 class _Requests(torch.utils.data.Dataset[Batch]):
-    """A source as torch's loader wants it: a request goes in, a batch comes out."""
+    """A source as a map-style data set: (indices, seed) to a batch."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of a training batch: what to mix with what, and how much."""
+"""Mixup and cutmix of a training batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from fastmp import functional
 from fastmp.ops.loss import MixedTarget
 
 
-class Draw(NamedTuple):
-    """What one batch is mixed with: λ, fp32, () or (N); the partners, int64 (N); for cutmix the
-    boxes, int64 (4) or (N, 4)."""
+class MixParams(NamedTuple):
+    """Random parameters of one mixed batch.
+
+    lam: the weight λ of each sample, fp32, () or (N). partner: the index it is mixed with, int64
+    (N). box: for cutmix top, bottom, left and right, int64 (4) or (N, 4); None for mixup.
+    """
 
     lam: Tensor
     partner: Tensor
@@ -26,17 +29,17 @@ class Mixup:
     """Mixes each batch with a random permutation of itself.
 
     Zhang et al. 2018 (mixup, arXiv:1710.09412), Yun et al. 2019 (CutMix, arXiv:1905.04899). The
-    permutation is drawn, so any batch size will do. A batch is mixed up or cut, never both; with
-    ``per_sample`` each sample has its own λ and its own box, and ``prob`` decides for each.
+    permutation is drawn, so batches may have any size. A batch has either mixup or cutmix; with
+    ``per_sample`` each sample has its own λ and box, and is mixed with probability ``prob``.
 
     Args:
         alpha: λ ~ Beta(alpha, alpha) for mixup; 0: no mixup.
         cutmix_alpha: the same for cutmix; 0: no cutmix.
-        prob: how often to mix at all.
-        switch_prob: how often to cut rather than mix up, where both are on.
-        per_sample: one λ for each sample rather than one for the batch.
-        generator: where the random numbers come from, on the CPU. Default: a new one, seeded from
-            torch's, so that ``torch.manual_seed`` decides it.
+        prob: the probability of mixing.
+        switch_prob: the probability of cutmix rather than mixup, where both are on.
+        per_sample: one λ per sample rather than one per batch.
+        generator: of the random numbers, on the CPU. Default: a new one, seeded from torch's global
+            generator, so that ``torch.manual_seed`` makes it reproducible.
         mean, std, dtype: normalisation and dtype of the result, as in ``fastmp.functional.mix``.
 
     Raises:
@@ -97,50 +100,50 @@ class Mixup:
             )
         if self.cutmix_alpha > 0 and x.dim() != 4:
             raise ValueError(f"cutmix needs x of shape (N, C, H, W), got {tuple(x.shape)}")
-        return self.mixed(x, y, self.draw(x))
+        return self.apply(x, y, self.draw(x))
 
-    def draw(self, x: Tensor) -> Draw | None:
-        """What to mix ``x`` with, and how much, on its device; None: leave this batch as it is."""
+    def draw(self, x: Tensor) -> MixParams | None:
+        """Random parameters for the batch ``x``, on its device; None: the batch is not mixed."""
         draws = x.shape[0] if self.per_sample else 1
-        cut = self._cuts()
+        use_cutmix = self._draw_cutmix()
         mixed = self._uniform(draws) < self.prob
-        alpha = self.cutmix_alpha if cut else self.alpha
+        alpha = self.cutmix_alpha if use_cutmix else self.alpha
         if alpha == 0 or not mixed.any():
             return None
         lam = torch.where(mixed, self._beta(alpha, draws), 1.0)
         box = None
-        if cut:
+        if use_cutmix:
             box, lam = self._box(lam, x.shape[2], x.shape[3])
         if not self.per_sample:
             lam, box = lam[0], None if box is None else box[0]
         index = torch.randperm(x.shape[0], generator=self.generator)
-        # From pageable memory CUDA takes its copy before it returns: no need to wait for more.
+        # CUDA stages pageable memory before the call returns: the source may be freed at once.
         index, lam = (t.to(x.device, non_blocking=True) for t in (index, lam.float()))
         box = None if box is None else box.to(x.device, non_blocking=True)
-        return Draw(lam, index, box)
+        return MixParams(lam, index, box)
 
-    def mixed(self, x: Tensor, y: Tensor, draw: Draw | None) -> tuple[Tensor, MixedTarget]:
-        """Mix a batch as ``draw`` says: tensors alone decide, so a CUDA graph can hold it."""
-        if draw is None:
+    def apply(self, x: Tensor, y: Tensor, params: MixParams | None) -> tuple[Tensor, MixedTarget]:
+        """Mix a batch with ``params``, all tensors: a CUDA graph can capture it."""
+        if params is None:
             lam = torch.ones(x.shape[0] if self.per_sample else (), device=x.device)
             return self.plain(x), MixedTarget(y, y, lam)
-        lam, index, box = draw
+        lam, index, box = params
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)
         return out, MixedTarget(y, y[index], lam)
 
     def plain(self, x: Tensor) -> Tensor:
-        """Normalise and cast as for training, without mixing: for evaluation."""
+        """Normalise and cast without mixing, for evaluation."""
         return functional.mix(x, None, None, mean=self.mean, std=self.std, dtype=self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the generator: with it the next batches are mixed the same way again."""
+        """The state of the generator, from which the next batches are drawn."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
+        """Restore the state of the generator.
 
         Raises:
-            ValueError: it has no generator state.
+            ValueError: no generator state in ``state_dict``.
         """
         state = state_dict.get("generator")
         if not isinstance(state, Tensor) or state.dtype != torch.uint8:
@@ -154,7 +157,7 @@ class Mixup:
         """n numbers in [0, 1)."""
         return torch.rand(n, dtype=torch.float64, generator=self.generator)
 
-    def _cuts(self) -> bool:
+    def _draw_cutmix(self) -> bool:
         if self.alpha > 0 and self.cutmix_alpha > 0:
             return bool(self._uniform(1) < self.switch_prob)
         return self.cutmix_alpha > 0
@@ -164,7 +167,7 @@ class Mixup:
 
         Beta = G1 / (G1 + G2) with gamma variables, and Gamma(alpha) = Gamma(alpha + 1)·U^(1/alpha)
         (Marsaglia and Tsang 2000), in logarithms: for alpha = 0.001 a fourth of all pairs of gamma
-        variables are 0 in fp64.
+        variables underflow to 0 in fp64.
         """
         shape = torch.full((2, n), alpha + 1.0, dtype=torch.float64)
         gamma = torch._standard_gamma(shape, generator=self.generator)
@@ -173,7 +176,7 @@ class Mixup:
         return torch.sigmoid(first - second)
 
     def _box(self, lam: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Boxes of area (1-λ)·H·W around uniform centres, clipped, and the λ that is left."""
+        """Boxes of area (1-λ)·H·W around uniform centres, clipped, and λ = 1 - clipped area."""
         side = (1.0 - lam).sqrt()
         edges = []
         for size in (height, width):

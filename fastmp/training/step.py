@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmp.amp.accumulation import Accumulator
 from fastmp.amp.underflow import Telemetry
-from fastmp.data.mixup import Draw, Mixup
+from fastmp.data.mixup import MixParams, Mixup
 from fastmp.distributed import data_parallel
 from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
@@ -24,7 +24,7 @@ from fastmp.training import cuda_graph
 from fastmp.training.ema import Average
 
 Batch = tuple[Tensor, Tensor]
-Drawn = tuple[Tensor, Tensor, Draw | None]  # a batch on its device, and what to mix it with
+Drawn = tuple[Tensor, Tensor, MixParams | None]  # a batch on its device, and what to mix it with
 Decided = dict[str, Tensor]  # 0-d tensors on the device, by name
 
 
@@ -147,9 +147,9 @@ class Stepper:
         return total, scale
 
     def _mixed(
-        self, images: Tensor, labels: Tensor, draw: Draw | None
+        self, images: Tensor, labels: Tensor, draw: MixParams | None
     ) -> tuple[Tensor, Tensor | MixedTarget]:
-        return (images, labels) if self.mixup is None else self.mixup.mixed(images, labels, draw)
+        return (images, labels) if self.mixup is None else self.mixup.apply(images, labels, draw)
 
     def _loss(self, logits: Tensor, target: Tensor | MixedTarget, share: Tensor) -> Tensor:
         if isinstance(self.criterion, CrossEntropyLoss):
