@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastmp import amp, functional, models, optim
 from fastmp.ops.linear import activate
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
@@ -277,7 +277,7 @@ def _steps(
     grads: list[list[Tensor]],
 ) -> Values:
     params = [w.clone().requires_grad_() for w in weights]
-    ours = isinstance(kind, type) and issubclass(kind, Fused)
+    ours = isinstance(kind, type) and issubclass(kind, FusedOptimizer)
     optimizer = kind(params, **options, **({"max_grad_norm": 1.0} if ours else {}))
     for row in grads:
         for param, grad in zip(params, row, strict=True):
@@ -285,7 +285,11 @@ def _steps(
         if not ours:
             nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-    exact = optimizer.masters() if isinstance(optimizer, Fused) else [p.detach() for p in params]
+    exact = (
+        optimizer.masters()
+        if isinstance(optimizer, FusedOptimizer)
+        else [p.detach() for p in params]
+    )
     return {"masters": torch.cat([t.flatten() for t in exact])}
 
 

@@ -85,7 +85,7 @@ FASTMP_FN void conclude(const fastmp_request& request, const Verdict& verdict) {
   record.found_inf = verdict.skip ? 1.0f : 0.0f;
   if (verdict.skip) {
     record.skipped += 1;
-    if (verdict.offender >= 0) record.offender = verdict.offender;
+    if (verdict.offender >= 0) record.first_nonfinite = verdict.offender;
   } else {
     record.applied += 1;
   }

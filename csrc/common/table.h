@@ -63,13 +63,13 @@ typedef struct {
 
 /* What a step decided. Lives where the parameters live and is never read on the host in between. */
 typedef struct {
-  float found_inf;  /* 1 if the last step was skipped, else 0 */
-  float grad_norm;  /* global norm of the unscaled gradients, before clipping */
-  int64_t applied;  /* steps that changed the parameters */
-  int64_t skipped;  /* steps that did not */
-  int64_t offender; /* index of the first row with a non-finite gradient; -1: none seen yet */
-  uint32_t barrier; /* CUDA: blocks that came to the grid's barrier; see cuda/update.cu */
-  uint32_t done;    /* CUDA: blocks that are through; 0 between launches */
+  float found_inf;         /* 1 if the last step was skipped, else 0 */
+  float grad_norm;         /* global norm of the unscaled gradients, before clipping */
+  int64_t applied;         /* steps that changed the parameters */
+  int64_t skipped;         /* steps that did not */
+  int64_t first_nonfinite; /* index of the first such parameter, kept by later steps; -1: none */
+  uint32_t barrier;        /* CUDA: blocks that came to the grid's barrier; see cuda/update.cu */
+  uint32_t done;           /* CUDA: blocks that are through; 0 between launches */
 } fastmp_record;
 
 /* What is asked of one step. The pointers lead to where the parameters live. */

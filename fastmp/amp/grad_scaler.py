@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -25,7 +25,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscale, check and update, unless a gradient is not finite; see torch's method."""
-        if not self._enabled or not isinstance(optimizer, Fused):
+        if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
         state = self._ready_to_step(optimizer, kwargs)
         unscaled = state["stage"] is OptState.UNSCALED
@@ -44,7 +44,7 @@ class GradScaler(torch.amp.GradScaler):
         state["found_inf_per_device"] = _found_inf_per_device(optimizer)
         return result  # type: ignore[no-any-return]
 
-    def _ready_to_step(self, optimizer: Fused, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _ready_to_step(self, optimizer: FusedOptimizer, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The scaler's notes on an optimizer that is about to step; torch's checks and errors."""
         if "closure" in kwargs:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
@@ -73,13 +73,13 @@ class GradScaler(torch.amp.GradScaler):
         found_inf: Tensor,
         allow_fp16: bool,
     ) -> dict[torch.device, Tensor]:
-        fused = isinstance(optimizer, Fused)
+        fused = isinstance(optimizer, FusedOptimizer)
         if fused and not allow_fp16:
             _warn_if_fp16(optimizer)
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16 or fused)
 
 
-def _found_inf_per_device(optimizer: Fused) -> dict[torch.device, Tensor]:
+def _found_inf_per_device(optimizer: FusedOptimizer) -> dict[torch.device, Tensor]:
     verdict = optimizer.found_inf
     return {verdict.device: verdict} if optimizer.has_gradients_on(verdict.device) else {}
 

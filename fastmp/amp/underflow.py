@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 from fastmp.optim.state import master_of
 
 NAMES = ("gradients", "gradients_zero", "gradients_subnormal", "updates_lost", "updates_saved")
@@ -30,7 +30,7 @@ class Telemetry:
     A skipped step loses no updates.
     """
 
-    def __init__(self, optimizer: Fused) -> None:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
         self._before: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._counts: list[Tensor] = []

@@ -80,7 +80,7 @@ RECORD = np.dtype(
         ("grad_norm", np.float32),
         ("applied", np.int64),
         ("skipped", np.int64),
-        ("offender", np.int64),
+        ("first_nonfinite", np.int64),
         ("barrier", np.uint32),
         ("done", np.uint32),
     ]

@@ -2,7 +2,7 @@
 
     shards = fsdp.shard(model, torch.bfloat16)
     optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=1e-3, max_grad_norm=1.0)
-    shards.join(optimizer)
+    shards.attach(optimizer)
     trainer = Trainer(model, optimizer, criterion, shards=shards)
 
 The shards are fp32: they are the masters. A layer is gathered in 16 bits when it runs and let go
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastmp import amp
 from fastmp.ops import update
 from fastmp.ops.update import Options
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
@@ -106,8 +106,8 @@ class Shards:
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._own[name]
 
-    def join(self, optimizer: Fused) -> None:
-        """From now on a step of ``optimizer`` clips and skips by what all ranks have."""
+    def attach(self, optimizer: FusedOptimizer) -> None:
+        """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on."""
         optimizer.agree = _agree
 
     # ---- the whole, for checkpoints; every rank must call these ----
@@ -123,17 +123,20 @@ class Shards:
         parts = {k: _split(v, held[k]) if k in held else v for k, v in state.items()}
         self.model.load_state_dict(parts)
 
-    def whole_optimizer(self, optimizer: Fused) -> dict[str, Any]:
+    def whole_optimizer(self, optimizer: FusedOptimizer) -> dict[str, Any]:
         """The optimizer's ``state_dict`` with whole tensors."""
         return self._each_state(optimizer, optimizer.state_dict(), _gather)
 
-    def load_optimizer(self, optimizer: Fused, state: dict[str, Any]) -> None:
+    def load_optimizer(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
         """The opposite: keep this rank's part of each."""
         own = self._each_state(optimizer, state, lambda v, p: _split(v, p).to_local())
         optimizer.load_state_dict(own)
 
     def _each_state(
-        self, optimizer: Fused, state: dict[str, Any], change: Callable[[Tensor, DTensor], Tensor]
+        self,
+        optimizer: FusedOptimizer,
+        state: dict[str, Any],
+        change: Callable[[Tensor, DTensor], Tensor],
     ) -> dict[str, Any]:
         """``state`` with every tensor of a parameter's own shape changed."""
         whole = {id(self._own[name]): p for name, p in self.model.named_parameters()}
@@ -177,7 +180,7 @@ def _gather(own: Tensor, like: DTensor) -> Tensor:
 def _agree(
     grads: Sequence[Tensor], numbers: Sequence[int], options: Options
 ) -> tuple[Options, Tensor, Tensor]:
-    """What ``Fused.agree`` asks for: the step's options, the global norm, the offender.
+    """As ``FusedOptimizer.agree``: the step's options, the global norm, the first non-finite.
 
     The clip goes into the scale that the kernels divide by, so it costs no pass.
     """
@@ -185,7 +188,7 @@ def _agree(
     dist.all_reduce(squares)
     is_bad = ~squares.isfinite()  # fp64 holds the square of any fp32 number
     number = torch.tensor(numbers, device=squares.device)[is_bad.byte().argmax()]
-    offender = torch.where(is_bad.any(), number, -1)
+    first_nonfinite = torch.where(is_bad.any(), number, -1)
     scale = torch.ones_like(squares[0]) if options.grad_scale is None else options.grad_scale
     norm = squares.sum().sqrt() / scale
     found = is_bad.any().float()
@@ -197,4 +200,4 @@ def _agree(
     agreed = options._replace(
         grad_scale=scale.float(), found_inf=found, max_grad_norm=update.NO_CLIP
     )
-    return agreed, norm, offender
+    return agreed, norm, first_nonfinite

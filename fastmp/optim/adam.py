@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp.ops.update.rules import Hyper, rule
-from fastmp.optim.base import Fused
+from fastmp.ops.update.rules import Hyperparameters, rule
+from fastmp.optim.base import FusedOptimizer
 
 
-class Adam(Fused, torch.optim.Adam):
+class Adam(FusedOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` with fp32 masters and a fused step (Kingma & Ba, 2015).
 
     Args:
@@ -67,7 +67,9 @@ class Adam(Fused, torch.optim.Adam):
     @rule(0, "AdamRule<false>")
     @rule(1, "AdamRule<true>")
     @staticmethod
-    def _rule(p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
+    def _rule(
+        p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters
+    ) -> Tensor:
         if h.decoupled:
             p = p * (1 - h.lr * h.weight_decay)
         else:
@@ -84,9 +86,9 @@ class Adam(Fused, torch.optim.Adam):
         keys = ("exp_avg", "exp_avg_sq")
         return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
+    def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         beta1, beta2 = group["betas"]
-        return Hyper(
+        return Hyperparameters(
             rule=1 if group["amsgrad"] else 0,
             lr=self._lr(group),
             beta1=float(beta1),

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastmp.backends.abi import record_field
 from fastmp.ops import update
 from fastmp.ops.update import Options
-from fastmp.ops.update.rules import Hyper
-from fastmp.ops.update.step_table import Plan, Slot
+from fastmp.ops.update.rules import Hyperparameters
+from fastmp.ops.update.step_table import StepTable, TensorRow
 from fastmp.optim import state
 from fastmp.optim.schedule_table import table, tabulate
 from fastmp.schedule import Schedule
@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Agree = Callable[[Sequence[Tensor], Sequence[int], Options], tuple[Options, Tensor, Tensor]]
 
 
-class Fused(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer):
     """What the fused optimizers share: state, the step, and what the step decided.
 
     Subclasses say which state a group keeps (``_state_keys``) and how a group's options become
@@ -46,7 +46,7 @@ class Fused(torch.optim.Optimizer):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
+    def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         raise NotImplementedError
 
     def _lr(self, group: dict[str, Any]) -> float:
@@ -64,10 +64,10 @@ class Fused(torch.optim.Optimizer):
         self._forget_plan()
 
     def _forget_plan(self) -> None:
-        self._plan: Plan | None = None
+        self._plan: StepTable | None = None
         self._plan_rules: list[float] = []
         self._plan_state: list[Any] = []
-        self._halves: list[Slot] = []
+        self._halves: list[TensorRow] = []
         self._versions: list[int] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Fused(torch.optim.Optimizer):
         rules = [hyper.rule for hyper in hypers]
         plan = self._plan
         current = plan is not None and rules == self._plan_rules and self._is_current(plan, params)
-        if plan is None or not current or not plan.point_at(grads):
+        if plan is None or not current or not plan.bind_gradients(grads):
             plan = self._new_plan(grads, rules)
         self._adopt_changed_weights()
         device = params[0].device
@@ -145,12 +145,14 @@ class Fused(torch.optim.Optimizer):
         record = self._record_for(device)
         if self.agree is not None:
             numbers = [slot.number for slot in plan.slots]
-            options, norm, offender = self.agree(grads, numbers, options)
-            offender = torch.where(offender < 0, self.offender, offender)
+            options, norm, first_nonfinite = self.agree(grads, numbers, options)
+            first_nonfinite = torch.where(
+                first_nonfinite < 0, self.first_nonfinite, first_nonfinite
+            )
         update.run(plan, np.array(hypers, np.float64), record, options, lrs)
         if self.agree is not None:
             self.grad_norm.copy_(norm)
-            self.offender.copy_(offender)
+            self.first_nonfinite.copy_(first_nonfinite)
         # the kernel wrote behind autograd's back: a backward through the old weights must raise
         torch.autograd.graph.increment_version(plan.params)
         return loss
@@ -163,13 +165,13 @@ class Fused(torch.optim.Optimizer):
     def _flat_state(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.state.values())))
 
-    def _is_current(self, plan: Plan, params: list[Tensor]) -> bool:
+    def _is_current(self, plan: StepTable, params: list[Tensor]) -> bool:
         """Whether the plan still describes parameters, rules and state as they are."""
         held = self._flat_state()
         return (
             len(held) == len(self._plan_state)
             and all(map(is_, held, self._plan_state))
-            and plan.fits(params)
+            and plan.matches(params)
         )
 
     def _lrs_on_gpu(self) -> list[tuple[int, Tensor]]:
@@ -177,8 +179,8 @@ class Fused(torch.optim.Optimizer):
         lrs = [(i, group["lr"]) for i, group in enumerate(self.param_groups)]
         return [(i, lr) for i, lr in lrs if isinstance(lr, Tensor) and lr.is_cuda]
 
-    def _new_plan(self, grads: list[Tensor], rules: list[float]) -> Plan:
-        slots: list[Slot] = []
+    def _new_plan(self, grads: list[Tensor], rules: list[float]) -> StepTable:
+        slots: list[TensorRow] = []
         index = 0
         for number, group in enumerate(self.param_groups):
             keys = self._state_keys(group)
@@ -191,9 +193,9 @@ class Fused(torch.optim.Optimizer):
                     master = own.get(state.MASTER_KEYS.get(param.dtype))
                     states = tuple(own[key] for key in keys)
                     rule = int(rules[number])
-                    slots.append(Slot(param, master, states, own["step"], number, index, rule))
+                    slots.append(TensorRow(param, master, states, own["step"], number, index, rule))
                 index += 1
-        self._plan = Plan(slots, grads)
+        self._plan = StepTable(slots, grads)
         self._plan_rules = rules
         self._plan_state = self._flat_state()
         self._halves = [slot for slot in slots if slot.param.dtype == torch.float16]
@@ -391,20 +393,20 @@ class Fused(torch.optim.Optimizer):
         return self._read("skipped")
 
     @property
-    def offender(self) -> Tensor:
-        """The position of the parameter ``last_overflow`` names, -1 for none; 0-d int64."""
-        return self._read("offender")
+    def first_nonfinite(self) -> Tensor:
+        """The position of the parameter ``nonfinite_param`` names, -1 for none; 0-d int64."""
+        return self._read("first_nonfinite")
 
-    def last_overflow(self) -> str | int | None:
+    def nonfinite_param(self) -> str | int | None:
         """The first parameter whose gradient was not finite in the last step that saw one.
 
         Its name if the optimizer was given named parameters, else its position; None if there was
         no such step. Reads the device: on a GPU this waits for it.
         """
-        return self.name_of(int(self.offender))
+        return self.param_name(int(self.first_nonfinite))
 
-    def name_of(self, index: int) -> str | int | None:
-        """What ``last_overflow`` calls the parameter at this position; None for a negative one."""
+    def param_name(self, index: int) -> str | int | None:
+        """The name of the parameter at this position, or the position; None for a negative one."""
         if index < 0:
             return None
         names = [name for group in self.param_groups for name in group.get("param_names", ())]

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmp.ops.update.rules import Hyper, rule
-from fastmp.optim.base import Fused
+from fastmp.ops.update.rules import Hyperparameters, rule
+from fastmp.optim.base import FusedOptimizer
 
 
-class Lion(Fused):
+class Lion(FusedOptimizer):
     """Lion with fp32 masters and a fused step (Chen et al. 2023, arXiv:2302.06675).
 
     The sign of an average of the gradients, and half of Adam's state. The paper advises a third to
@@ -57,7 +57,9 @@ class Lion(Fused):
 
     @rule(4, "LionRule")
     @staticmethod
-    def _rule(p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
+    def _rule(
+        p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters
+    ) -> Tensor:
         (m,) = states
         direction = (m * h.beta1 + g * (1 - h.beta1)).sign()
         m.mul_(h.beta2).add_(g, alpha=1 - h.beta2)
@@ -66,9 +68,9 @@ class Lion(Fused):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
+    def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         beta1, beta2 = group["betas"]
-        return Hyper(
+        return Hyperparameters(
             rule=4,
             lr=self._lr(group),
             beta1=float(beta1),

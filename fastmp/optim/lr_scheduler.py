@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 from fastmp.schedule import Schedule
 
 
@@ -47,7 +47,11 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     @staticmethod
     def _start(optimizer: torch.optim.Optimizer, position: int) -> int | None:
         """How many steps a fastmp optimizer had applied at step 0, if it is at ``position`` now."""
-        return int(optimizer.applied_steps) - position if isinstance(optimizer, Fused) else None
+        return (
+            int(optimizer.applied_steps) - position
+            if isinstance(optimizer, FusedOptimizer)
+            else None
+        )
 
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next step, with a fastmp optimizer to its number of applied ones.
@@ -68,7 +72,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         if epoch is not None:
             self._first = self._start(self.optimizer, epoch)
             self.last_epoch = epoch
-        elif isinstance(self.optimizer, Fused) and self._first is not None:
+        elif isinstance(self.optimizer, FusedOptimizer) and self._first is not None:
             self.last_epoch = int(self.optimizer.applied_steps) - self._first
         else:
             self.last_epoch += 1
@@ -104,7 +108,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
                 f"{sorted(state_dict)}"
             )
         super().load_state_dict(state_dict)
-        if self._first is None or not isinstance(self.optimizer, Fused):
+        if self._first is None or not isinstance(self.optimizer, FusedOptimizer):
             self._first = self._start(self.optimizer, self.last_epoch)
         self._write()
 

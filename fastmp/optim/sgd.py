@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp.ops.update.rules import Hyper, rule
-from fastmp.optim.base import Fused
+from fastmp.ops.update.rules import Hyperparameters, rule
+from fastmp.optim.base import FusedOptimizer
 
 
-class SGD(Fused, torch.optim.SGD):
+class SGD(FusedOptimizer, torch.optim.SGD):
     """``torch.optim.SGD`` with fp32 masters and a fused step.
 
     Args:
@@ -63,7 +63,9 @@ class SGD(Fused, torch.optim.SGD):
     @rule(2, "SgdRule<false>")
     @rule(3, "SgdRule<true>")
     @staticmethod
-    def _rule(p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyper) -> Tensor:
+    def _rule(
+        p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters
+    ) -> Tensor:
         g = g + h.weight_decay * p
         if states:
             buffer = states[0]
@@ -77,8 +79,8 @@ class SGD(Fused, torch.optim.SGD):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
-        return Hyper(
+    def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
+        return Hyperparameters(
             rule=3 if group["momentum"] != 0 else 2,
             lr=self._lr(group),
             beta1=group["momentum"],

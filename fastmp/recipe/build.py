@@ -194,7 +194,7 @@ def _optimizer(
         betas = (config.momentum, config.beta2)
         optimizer = kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
     if shards is not None:
-        shards.join(optimizer)
+        shards.attach(optimizer)
     return optimizer
 
 

@@ -19,7 +19,7 @@ from fastmp.distributed import data_parallel
 from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
 from fastmp.ops.loss import MixedTarget
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 from fastmp.training import cuda_graph
 from fastmp.training.ema import Average
 
@@ -34,7 +34,7 @@ class Stepper:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Fused,
+        optimizer: FusedOptimizer,
         criterion: nn.Module,
         scaler: torch.amp.GradScaler,
         mixup: Mixup | None,
@@ -175,6 +175,6 @@ class Stepper:
             "grad_norm": optimizer.grad_norm,
             "skipped": optimizer.found_inf,
             "applied": optimizer.applied_steps,
-            "offender": optimizer.offender,
+            "offender": optimizer.first_nonfinite,
             **counts,
         }

@@ -33,7 +33,7 @@ from fastmp.distributed import data_parallel, rendezvous
 from fastmp.distributed.fsdp import Shards
 from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
-from fastmp.optim.base import Fused
+from fastmp.optim.base import FusedOptimizer
 from fastmp.optim.lr_scheduler import apply
 from fastmp.schedule import Schedule
 from fastmp.training import cuda_graph, data_position, log, progress, rng, signals
@@ -80,7 +80,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Fused,
+        optimizer: FusedOptimizer,
         criterion: nn.Module,
         *,
         schedule: Schedule | None = None,
@@ -98,7 +98,7 @@ class Trainer:
         progress: bool = True,
         world: World | None = None,
     ) -> None:
-        if not isinstance(optimizer, Fused):
+        if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(
                 "expected an optimizer from fastmp.optim, which reports what its steps decided, "
                 f"got {type(optimizer).__name__}"
@@ -356,10 +356,10 @@ class Trainer:
         self._last = step
         self._log.write("step", epoch=self.epoch + 1, **asdict(step))
         if skipped:
-            self._log.write("overflow", step=number, parameter=self.optimizer.name_of(offender))
+            self._log.write("overflow", step=number, parameter=self.optimizer.param_name(offender))
         if values:
             self._log.write("telemetry", step=number, **values)
-        progress.stop_if_hopeless(step, self.done, self.optimizer.name_of(offender), self.world)
+        progress.stop_if_hopeless(step, self.done, self.optimizer.param_name(offender), self.world)
 
     def _lr_of(self, applied: int) -> float:
         """The learning rate of the step that came after so many applied ones."""

@@ -25,7 +25,7 @@ from fastmp.backends.abi import (
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
 from fastmp.ops.loss import REDUCTIONS
-from fastmp.ops.update.rules import Hyper
+from fastmp.ops.update.rules import Hyperparameters
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HEADERS = (CSRC / "common" / "table.h").read_text() + (CSRC / "fastmp.h").read_text()
@@ -74,7 +74,7 @@ def test_every_struct_has_the_same_fields_in_python():
         for struct, mirror in MIRRORS.items()
     }
     assert dict(c_structs()) == mirrors
-    assert Hyper._fields == HYPER_FIELDS
+    assert Hyperparameters._fields == HYPER_FIELDS
 
 
 def test_a_c_compiler_finds_the_same_offsets():

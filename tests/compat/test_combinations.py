@@ -45,7 +45,7 @@ def losses(model, dtype, *, shards=None, step=None, autocast=False, channels_las
     trained = shards or model
     optimizer = fastmp.optim.SGD(trained.named_parameters(), LR, momentum=0.9, max_grad_norm=CLIP)
     if shards:
-        shards.join(optimizer)
+        shards.attach(optimizer)
     criterion = fastmp.nn.CrossEntropyLoss(label_smoothing=0.1)
     scaler = fastmp.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**8)
 

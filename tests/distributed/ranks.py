@@ -99,7 +99,7 @@ def overflow_on_one_rank(world):
                 "scale": trainer.scaler.get_scale(),
                 "skipped": int(optimizer.skipped_steps),
                 "applied": int(optimizer.applied_steps),
-                "offender": optimizer.last_overflow(),
+                "offender": optimizer.nonfinite_param(),
                 "digest": digest(model),
             }
         )
@@ -158,7 +158,7 @@ def in_shards(model, dtype=torch.float32, **options):
             param.data += 1
     shards = fsdp.shard(model, dtype)
     optimizer = fastmp.optim.AdamW(shards.named_parameters(), lr=0.01, max_grad_norm=0.5)
-    shards.join(optimizer)
+    shards.attach(optimizer)
     return Trainer(model, optimizer, CrossEntropyLoss(), progress=False, shards=shards, **options)
 
 
@@ -225,7 +225,7 @@ def sharded_overflow(world):
                 "unchanged": all(torch.equal(before[name], after[name]) for name in after),
                 "scale": trainer.scaler.get_scale(),
                 "skipped": int(trainer.optimizer.skipped_steps),
-                "offender": trainer.optimizer.last_overflow(),
+                "offender": trainer.optimizer.nonfinite_param(),
             }
         )
     return seen

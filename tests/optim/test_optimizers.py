@@ -156,7 +156,7 @@ def test_overflow_anywhere_changes_nothing(dtype, bad):
             skipped += 1
             assert same_bits(before, snapshot(optimizer, params))
             assert optimizer.found_inf == 1
-            assert optimizer.last_overflow() == name
+            assert optimizer.nonfinite_param() == name
     assert optimizer.skipped_steps == skipped
     assert optimizer.applied_steps == 1
     give_gradients(params)
@@ -174,7 +174,7 @@ def test_an_overflow_that_somebody_else_saw_skips_the_step():
     del optimizer.found_inf
     assert optimizer.skipped_steps == 1
     assert optimizer.found_inf == 1
-    assert optimizer.last_overflow() is None
+    assert optimizer.nonfinite_param() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

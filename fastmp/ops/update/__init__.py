@@ -22,11 +22,11 @@ from torch import Tensor
 from fastmp.backends import cpu, registry
 from fastmp.backends.abi import RECORD, Request, record_field
 from fastmp.backends.cpu.structs import UpdateArgs
-from fastmp.ops.update.rules import RULES, Hyper
-from fastmp.ops.update.step_table import Plan, Slot
+from fastmp.ops.update.rules import RULES, Hyperparameters
+from fastmp.ops.update.step_table import StepTable, TensorRow
 
 NO_CLIP = -1.0
-_LR = Hyper._fields.index("lr")
+_LR = Hyperparameters._fields.index("lr")
 
 
 class Options(NamedTuple):
@@ -51,7 +51,7 @@ class Options(NamedTuple):
 def new_record(device: torch.device) -> Tensor:
     """A zeroed ``fastmp_record``: read it through ``backends.table.record_field``."""
     record = torch.zeros(RECORD.itemsize, dtype=torch.uint8, device=device)
-    record_field(record, "offender").fill_(-1)
+    record_field(record, "first_nonfinite").fill_(-1)
     return record
 
 
@@ -75,7 +75,7 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 def run(
-    plan: Plan,
+    plan: StepTable,
     hypers: np.ndarray,
     record: Tensor,
     options: Options | None = None,
@@ -86,7 +86,7 @@ def run(
     Args:
         plan: the tensors; parameters, masters, states and steps are changed in place, or, if any
             gradient is not finite, not at all.
-        hypers: float64 (groups, 10), one ``Hyper`` per row.
+        hypers: float64 (groups, 10), one ``Hyperparameters`` per row.
         record: what was decided; see ``new_record``.
         options: what is asked of the step; None: nothing out of the ordinary.
         lrs: groups whose lr is a tensor on a GPU, with it; what ``hypers`` has there is ignored.
@@ -150,7 +150,9 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _scheduled(hyper: Hyper, options: Options, applied: int) -> tuple[Hyper, float]:
+def _scheduled(
+    hyper: Hyperparameters, options: Options, applied: int
+) -> tuple[Hyperparameters, float]:
     """The hyperparameters of this step, and the norm to clip to."""
     if options.schedule is None:
         return hyper, options.max_grad_norm
@@ -162,9 +164,9 @@ def _scheduled(hyper: Hyper, options: Options, applied: int) -> tuple[Hyper, flo
 
 
 @torch.no_grad()
-def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options) -> None:
+def _reference(plan: StepTable, hypers: np.ndarray, record: Tensor, options: Options) -> None:
     applied = 0 if options.schedule is None else int(record_field(record, "applied"))
-    limits = [_scheduled(Hyper(*row), options, applied) for row in hypers.tolist()]
+    limits = [_scheduled(Hyperparameters(*row), options, applied) for row in hypers.tolist()]
     limit = limits[0][1] if limits else options.max_grad_norm
     norm, unscale, skip = _judge(plan, record, options, limit)
     if not skip:
@@ -176,7 +178,7 @@ def _reference(plan: Plan, hypers: np.ndarray, record: Tensor, options: Options)
 
 
 def _judge(
-    plan: Plan, record: Tensor, options: Options, limit: float
+    plan: StepTable, record: Tensor, options: Options, limit: float
 ) -> tuple[Tensor, float, bool]:
     """(norm of the unscaled gradients, factor that unscales, whether to skip the step)."""
     scale = 1.0 if options.grad_scale is None else float(options.grad_scale)
@@ -189,12 +191,12 @@ def _judge(
     norm = torch.tensor(norms, dtype=torch.float64).norm()
     record_field(record, "grad_norm").fill_(np.nan if trusted else float(norm))
     if any(bad):
-        record_field(record, "offender").fill_(plan.slots[bad.index(True)].number)
+        record_field(record, "first_nonfinite").fill_(plan.slots[bad.index(True)].number)
     told = options.found_inf is not None and float(options.found_inf) != 0.0
     return norm, unscale, any(bad) or told or not usable
 
 
-def _update(slot: Slot, grad: Tensor, factor: float, h: Hyper) -> None:
+def _update(slot: TensorRow, grad: Tensor, factor: float, h: Hyperparameters) -> None:
     g = _wide(grad) * (factor * (-1 if h.maximize else 1))
     slot.step.add_(1)
     master = slot.master

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmp.backends.abi import HYPER_FIELDS
 
 
-class Hyper(NamedTuple):
+class Hyperparameters(NamedTuple):
     """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/common/table.h`` lays them out."""
 
     rule: float
@@ -29,10 +29,10 @@ class Hyper(NamedTuple):
     nesterov: float = 0.0
 
 
-assert Hyper._fields == HYPER_FIELDS
+assert Hyperparameters._fields == HYPER_FIELDS
 
 #: (master, gradient, states, number of the step, hyperparameters) -> the new master.
-Reference = Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyper], Tensor]
+Reference = Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyperparameters], Tensor]
 _Function = TypeVar("_Function", bound=Reference)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Slot(NamedTuple):
+class TensorRow(NamedTuple):
     """Everything the step touches of one parameter, but its gradient.
 
     ``master`` is None for fp32 and fp64 parameters, fp32 for fp16 ones, and int16 for bf16 ones:
@@ -39,10 +39,10 @@ class Slot(NamedTuple):
     rule: int
 
 
-class Plan:
+class StepTable:
     """A step's tensors, laid out for the kernel once and pointed at new gradients every step."""
 
-    def __init__(self, slots: Sequence[Slot], grads: Sequence[Tensor]):
+    def __init__(self, slots: Sequence[TensorRow], grads: Sequence[Tensor]):
         """Lay out the table.
 
         Raises:
@@ -77,7 +77,7 @@ class Plan:
             self._grads_at: list[int] = []
             self._params_at = [p.data_ptr() for p in self.params]
             self.rows = _rows(slots, grads)
-            self.point_at(grads)
+            self.bind_gradients(grads)
         self.table = self._table() if self.fallback is None else None
 
     def _table(self) -> Table | None:
@@ -90,13 +90,13 @@ class Plan:
         structs = {slot.rule: RULES[slot.rule].struct for slot in self.slots}
         return Table(self.rows, structs, device)
 
-    def fits(self, params: Sequence[Tensor]) -> bool:
+    def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether these are still the parameters the table was laid out for, where it says."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         return self.fallback is not None or [p.data_ptr() for p in params] == self._params_at
 
-    def point_at(self, grads: Sequence[Tensor]) -> bool:
+    def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Use these gradients, one per row, in the next step; False if the table cannot hold them.
 
         Then lay out another, which says what is wrong if anything is.
@@ -142,7 +142,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | None:
+def _why_not_native(slots: Sequence[TensorRow], grads: Sequence[Tensor]) -> str | None:
     """The reason, in words, why the kernel cannot take these tensors; None if it can."""
     if not slots:
         return None
@@ -166,7 +166,7 @@ def _why_not_native(slots: Sequence[Slot], grads: Sequence[Tensor]) -> str | Non
     return None
 
 
-def _rows(slots: Sequence[Slot], grads: Sequence[Tensor]) -> np.ndarray:
+def _rows(slots: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
     rows = np.zeros(len(slots), ROW)
     rows["param"] = [slot.param.data_ptr() for slot in slots]
     rows["master"] = [0 if slot.master is None else slot.master.data_ptr() for slot in slots]
