@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS
 from fastmp import data, recipe
-from fastmp.bench.results import environment, folder
+from fastmp.bench.results import folder
 from fastmp.data import Dataset
+from fastmp.doctor import environment
 from fastmp.recipe import DTYPES, DtypeName, TrainConfig
 
 CPU = torch.device("cpu")

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks import RESULTS
 from fastmp import data, recipe
-from fastmp.bench.results import environment, folder
+from fastmp.bench.results import folder
 from fastmp.data import Dataset
 from fastmp.distributed.rendezvous import World
+from fastmp.doctor import environment
 from fastmp.recipe import TrainConfig
 
 CPU = torch.device("cpu")

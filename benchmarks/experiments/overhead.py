@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS
 from fastmp import amp, models, optim
-from fastmp.bench.results import environment, folder
+from fastmp.bench.results import folder
 from fastmp.data.mixup import Mixup
+from fastmp.doctor import environment
 from fastmp.nn import CrossEntropyLoss
 from fastmp.optim.lr_scheduler import apply
 from fastmp.schedule import OneCycle

@@ -22,9 +22,10 @@ from torch import nn
 
 from benchmarks import RESULTS
 from fastmp import amp, data, models, optim, transfer
-from fastmp.bench.results import environment, folder
+from fastmp.bench.results import folder
 from fastmp.data import Arrays, Dataset
 from fastmp.data.mixup import Mixup
+from fastmp.doctor import environment
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
 from fastmp.training.trainer import Trainer

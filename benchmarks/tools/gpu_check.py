@@ -202,7 +202,7 @@ def write_summary(results: Path, done: list[Done]) -> None:
     """summary.md: the goals and what was reached, then the machine, then the stages so far."""
     import torch
 
-    from fastmp.bench.results import environment
+    from fastmp.doctor import environment
 
     goals = results / measure.GOALS
     reached = goals.read_text() if goals.exists() else "The goals were not measured.\n"

@@ -4,51 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import re
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-import torch
-
-import fastmp
-from fastmp.backends import cpu, report
 from fastmp.bench import pictures
 from fastmp.bench.harness import OURS, Row
-
-
-def environment(device: str = "cpu") -> dict[str, str]:
-    """Where and with what."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "device": device_name(device),
-        "date": date.today().isoformat(),
-        "fastmp": fastmp.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "backend": cpu.load()[1],
-        "python": platform.python_version(),
-        "reports": "; ".join(f"{s.op}: {s.backend}" for s in report() if s.device == device),
-    }
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's with the number of threads."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+from fastmp.doctor import device_name, environment
 
 
 def folder(parent: Path, device: str = "cpu") -> Path:

@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from fastmp import backends, recipe
+from fastmp import backends, doctor, recipe
 from fastmp.data import Dataset
 from fastmp.distributed import rendezvous
 from fastmp.distributed.rendezvous import World
@@ -113,7 +113,7 @@ def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
         if trainer.step and world.is_first:  # a run that was stopped has its picture too
             title = f"{config.model} on {config.data}, {dtype_name}"
             curves.draw(out, title)
-            html.write(out, title, _facts(config, trainer, device), device)
+            html.write(out, title, _facts(config, trainer, device), doctor.environment(device))
     if not results:
         say(f"nothing left to train: {trainer.epoch} of {epochs} epochs are done")
     say(_table(_facts(config, trainer, device)))

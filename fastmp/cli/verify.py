@@ -11,7 +11,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from fastmp import recipe, verification
+from fastmp import doctor, recipe, verification
 from fastmp.recipe import DTYPES, TrainConfig
 from fastmp.verification import Check
 
@@ -63,7 +63,7 @@ def run(given: Verify) -> None:
         device, dtypes, given.model, given.in_shape, given.classes, given.seed
     )
     done = list(tqdm(found, desc="verify", unit=" checks", leave=False, disable=None))
-    print(f"on {_name(device)}, errors relative to the largest value\n")
+    print(f"on {doctor.device_name(device)}, errors relative to the largest value\n")
     print(table(done if given.every else closest(done)))
     failed = [check for check in done if not check.passed]
     print(f"\n{len(done) - len(failed)} of {len(done)} checks passed", file=sys.stdout)
@@ -73,10 +73,6 @@ def run(given: Verify) -> None:
             f"{len(failed)} checks failed, the first of them {worst.op}, {worst.value}, "
             f"{worst.dtype}: please report this with the output of `fastmp doctor`"
         )
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def closest(checks: Iterable[Check]) -> list[Check]:
