@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -32,64 +33,91 @@ def _hint(metavar: str, default: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Limits of a setting, both included, in the annotation of its field.
+
+    Checked by ``TrainConfig`` itself: importing pydantic would add 0.25 s to every command.
+    """
+
+    low: float
+    high: float
+    expected: str  # for the message
+
+
+_MAX_FLOAT = torch.finfo(torch.float32).max
+COUNT = Range(1, 2**31 - 1, "a whole number of at least 1")
+WHOLE = Range(0, 2**31 - 1, "a whole number of at least 0")
+PROCESSES = Range(0, 4096, "a whole number from 0 to 4096")
+SEED = Range(0, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
+NOT_NEGATIVE = Range(0, _MAX_FLOAT, "a finite number of at least 0")
+POSITIVE = Range(math.nextafter(0, 1), math.inf, "a number above 0")
+FRACTION = Range(0, 1, "a number from 0 to 1")
+DECAY = Range(0, math.nextafter(1, 0), "a number of at least 0 and below 1")
+LAYER_DECAY = Range(math.nextafter(0, 1), 1, "a number above 0 and at most 1")
+LOSS_SCALE = Range(1, _MAX_FLOAT, "a finite number of at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The whole recipe of ``fastmp train``: every field is a flag and a key of the config file."""
 
     data: str = "digits"
     """digits (1,797 images), fashion-mnist (70,000), a folder of train/CLASS/*.jpg, or hf:NAME."""
 
-    image_size: Annotated[int | None, _hint("INT", "that of the images, at most 224")] = None
+    image_size: Annotated[int | None, COUNT, _hint("INT", "that of the images, at most 224")] = None
     """Height and width that images from files are cut to."""
 
-    workers: int = 4
+    workers: Annotated[int, PROCESSES] = 4
     """Processes that decode images from files; 0: the training process does it."""
 
     model: str = "convnet"
     """mlp, convnet, vit, or package.module:factory, called with (in_shape, classes)."""
 
-    epochs: Annotated[int | None, _hint("INT", "15 for digits, else 8")] = None
+    epochs: Annotated[int | None, COUNT, _hint("INT", "15 for digits, else 8")] = None
     """Passes over the training set."""
 
-    batch_size: Annotated[int | None, _hint("INT", "64 for digits, else 256")] = None
+    batch_size: Annotated[int | None, COUNT, _hint("INT", "64 for digits, else 256")] = None
     """Samples per batch and device."""
 
-    accumulate: int = 1
+    accumulate: Annotated[int, COUNT] = 1
     """Batches per optimizer step and device; their gradients are summed in fp32 and averaged."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Update rule. SGD uses Nesterov momentum."""
 
-    base_lr: Annotated[float | None, _hint("FLOAT", "4e-3 for Adam and AdamW, 0.1 for SGD")] = None
+    base_lr: Annotated[
+        float | None, NOT_NEGATIVE, _hint("FLOAT", "4e-3 for Adam and AdamW, 0.1 for SGD")
+    ] = None
     """Peak learning rate at a global batch of 256, scaled to the real one; Adam: by its root."""
 
-    lr: Annotated[float | None, _hint("FLOAT", "base-lr, scaled")] = None
+    lr: Annotated[float | None, NOT_NEGATIVE, _hint("FLOAT", "base-lr, scaled")] = None
     """Peak learning rate as it is, instead of base-lr."""
 
     schedule: Literal["one-cycle", "cosine", "cyclic", "constant"] = "one-cycle"
     """Of the learning rate. cosine climbs straight, cyclic halves its peaks, constant stays."""
 
-    cycles: int = 3
+    cycles: Annotated[int, COUNT] = 3
     """How often the cyclic schedule goes up and down."""
 
-    warmup: float = 0.25
+    warmup: Annotated[float, FRACTION] = 0.25
     """Share of all steps in which the learning rate climbs to its peak, 0 to 1; not for cyclic."""
 
-    momentum: float = 0.95
+    momentum: Annotated[float, DECAY] = 0.95
     """Momentum of SGD, beta1 of Adam; with one-cycle and cyclic the value at the foot."""
 
-    peak_momentum: float = 0.85
+    peak_momentum: Annotated[float, DECAY] = 0.85
     """The same at the peak of one-cycle and cyclic. Other schedules do not use it."""
 
-    beta2: float = 0.999
+    beta2: Annotated[float, DECAY] = 0.999
     """Adam's decay of the second moment. SGD does not use it."""
 
-    weight_decay: float = 0.02
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.02
     """Weight decay of matrices and filters; biases and norms have none."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Clip the global gradient norm to this; inf: do not clip."""
 
-    ema: float = 0.0
+    ema: Annotated[float, DECAY] = 0.0
     """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
 
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
@@ -98,28 +126,28 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that do not train: names of them or of modules, or patterns such as 'blocks.*'."""
 
-    unfreeze_every: int = 0
+    unfreeze_every: Annotated[int, WHOLE] = 0
     """Train the head first, after every so many epochs one more layer; 0: all from the start."""
 
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, LAYER_DECAY] = 1.0
     """Learning rate of a layer as a share of that of the layer above it, such as 0.7."""
 
-    mixup: float = 0.2
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.2
     """Mixup strength: lambda ~ Beta(mixup, mixup); 0: off."""
 
-    cutmix: float = 0.0
+    cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
     """Cutmix strength, likewise; with both on, every batch gets one of them by a coin flip."""
 
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, FRACTION] = 0.1
     """Share of the target spread evenly over all classes, 0 to 1."""
 
     dtype: DtypeName = "auto"
     """Type of the weights; 16-bit ones have fp32 masters. auto: measures which type is fastest."""
 
-    loss_scale: float = 65536.0
+    loss_scale: Annotated[float, LOSS_SCALE] = 65536.0
     """First loss scale; fp16 only."""
 
-    scale_growth_interval: int = 2000
+    scale_growth_interval: Annotated[int, COUNT] = 2000
     """Steps without an overflow after which the loss scale doubles; fp16 only."""
 
     device: str = "auto"
@@ -131,16 +159,16 @@ class TrainConfig:
     shard: bool = False
     """Split weights and optimizer state over the devices (FSDP2), for models too large for one."""
 
-    threads: int = 0
+    threads: Annotated[int, PROCESSES] = 0
     """CPU threads; 0: as many as PyTorch chooses."""
 
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the weights, the order of samples and the mixing."""
 
-    save_every: int = 0
+    save_every: Annotated[int, WHOLE] = 0
     """Steps between checkpoints, besides those after every epoch; 0: only those."""
 
-    keep: int = 2
+    keep: Annotated[int, COUNT] = 2
     """How many of the newest checkpoints to keep, besides the best one."""
 
     telemetry: bool = False
@@ -160,10 +188,10 @@ class TrainConfig:
             raise ConfigError(
                 f"model: expected {known} or package.module:factory, got {self.model!r}"
             )
-        for name, (low, high, expected) in _RANGES.items():
+        for name, allowed in _ranges().items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{name}: expected {expected}, got {value}")
+            if value is not None and not allowed.low <= value <= allowed.high:
+                raise ConfigError(f"{name}: expected {allowed.expected}, got {value}")
         if self.unfreeze_every and self.freeze:
             raise ConfigError(
                 "unfreeze_every, freeze: expected one of them; unfreeze_every decides for every "
@@ -227,37 +255,14 @@ _BASE_LR: dict[str, tuple[float, Literal["linear", "sqrt"]]] = {  # at a batch o
     "sgd": (0.1, "linear"),
 }
 
-_MOST = torch.finfo(torch.float32).max
-_COUNT = (1, 2**31 - 1, "a whole number of at least 1")
-_WHOLE = (0, 2**31 - 1, "a whole number of at least 0")
-_NOT_NEGATIVE = (0, _MOST, "a finite number of at least 0")
-_SHARE = (0, 1, "a number from 0 to 1")
-_DECAY = (0, math.nextafter(1, 0), "a number of at least 0 and below 1")
-_RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, in words
-    "epochs": _COUNT,
-    "batch_size": _COUNT,
-    "accumulate": _COUNT,
-    "image_size": _COUNT,
-    "workers": (0, 4096, "a whole number from 0 to 4096"),
-    "base_lr": _NOT_NEGATIVE,
-    "lr": _NOT_NEGATIVE,
-    "cycles": _COUNT,
-    "warmup": _SHARE,
-    "momentum": _DECAY,
-    "peak_momentum": _DECAY,
-    "beta2": _DECAY,
-    "weight_decay": _NOT_NEGATIVE,
-    "max_grad_norm": (math.nextafter(0, 1), math.inf, "a number above 0"),
-    "ema": _DECAY,
-    "unfreeze_every": _WHOLE,
-    "layer_decay": (math.nextafter(0, 1), 1, "a number above 0 and at most 1"),
-    "save_every": _WHOLE,
-    "keep": _COUNT,
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "label_smoothing": _SHARE,
-    "loss_scale": (1, _MOST, "a finite number of at least 1"),
-    "scale_growth_interval": _COUNT,
-    "threads": (0, 4096, "a whole number from 0 to 4096"),
-    "seed": (0, 2**63 - 1, "a whole number from 0 to 2**63 - 1"),
-}
+
+@functools.cache
+def _ranges() -> dict[str, Range]:
+    """The range of every field that has one."""
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Range)
+    }
