@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import get_args, get_type_hints
 
 import pytest
@@ -26,5 +27,7 @@ def test_values_outside_the_range_are_refused(name):
         value = int(end) if HINTS[name] in (int, int | None) else end
         assert getattr(dataclasses.replace(TrainConfig(), **{name: value}), name) == value
     for value in (allowed.low - 1, allowed.high * 2 if allowed.high < math.inf else -1.0, math.nan):
-        with pytest.raises(ConfigError, match=rf"^{name}: expected .*, got {value}$"):
+        with pytest.raises(
+            ConfigError, match=rf"^{name}: expected {re.escape(allowed.expected)}, got "
+        ):
             dataclasses.replace(TrainConfig(), **{name: value})
