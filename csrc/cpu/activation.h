@@ -6,7 +6,7 @@
  *   silu       z σ(z)
  *
  * Each takes one exponential, shared between value and derivative. value(z) is the activation,
- * gradient(grad, saved) the incoming gradient times the derivative, where saved is z, or the output
+ * gradient(grad, saved) the output's gradient times the derivative, where saved is z, or the output
  * for relu. NaN stays NaN; derivatives at ±inf are their limits, 0 and 1. */
 #ifndef FASTMP_ACTIVATION_H
 #define FASTMP_ACTIVATION_H
@@ -15,6 +15,7 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+namespace {
 
 struct Identity {
   static Vec value(Vec z) { return z; }
@@ -85,6 +86,7 @@ struct Silu {
   }
 };
 
+}  // namespace
 }  // namespace FASTMP_TARGET
 }  // namespace fastmp
 #endif

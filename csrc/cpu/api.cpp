@@ -1,32 +1,24 @@
 /* The entry points: check the caller's layout, pick the instruction set, run. */
 #include "../fastmp.h"
 
-namespace fastmp {
-
-static fastmp_parallel_for pool = nullptr;
-
-void run_parallel(int64_t n, int64_t grain, fastmp_range_fn fn, void* ctx) {
-  if (n <= 0) return;
-  if (pool == nullptr || n <= grain) {
-    fn(0, n, ctx);
-  } else {
-    pool(0, n, grain, fn, ctx);
-  }
-}
-
-/* One line per instruction set that the kernels are compiled for; CMakeLists.txt names the flags.
- */
+/* The instruction sets that the kernels are compiled for; CMakeLists.txt names the flags. */
 #if defined(FASTMP_X86_TARGETS)
 #define FASTMP_TARGETS(X, ...) \
   X(base, __VA_ARGS__) X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4bf16, __VA_ARGS__)
 #else
 #define FASTMP_TARGETS(X, ...) X(base, __VA_ARGS__)
 #endif
+#define FASTMP_IDENTIFIER(target, _) target,
+#define FASTMP_STRING(target, _) #target,
 
-#define FASTMP_ENUMERATOR(target, _) target,
-enum class Target { FASTMP_TARGETS(FASTMP_ENUMERATOR, ) };
+namespace fastmp {
+namespace {
 
-static Target detect() {
+fastmp_parallel_for pool = nullptr;
+
+enum class Target { FASTMP_TARGETS(FASTMP_IDENTIFIER, ) };
+
+Target detect() {
 #if defined(FASTMP_X86_TARGETS)
   /* By features: GCC 11 and clang 14 do not know "x86-64-v3". Every CPU that has these four has
    * the rest of v3: F16C, LZCNT, MOVBE. */
@@ -42,14 +34,14 @@ static Target detect() {
   return Target::base;
 }
 
-static const Target target = detect();
+const Target target = detect();
 
 /* Own products are chosen where they were measured to win: on 2 cores of a Zen 4 with AVX512-BF16
  * (2026-11; peak 230 GFLOP/s in fp32, 460 in bf16) fp16 ran at 210 against torch's 30 at best, fp32
  * at 210 against 150 of MKL, which keeps its fastest kernels for Intel, bf16 at 420 against 390 of
  * oneDNN. In AVX2 fp32 was no faster than MKL. Intel's AMX multiplies bf16 several times faster
  * than AVX512-BF16 does, and oneDNN uses it. */
-static bool prefers_own_gemm(int32_t dtype) {
+bool prefers_own_gemm(int32_t dtype) {
 #if defined(FASTMP_X86_TARGETS)
   const bool intel = __builtin_cpu_is("intel");
   if (dtype == FASTMP_F32) return target >= Target::v4 && !intel;
@@ -58,25 +50,34 @@ static bool prefers_own_gemm(int32_t dtype) {
   return dtype == FASTMP_F16;
 }
 
+}  // namespace
+
+void run_parallel(int64_t n, int64_t grain, fastmp_range_fn fn, void* ctx) {
+  if (n <= 0) return;
+  if (pool == nullptr || n <= grain) {
+    fn(0, n, ctx);
+  } else {
+    pool(0, n, grain, fn, ctx);
+  }
+}
+
 }  // namespace fastmp
 
 #define FASTMP_DECLARE(target, name, Args) \
   namespace target {                       \
   int name(Args* args);                    \
   }
-#define FASTMP_CASE(target, name) \
-  case fastmp::Target::target:    \
-    return fastmp::target::name(args);
+#define FASTMP_KERNEL(target, name) target::name,
 
-#define FASTMP_ENTRY(name, Args)                                             \
-  namespace fastmp {                                                         \
-  FASTMP_TARGETS(FASTMP_DECLARE, name, Args)                                 \
-  }                                                                          \
-  extern "C" int32_t fastmp_##name(Args* args) {                             \
-    if (args == nullptr || args->size != static_cast<int64_t>(sizeof(Args))) \
-      return FASTMP_BAD_ARGUMENT;                                            \
-    switch (fastmp::target) { FASTMP_TARGETS(FASTMP_CASE, name) }            \
-    return FASTMP_BAD_ARGUMENT;                                              \
+#define FASTMP_ENTRY(name, Args)                                                     \
+  namespace fastmp {                                                                 \
+  FASTMP_TARGETS(FASTMP_DECLARE, name, Args)                                         \
+  }                                                                                  \
+  extern "C" int32_t fastmp_##name(Args* args) {                                     \
+    using namespace fastmp;                                                          \
+    int (*const kernels[])(Args*) = {FASTMP_TARGETS(FASTMP_KERNEL, name)};           \
+    const bool readable = args != nullptr && args->size == int64_t{sizeof(Args)};    \
+    return readable ? kernels[static_cast<int>(target)](args) : FASTMP_BAD_ARGUMENT; \
   }
 
 FASTMP_ENTRY(update, const fastmp_update_args)
@@ -91,13 +92,9 @@ extern "C" int32_t fastmp_abi_version(void) {
   return FASTMP_ABI_VERSION;
 }
 
-#define FASTMP_NAME(target, _) \
-  case fastmp::Target::target: \
-    return #target;
-
 extern "C" const char* fastmp_target(void) {
-  switch (fastmp::target) { FASTMP_TARGETS(FASTMP_NAME, ) }
-  return "";
+  const char* const names[] = {FASTMP_TARGETS(FASTMP_STRING, )};
+  return names[static_cast<int>(fastmp::target)];
 }
 
 extern "C" int32_t fastmp_prefers_own_gemm(int32_t dtype) {

@@ -52,6 +52,23 @@ static inline int64_t bytes_of(int32_t dtype) {
   return dtype == FASTMP_F32 ? 4 : dtype == FASTMP_U8 ? 1 : 2;
 }
 
+/* Calls body with a value of the type that a floating-point fastmp_dtype stands for. */
+template <class Body>
+static inline auto with_float_type(int32_t dtype, const Body& body) {
+  switch (dtype) {
+    case FASTMP_F32:
+      return body(float());
+    case FASTMP_F16:
+      return body(f16());
+    default:
+      return body(bf16());
+  }
+}
+
+static inline bool is_float(int32_t dtype) {
+  return dtype >= FASTMP_F32 && dtype <= FASTMP_BF16;
+}
+
 /* Whether an array of these sizes, in values of `width` bytes, can exist: no size is negative, and
  * the bytes are at most the 2^47 that a process can address. */
 template <class... Sizes>
@@ -87,6 +104,9 @@ static inline T min_of(T a, T b) {
 template <class T>
 static inline T max_of(T a, T b) {
   return a < b ? b : a;
+}
+static constexpr int64_t ceil_div(int64_t n, int64_t d) {
+  return (n + d - 1) / d;
 }
 
 }  // namespace FASTMP_TARGET

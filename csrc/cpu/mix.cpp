@@ -13,50 +13,43 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+namespace {
 
 constexpr int64_t kBlock = 1024;  /* elements staged in L1 as fp32: 4 KiB a stream */
 constexpr int64_t kGrain = 32768; /* elements worth a thread */
 
-static inline void widen_any(const uint8_t* __restrict src, float* __restrict dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
-}
-template <class T>
-static inline void widen_any(const T* src, float* dst, int64_t n) {
-  widen(src, dst, n);
-}
-
-/* What one channel of one sample is multiplied with. */
+/* Factors of one channel of one sample: own x + partner x_j + shift. */
 struct Affine {
   float own, partner, shift;
 };
 
 template <class In, class Out>
-static void blend(const In* x, const In* partner, Out* out, int64_t n, Affine k) {
+void blend(const In* x, const In* partner, Out* out, int64_t n, Affine k) {
   alignas(64) float a[kBlock], b[kBlock];
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = min_of(kBlock, n - at);
-    widen_any(x + at, a, m);
-    widen_any(partner + at, b, m);
+    widen(x + at, a, m);
+    widen(partner + at, b, m);
     for (int64_t i = 0; i < m; ++i) a[i] = k.own * a[i] + k.partner * b[i] + k.shift;
     narrow(a, out + at, m);
   }
 }
 
 template <class In, class Out>
-static void copy(const In* x, Out* out, int64_t n, float scale, float shift) {
+void copy(const In* x, Out* out, int64_t n, float scale, float shift) {
   alignas(64) float a[kBlock];
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = min_of(kBlock, n - at);
-    widen_any(x + at, a, m);
+    widen(x + at, a, m);
     for (int64_t i = 0; i < m; ++i) a[i] = a[i] * scale + shift;
     narrow(a, out + at, m);
   }
 }
 
-/* Rows above and below the box are one run each; only rows of the box fall into three pieces. */
+/* Rows above and below the box are one contiguous range each; a row of the box is three. */
 template <class In, class Out>
-static void paste(const In* x, const In* partner, Out* out, int64_t height, int64_t width,
-                  const int64_t* box, float scale, float shift) {
+void paste(const In* x, const In* partner, Out* out, int64_t height, int64_t width,
+           const int64_t* box, float scale, float shift) {
   const int64_t top = box[0], bottom = box[1], left = box[2], right = box[3];
   copy(x, out, top * width, scale, shift);
   for (int64_t row = top; row < bottom; ++row) {
@@ -69,7 +62,7 @@ static void paste(const In* x, const In* partner, Out* out, int64_t height, int6
 }
 
 template <class In, class Out>
-static void mix_plane(const fastmp_mix_args& args, int64_t sample, int64_t channel) {
+void mix_plane(const fastmp_mix_args& args, int64_t sample, int64_t channel) {
   const int64_t plane = args.height * args.width;
   const auto plane_of = [&](int64_t i) {
     return static_cast<const In*>(args.input) + (i * args.channels + channel) * plane;
@@ -91,7 +84,7 @@ static void mix_plane(const fastmp_mix_args& args, int64_t sample, int64_t chann
 }
 
 template <class In, class Out>
-static void mix_as(const fastmp_mix_args& args) {
+int mix_as(const fastmp_mix_args& args) {
   const int64_t plane = max_of<int64_t>(1, args.height * args.width);
   hint_huge_pages(args.output,
                   args.batch * args.channels * plane * static_cast<int64_t>(sizeof(Out)));
@@ -101,28 +94,14 @@ static void mix_as(const fastmp_mix_args& args) {
                    mix_plane<In, Out>(args, i / args.channels, i % args.channels);
                  }
                });
+  return FASTMP_OK;
 }
 
-template <class In>
-static void mix_from(const fastmp_mix_args& args) {
-  switch (args.output_dtype) {
-    case FASTMP_F32:
-      mix_as<In, float>(args);
-      break;
-    case FASTMP_F16:
-      mix_as<In, f16>(args);
-      break;
-    default:
-      mix_as<In, bf16>(args);
-      break;
-  }
-}
-
-static bool is_valid(const fastmp_mix_args& args) {
+bool is_valid(const fastmp_mix_args& args) {
   if (!is_addressable(4, args.batch, args.channels, args.height, args.width)) return false;
   if (!is_addressable(32, args.batch)) return false;
-  if (args.input_dtype < 0 || args.input_dtype > FASTMP_U8) return false;
-  if (args.output_dtype < 0 || args.output_dtype > FASTMP_BF16) return false;
+  if (!is_float(args.input_dtype) && args.input_dtype != FASTMP_U8) return false;
+  if (!is_float(args.output_dtype)) return false;
   if (!is_aligned(bytes_of(args.input_dtype), args.input)) return false;
   if (!is_aligned(bytes_of(args.output_dtype), args.output)) return false;
   if (!is_aligned(8, args.index, args.box)) return false;
@@ -147,23 +126,16 @@ static bool is_valid(const fastmp_mix_args& args) {
   return true;
 }
 
+}  // namespace
+
 int mix(const fastmp_mix_args* args) {
   if (!is_valid(*args)) return FASTMP_BAD_ARGUMENT;
-  switch (args->input_dtype) {
-    case FASTMP_F32:
-      mix_from<float>(*args);
-      break;
-    case FASTMP_F16:
-      mix_from<f16>(*args);
-      break;
-    case FASTMP_BF16:
-      mix_from<bf16>(*args);
-      break;
-    default:
-      mix_from<uint8_t>(*args);
-      break;
-  }
-  return FASTMP_OK;
+  return with_float_type(args->output_dtype, [&](auto out) {
+    typedef decltype(out) Out;
+    if (args->input_dtype == FASTMP_U8) return mix_as<uint8_t, Out>(*args);
+    return with_float_type(args->input_dtype,
+                           [&](auto in) { return mix_as<decltype(in), Out>(*args); });
+  });
 }
 
 }  // namespace FASTMP_TARGET

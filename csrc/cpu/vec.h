@@ -139,7 +139,10 @@ static inline void save_lanes(Vec v, T* p, int64_t n) {
   }
 }
 
-/* n values of 16-bit storage to fp32, and back. */
+/* n stored values to fp32, and back. */
+static inline void widen(const uint8_t* __restrict src, float* __restrict dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
+}
 template <class T>
 static inline void widen(const T* __restrict src, float* __restrict dst, int64_t n) {
   int64_t i = 0;
