@@ -1,4 +1,4 @@
-"""One seed, one hypothesis profile: every run of the suite tries the same cases."""
+"""One seed, one hypothesis profile: every run of the suite on a machine tries the same cases."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,11 @@ if another := os.environ.get("FASTMP_TEST_LIBRARY"):
     cpu.load.cache_clear()
     assert cpu.load()[0]._name == another
 
-hypothesis.settings.register_profile("fastmp", derandomize=True, deadline=None, max_examples=60)
+# On a GPU each new shape is a compilation of a second.
+EXAMPLES = 8 if torch.cuda.is_available() else 60
+hypothesis.settings.register_profile(
+    "fastmp", derandomize=True, deadline=None, max_examples=EXAMPLES
+)
 hypothesis.settings.load_profile("fastmp")
 
 

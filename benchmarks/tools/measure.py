@@ -1,77 +1,186 @@
 """The stage of ``make gpu-check`` that measures: every case of fastmp.bench on this device.
 
-What is asked of kernels comes first, training last; results are written after every case, so that
-a run that is cut leaves what it has. goals.md says of each goal whether it was reached.
+A case is a process. As many as there are cores, at most 16, compile their kernels side by side;
+then each waits for its turn and is timed alone. The results are written after every case, so that
+a run that is cut short keeps its rows. goals.md says of each goal whether it was reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastmp.bench import results
-from fastmp.bench.harness import Case, Row, Verdict, copy_bandwidth
+from fastmp.bench.harness import ON_COMPILED, Case, GoalResult, Row, copy_bandwidth
 from fastmp.bench.linear import plain_mean
-from fastmp.bench.subjects import SUBJECTS, run
+from fastmp.bench.subjects import SUBJECTS, run_case
 
 GOALS = "goals.md"
+PROCESSES = min(os.cpu_count() or 1, 16)  # each has a context of 0.5 GB on the device
+Make = Callable[[], Case]  # picklable
 
 
-def measure(cases: list[Case], where: Path, device: str, seconds: float) -> list[str]:
-    """Time the cases until the seconds are over; the goals that were missed and the failures."""
-    copy = copy_bandwidth(device)
+# ---- cases as processes ----
+
+
+class CaseProcess(NamedTuple):
+    """A case that compiles in a process of its own."""
+
+    name: str
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+
+    def receive(self, end: float) -> tuple[str, list[Row] | None]:
+        """("compiled", None), ("done", rows), ("done", None): it failed, or ("late", None)."""
+        try:
+            if not self.connection.poll(max(0.0, end - time.perf_counter())):
+                return "late", None
+            message: tuple[str, list[Row] | None] = self.connection.recv()
+            return message
+        except EOFError:
+            return "done", None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(make: Make, connection: Connection) -> None:
+    def wait_for_turn() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the others
+        connection.send(("compiled", None))
+        connection.recv()
+
+    ON_COMPILED.append(wait_for_turn)
+    connection.send(("done", run_case(make())))
+
+
+def start(name: str, make: Make) -> CaseProcess:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(make, there))
+    process.start()
+    there.close()  # so that the end of the process ends the connection
+    return CaseProcess(name, process, here)
+
+
+def side_by_side(
+    makes: dict[str, Make], seconds: float, processes: int = PROCESSES
+) -> Iterator[tuple[str, list[Row] | None]]:
+    """(name, rows) of each case as it ends, None if it failed; until the seconds are over."""
     end = time.perf_counter() + seconds
+    waiting = list(makes.items())
+    while waiting:
+        started = [start(*item) for item in waiting[:processes]]
+        waiting = waiting[processes:]
+        try:
+            compiled = [case.receive(end) for case in started]
+            for case, (state, rows) in zip(started, compiled, strict=True):
+                if state == "compiled":
+                    case.connection.send("go")
+                    state, rows = case.receive(end)
+                if state == "late":
+                    return
+                case.stop()  # with its memory and its load, before the next one is timed
+                yield case.name, rows
+        finally:
+            for case in started:
+                case.stop()
+
+
+# ---- results and goals ----
+
+
+def measure(
+    names: Iterable[str],
+    timed: Iterable[tuple[str, list[Row] | None]],
+    copy: float,
+    where: Path,
+    device: str,
+) -> list[str]:
+    """Write the rows of the cases as they come; the goals that were missed and the failures.
+
+    Args:
+        names: of all cases.
+        timed: (name, rows) of each case that was come to.
+        copy: GB/s of a plain copy.
+    """
     rows: list[Row] = []
     failed: list[str] = []
-    for number, (name, found) in enumerate(run(cases), 1):
+    cut = list(names)
+    write_goals(where / GOALS, [], [], cut)
+    for name, found in timed:
+        cut.remove(name)
         rows += found or []
         failed += [] if found else [name]
-        cut = [case.name for case in cases[number:]]
-        goals = verdicts(rows, copy)
-        write_goals(where / GOALS, goals, failed, cut)
+        write_goals(where / GOALS, goal_results(rows, copy), failed, cut)
         if rows:
             results.write("gpu", rows, copy, where, device)
-        if time.perf_counter() > end:
-            break
     if rows:
         results.draw("gpu", rows, copy, where, device)
-    missed = [verdict.goal for verdict in goals if not verdict.reached]
+    goals = goal_results(rows, copy)
+    missed = [result.goal for result in goals if not result.reached]
     count = f"{len(goals) - len(missed)} of {len(goals)} goals reached, {len(failed)} cases failed"
     print(count + (f", cut: {', '.join(cut)}" if cut else ""))
     return missed + failed
 
 
-def verdicts(rows: list[Row], copy: float) -> list[Verdict]:
-    """On all that is asked of the rows."""
+def goal_results(rows: list[Row], copy: float) -> list[GoalResult]:
+    """Of all rows, and the mean of the plain products."""
     found = [
-        verdict._replace(goal=f"{row.case}: {verdict.goal}")
+        result._replace(goal=f"{row.case}: {result.goal}")
         for row in rows
-        for verdict in row.verdicts(copy)
+        for result in row.goal_results(copy)
     ]
     mean = plain_mean(rows)
     return found if mean is None else [*found, mean]
 
 
-def write_goals(path: Path, goals: list[Verdict], failed: list[str], cut: list[str]) -> None:
-    """A line for each goal, each case that failed and each that was not come to."""
+def write_goals(path: Path, goals: list[GoalResult], failed: list[str], cut: list[str]) -> None:
+    """A line for each goal, each case that failed and each that was not timed."""
     lines = [f"| {g} | {value} | {'pass' if ok else '**fail**'} |" for g, value, ok in goals]
     lines += [f"| {name} | - | **error** |" for name in failed]
     lines += [f"| {name} | not measured | cut |" for name in cut]
     path.write_text("\n".join(["| goal | measured | |", "| --- | --- | --- |", *lines, ""]))
 
 
+def _case(subject: str, device: str, number: int) -> Case:
+    return SUBJECTS[subject](device, device == "cpu")[number]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.tools.measure", description=__doc__)
     parser.add_argument("results", type=Path, help="folder for goals.md, gpu.md, gpu.json, *.png")
-    parser.add_argument("--seconds", type=float, default=600, help="no case begins after these")
+    parser.add_argument("--seconds", type=float, default=600, help="for all cases")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [case for make in SUBJECTS.values() for case in make(device, device == "cpu")]
-    sys.exit(bool(measure(cases, options.results, device, options.seconds)))
+    makes = {
+        f"{subject}: {case.name}": partial(_case, subject, device, number)
+        for subject, make in SUBJECTS.items()
+        # without a GPU a case of each subject shows that the stage runs
+        for number, case in enumerate(
+            make(device, device == "cpu")[: 1 if device == "cpu" else None]
+        )
+    }
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of 16 processes
+    # of semaphores of tqdm's, when a process is killed
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    copy = copy_bandwidth(device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    timed = side_by_side(makes, options.seconds)
+    sys.exit(bool(measure(makes, timed, copy, options.results, device)))
 
 
 if __name__ == "__main__":

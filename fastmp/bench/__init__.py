@@ -1,5 +1,5 @@
-"""``fastmp bench``: the kernels and the whole step against the best that there is beside them.
+"""``fastmp bench``: the kernels and the whole step against the fastest baseline.
 
-``harness`` times, ``results`` writes, ``pictures`` draws; each other file is one subject and gives
-its cases for a device. One rule for all: what is timed is checked, and the baseline is the fastest.
+``clocks`` and ``harness`` time, ``results`` writes, ``pictures`` draws; the other files are one
+subject each and give its cases for a device. Timed results are checked.
 """

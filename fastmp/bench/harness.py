@@ -1,9 +1,9 @@
 """How everything here is timed.
 
 All candidates of a case run in one process, interleaved, in a new order every round, so that a
-noisy neighbour, a changed clock or the caches left by the one before hit them alike; medians with
-p20 and p80; the fastest baseline is the baseline. A case asserts that all candidates computed the
-same thing on the very tensors it timed.
+noisy neighbour, a changed clock or the caches left by the candidate before hit them alike; medians
+with p20 and p80; the fastest comparable candidate is the baseline. A case asserts that all
+candidates computed the same values on the very tensors it timed. ``clocks`` has the clocks.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from fastmp.bench.clocks import Measure, Run, Sample, kernel_clock
+
 OURS = "fastmp"
-Run = Callable[[], object]
-Measure = Callable[[Run], float]  # milliseconds of one call
 Curve = list[tuple[float, float]]
 
 
 @dataclass
 class Timing:
-    """Milliseconds of one candidate."""
+    """Milliseconds of one candidate; ``host``: median of the host's, None on a CPU."""
 
     median: float
     p20: float
     p80: float
+    host: float | None = None
 
 
-class Verdict(NamedTuple):
-    """What was asked for, what was measured, and whether that is enough."""
+class GoalResult(NamedTuple):
+    """A goal, the measured value, and whether that reaches it."""
 
     goal: str
     measured: str
@@ -43,19 +43,21 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Row:
-    """One case: what was timed, for how long, and the ratio asked for."""
+    """The timings of one case, its goals, and the ratios that follow."""
 
     subject: str
     case: str
     timings: dict[str, Timing]
     bytes_moved: int = 0  # by fastmp, from the formula at the head of its source; 0: not its bound
     goals: dict[str, float] = field(default_factory=dict)  # baseline or "best" -> ratio, at least
-    share: float = 0.0  # of a plain copy's rate, at least; 0: not asked for
+    host_goals: dict[str, float] = field(default_factory=dict)  # the same of host time
+    copy_fraction: float = 0.0  # of a plain copy's rate, at least; 0: no goal
     notes: str = ""
     operations: int = 0  # of fastmp, where they are its bound
     peak: float = 0.0  # GFLOP/s that the machine can do of them; 0: not measured
-    aside: Sequence[str] = ()  # candidates that do other work: shown, but no baseline
+    not_comparable: Sequence[str] = ()  # candidates that do different work: shown, not ranked
     series: str = ""  # rows of one series differ in size, and are a line in a picture
+    clock: str = "wall"  # "device": the medians are device time
     curves: dict[str, Curve] = field(default_factory=dict)  # (seconds, accuracy) of each candidate
     ratios: dict[str, float] = field(default_factory=dict)
     baseline: str = ""
@@ -65,142 +67,118 @@ class Row:
     def __post_init__(self) -> None:
         ours = self.timings[OURS].median
         self.ratios = {k: t.median / ours for k, t in self.timings.items() if k != OURS}
-        same_work = [name for name in self.ratios if name not in self.aside]
-        self.baseline = min(same_work, key=lambda name: self.ratios[name])
+        self.baseline = self._best(self.ratios)
         self.gigabytes_per_second = self.bytes_moved / ours / 1e6
         self.gigaflops = self.operations / ours / 1e6
+
+    def _best(self, ratios: dict[str, float]) -> str:
+        comparable = [name for name in ratios if name not in self.not_comparable]
+        return min(comparable, key=lambda name: ratios[name])
 
     @property
     def ratio(self) -> float:
         """How many times faster than the fastest baseline."""
         return self.ratios[self.baseline]
 
+    @property
+    def host_ratios(self) -> dict[str, float]:
+        """As ``ratios``, of host time; empty on a CPU."""
+        ours = self.timings[OURS].host
+        if ours is None:
+            return {}
+        return {k: t.host / ours for k, t in self.timings.items() if k != OURS and t.host}
+
     def rate(self, copy: float) -> str:
-        """What was reached of what the machine can do; copy: GB/s of a plain copy."""
+        """The rate reached, and its fraction of the bound; copy: GB/s of a plain copy."""
         if self.operations:
-            share = f" ({self.gigaflops / self.peak:.0%})" if self.peak else ""
-            return f"{self.gigaflops:.0f} GFLOP/s{share}"
+            fraction = f" ({self.gigaflops / self.peak:.0%})" if self.peak else ""
+            return f"{self.gigaflops:.0f} GFLOP/s{fraction}"
         if not self.bytes_moved:
             return "-"
         return f"{self.gigabytes_per_second:.1f} GB/s ({self.gigabytes_per_second / copy:.0%})"
 
-    def verdicts(self, copy: float) -> list[Verdict]:
-        """On everything that is asked for; copy: GB/s of a plain copy."""
-        found = []
-        for name, goal in self.goals.items():
-            baseline = self.baseline if name == "best" else name
-            ratio = self.ratios[baseline]
-            found.append(Verdict(f"{goal:g}x {baseline}", f"{ratio:.2f}x", ratio >= goal))
-        if self.share:
-            part = self.gigabytes_per_second / copy
-            found.append(Verdict(f"{self.share:.0%} of a copy", f"{part:.0%}", part >= self.share))
-        return found
+    def goal_results(self, copy: float) -> list[GoalResult]:
+        """One for each goal, with the time it is about; copy: GB/s of a plain copy."""
+        results = []
+        host = self.host_ratios
+        sides = [(self.goals, self.ratios, f", {self.clock} time" if host else "")]
+        sides += [(self.host_goals, host, ", host time")]
+        for goals, ratios, clock in sides:
+            for name, goal in goals.items():
+                baseline = self._best(ratios) if name == "best" else name
+                ratio = ratios[baseline]
+                text = f"{goal:g}x {baseline}{clock}"
+                results.append(GoalResult(text, f"{ratio:.2f}x", ratio >= goal))
+        if self.copy_fraction:
+            reached = self.gigabytes_per_second / copy
+            text = f"{self.copy_fraction:.0%} of a copy"
+            results.append(GoalResult(text, f"{reached:.0%}", reached >= self.copy_fraction))
+        return results
 
 
 class Case(NamedTuple):
-    """Something to time; nothing is allocated before it is called."""
+    """A case to time; nothing is allocated before ``rows`` is called."""
 
     name: str
     rows: Callable[[], list[Row]]
 
 
-def wall_time(run: Run) -> float:
-    """Milliseconds by the clock on the wall."""
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
+#: Called once, when everything that a case times is compiled and before it is timed.
+ON_COMPILED: list[Run] = []
 
 
-class DeviceTime:
-    """Milliseconds on the GPU, from a cache that holds nothing of the candidate's.
-
-    Writing 512 MB takes the GPU 0.1 ms; meanwhile the host gets ahead with its launches.
-    """
-
-    def __init__(self) -> None:
-        self._other_data = torch.empty(128 << 20, dtype=torch.float32, device="cuda")
-
-    def __call__(self, run: Run) -> float:
-        """Of one call, between two events."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._other_data.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-
-def finished_time(run: Run) -> float:
-    """Milliseconds until the GPU is done with it: what the host takes counts too."""
-    torch.cuda.synchronize()
-
-    def finished() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return wall_time(finished)
-
-
-@cache
-def kernel_clock(device: str) -> Measure:
-    """How kernels are timed there."""
-    return DeviceTime() if device == "cuda" else wall_time
-
-
-def step_clock(device: str) -> Measure:
-    """How whole training steps are timed there."""
-    return finished_time if device == "cuda" else wall_time
+def announce_compiled() -> None:
+    """Call the functions in ``ON_COMPILED``, and forget them."""
+    while ON_COMPILED:
+        ON_COMPILED.pop()()
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], rounds: int, label: str, measure: Measure
+    candidates: dict[str, Run], rounds: int, label: str, measure: Measure
 ) -> dict[str, Timing]:
     """Median milliseconds of each candidate over interleaved rounds, two of warm-up before."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
     names = list(candidates)
     order = random.Random(0)
     for number in _progress(range(rounds + 2), label):
         order.shuffle(names)
         for name in names:
-            elapsed = measure(candidates[name])
+            sample = measure(candidates[name])
             if number >= 2:
-                samples[name].append(elapsed)
+                samples[name].append(sample)
     return {name: timing(values) for name, values in samples.items()}
 
 
 def _progress(rounds: Iterable[int], label: str) -> Iterable[int]:
     try:
         from tqdm import tqdm
-    except ImportError:  # gpu-check asks for nothing that does not come with torch
+    except ImportError:  # gpu-check needs nothing that does not come with torch
         return rounds
     shown: Iterable[int] = tqdm(rounds, desc=label, leave=False, disable=None)
     return shown
 
 
-def timing(samples: Sequence[float]) -> Timing:
-    """Median, p20 and p80 of samples."""
-    cuts = statistics.quantiles(samples, n=5)
-    return Timing(statistics.median(samples), cuts[0], cuts[-1])
-
-
-def rounds_within(candidates: dict[str, Callable[[], object]], seconds: float) -> int:
-    """How many rounds fit into that time, 5 to 61; runs each candidate twice."""
-    start = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        for candidate in candidates.values():
-            candidate()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return max(5, min(61, round(seconds / (time.perf_counter() - start))))
+def timing(samples: Sequence[Sample]) -> Timing:
+    """Median, p20 and p80 of the times, median of the host's."""
+    times = [sample.time for sample in samples]
+    cuts = statistics.quantiles(times, n=5)
+    hosts = [sample.host for sample in samples if sample.host is not None]
+    host = statistics.median(hosts) if hosts else None
+    return Timing(statistics.median(times), cuts[0], cuts[-1], host)
 
 
 def timed(
-    candidates: dict[str, Callable[[], object]], seconds: float, label: str, measure: Measure
+    candidates: dict[str, Run], seconds: float, label: str, measure: Measure
 ) -> dict[str, Timing]:
-    """``interleave`` for about that time."""
-    return interleave(candidates, rounds_within(candidates, seconds), label, measure)
+    """``interleave`` for about that time, 5 to 61 rounds; runs each candidate twice before."""
+    for run in candidates.values():
+        run()
+    announce_compiled()
+    begin = time.perf_counter()
+    for run in candidates.values():
+        measure(run)
+    rounds = max(5, min(61, round(seconds / (time.perf_counter() - begin))))
+    return interleave(candidates, rounds, label, measure)
 
 
 def copy_bandwidth(device: str) -> float:

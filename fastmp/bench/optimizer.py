@@ -1,4 +1,4 @@
-"""The optimizer step: the update alone, and the whole of what AMP does around it.
+"""The optimizer step: the update alone, and with everything that AMP does around it.
 
 Bytes a parameter (csrc/cpu/update.cpp, csrc/cuda/update.cu): fp32 weights 32, fp16 weights with
 fp32 masters 30, bf16 weights with split masters 28. Every candidate takes as many steps from the
@@ -7,7 +7,6 @@ same start and must come to the same weights.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastmp
-from fastmp.bench import networks, rivals
-from fastmp.bench.harness import OURS, Case, Row, Run, dtype_name, interleave, kernel_clock, timed
+from fastmp.bench import networks, third_party
+from fastmp.bench.clocks import CLOCKS, Prepared, Run, kernel_clock
+from fastmp.bench.harness import OURS, Case, Row, dtype_name, timed
 
 LR = 1e-3
 MAX_NORM = 1.0
@@ -56,10 +56,10 @@ def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 def check(results: dict[str, list[Tensor]]) -> None:
     """Every candidate took as many steps from the same start: their weights must agree."""
-    for name, found in results.items():
-        for ours, theirs in zip(results[OURS], found, strict=True):
-            explained = partial("{}: {}".format, name)
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=explained)
+    for name, weights in results.items():
+        message = partial("{}: {}".format, name)
+        for ours, theirs in zip(results[OURS], weights, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=message)
 
 
 def update_alone(
@@ -72,7 +72,7 @@ def update_alone(
     goal: float,
     compiled: bool = False,
 ) -> list[Row]:
-    """fp32 parameters, nothing but step(); checked: the gradients are looked at first."""
+    """fp32 parameters, step() alone; checked: with the overflow check."""
     kinds: dict[str, Make] = {
         OURS: lambda p: fastmp.optim.AdamW(p, lr=LR, skip_nonfinite=checked),
         "AdamW(fused=True)": lambda p: torch.optim.AdamW(p, lr=LR, fused=True),
@@ -82,18 +82,20 @@ def update_alone(
     steps: dict[str, Run] = {name: kinds[name](params).step for name, params in models.items()}
     if compiled:
         models["torch.compile"] = parameters(shapes, torch.float32, device)
-        lr = torch.tensor(LR)  # a tensor: a number would be compiled in
+        lr = torch.tensor(LR)  # a number would be a constant of the compiled code
         steps["torch.compile"] = torch.compile(torch.optim.AdamW(models["torch.compile"], lr).step)
     label = f"update alone, fp32, {label}" + (", overflow check" if checked else "")
     timings = timed(steps, seconds, label, kernel_clock(device))
     check({name: [p.detach() for p in params] for name, params in models.items()})
     moved = (32 if checked else 28) * size_of(shapes)
     notes = "torch's optimizers do not check" if checked else ""
-    return [Row("optimizer", label, timings, moved, {"best": goal}, notes=notes)]
+    return [
+        Row("optimizer", label, timings, moved, {"best": goal}, notes=notes, clock=CLOCKS[device])
+    ]
 
 
 def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float) -> list[Row]:
-    """One launch with check and clip, of the bandwidth of a copy; others' update without them."""
+    """One launch with check and clip against a copy; the others neither check nor clip."""
     weights = parameters(shapes, dtype, device)
     optimizer = fastmp.optim.AdamW(weights, lr=LR, max_grad_norm=MAX_NORM)
     exact = [p.detach().float().requires_grad_() for p in weights]
@@ -103,22 +105,28 @@ def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float
     theirs = torch.optim.AdamW(exact, lr=LR, fused=True)
     torch.nn.utils.clip_grad_norm_(exact, MAX_NORM)
     runs: dict[str, Run] = {OURS: optimizer.step, "AdamW(fused=True), fp32": theirs.step}
-    others = rivals.optimizers(device, LR) if dtype != torch.float32 else {}
-    # made beside the rest: they take their steps on weights of their own
-    beside = rivals.working(
-        {name: other.call(parameters(shapes, dtype, device)).step for name, other in others.items()}
+    libraries = third_party.optimizers(device, LR) if dtype != torch.float32 else {}
+    others = third_party.working(
+        {
+            name: library.call(parameters(shapes, dtype, device)).step
+            for name, library in libraries.items()
+        }
     )
     label = f"step with clip, {dtype_name(dtype)}, {size_of(shapes) / 1e6:.0f} M"
-    timings = timed(runs | beside, seconds, label, kernel_clock(device))
+    timings = timed(runs | others, seconds, label, kernel_clock(device))
     check({OURS: optimizer.masters(), "torch": [p.detach() for p in exact]})
-    notes = "the others neither look at the gradients nor clip"
-    moved = BYTES[dtype] * size_of(shapes)
-    aside = [name for name in beside if not others[name].same_work]
-    return [Row("optimizer", label, timings, moved, share=0.92, notes=notes, aside=aside)]
+    return [
+        Row(
+            "optimizer", label, timings, BYTES[dtype] * size_of(shapes),
+            copy_fraction=0.92, clock=CLOCKS[device],
+            notes="the others neither check the gradients nor clip",
+            not_comparable=[name for name in others if not libraries[name].comparable],
+        )
+    ]  # fmt: skip
 
 
 class TorchPipeline:
-    """What PyTorch does for 16-bit weights with fp32 masters, each part in its fastest form."""
+    """PyTorch's step of 16-bit weights with fp32 masters, each part in its fastest form."""
 
     def __init__(self, weights: list[Tensor]):
         self.weights = weights
@@ -173,44 +181,37 @@ def whole_step(
     label = f"whole step, {dtype_name(dtype)}, {label}"
     runs: dict[str, Run] = {OURS: ours.step, "GradScaler + fused": theirs.step}
     timings = timed(runs, seconds, label, kernel_clock(device))
-    found = [p.detach() for p in theirs.masters]
-    check({OURS: ours.optimizer.masters(), "GradScaler + fused": found})
+    expected = [p.detach() for p in theirs.masters]
+    check({OURS: ours.optimizer.masters(), "GradScaler + fused": expected})
     goals = {} if goal is None else {"best": goal}
     series = SERIES if dtype == torch.float16 else ""
     moved = BYTES[dtype] * size_of(shapes)
-    return [Row("optimizer", label, timings, moved, goals, series=series)]
+    return [Row("optimizer", label, timings, moved, goals, series=series, clock=CLOCKS[device])]
 
 
 def on_the_host(changed: bool) -> list[Row]:
-    """The time until step() returns, 500 tensors; the GPU is done with the step before."""
-    shapes: Shapes = [(256,)] * 500
+    """500 small tensors: until step() returns the host takes longer than the device."""
 
-    def candidate(make: Make) -> Callable[[], float]:
-        params = parameters(shapes, torch.float32, "cuda")
-        optimizer = make(params)
-        two = [[p.grad, torch.randn_like(p)] for p in params]
-        turn = 0
+    def candidate(make: Make) -> Prepared:
+        params = parameters([(256,)] * 500, torch.float32, "cuda")
+        sets = [[p.grad for p in params] for _ in range(2)]
+        if changed:
+            sets[1] = [torch.randn_like(p) for p in params]
 
-        def run() -> float:
-            nonlocal turn
-            turn += changed
-            for p, grads in zip(params, two, strict=True):
-                p.grad = grads[turn % 2]
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            optimizer.step()
-            return (time.perf_counter() - start) * 1e3
+        def swap() -> None:
+            sets.reverse()
+            for p, grad in zip(params, sets[0], strict=True):
+                p.grad = grad
 
-        return run
+        return Prepared(swap, make(params).step)
 
     runs: dict[str, Run] = {
         OURS: candidate(lambda p: fastmp.optim.AdamW(p, lr=LR)),
         "AdamW(fused=True)": candidate(lambda p: torch.optim.AdamW(p, lr=LR, fused=True)),
     }
-    which = "changed" if changed else "the same"
-    label = f"host time of a step, 500 tensors, gradients {which}"
-    timings = interleave(runs, 61, label, lambda run: run())  # type: ignore[arg-type,return-value]
-    return [Row("optimizer", label, timings, 0, {"best": 1.0})]
+    label = f"step of 500 tensors, gradients {'changed' if changed else 'the same'}"
+    timings = timed(runs, SECONDS["cuda"], label, kernel_clock("cuda"))
+    return [Row("optimizer", label, timings, host_goals={"best": 1.0}, clock="device")]
 
 
 def cases(device: str, quick: bool) -> list[Case]:

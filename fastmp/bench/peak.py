@@ -1,4 +1,4 @@
-"""GFLOP/s of multiply-adds that never leave the registers, which a product is held against."""
+"""GFLOP/s of multiply-adds in registers: the bound of a product."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Results to look at: ratio bars, bandwidth against size, accuracy against seconds.
+"""Pictures of results: ratio bars, bandwidth against size, accuracy against seconds.
 
-Each function writes a file, or none where no row has what it shows.
+Each function writes a file, or none where no row has such data.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ COLORS = ("#c0392b", "#8e8e8e", "#d68910", "#5b8c5a", "#8e5ea2", "#333333")
 
 
 def ratios(path: Path, heading: str, rows: list[Row]) -> None:
-    """Bars: how many times faster than the best baseline; a tick where the goal is."""
+    """Bars: how many times faster than the best baseline; a tick at the goal."""
     figure, (axes,) = _axes(1, (9, 1.3 + 0.42 * len(rows)))
-    places = range(len(rows))[::-1]
-    axes.barh(list(places), [row.ratio for row in rows], color=OUR_COLOR, height=0.62)
-    for place, row in zip(places, rows, strict=True):
+    ys = list(range(len(rows)))[::-1]
+    axes.barh(ys, [row.ratio for row in rows], color=OUR_COLOR, height=0.62)
+    for y, row in zip(ys, rows, strict=True):
         goal = row.goals.get("best", row.goals.get(row.baseline))
-        words = f" {row.ratio:.2f}x  vs {row.baseline}"
-        axes.text(max(row.ratio, goal or 0), place, words, va="center", size=8)
+        text = f" {row.ratio:.2f}x  vs {row.baseline}"
+        axes.text(max(row.ratio, goal or 0), y, text, va="center", size=8)
         if goal is not None:
-            axes.plot([goal] * 2, [place - 0.4, place + 0.4], color=COLORS[0], lw=2)
+            axes.plot([goal] * 2, [y - 0.4, y + 0.4], color=COLORS[0], lw=2)
     axes.axvline(1, color="#333333", lw=1, ls=":")
-    axes.set_yticks(list(places), [row.case for row in rows], size=8)
+    axes.set_yticks(ys, [row.case for row in rows], size=8)
     axes.set_xlim(0, max(row.ratio for row in rows) * 1.45)
-    axes.set_xlabel("times faster than the best baseline (red: asked for)")
+    axes.set_xlabel("times faster than the best baseline (red: goal)")
     _save(figure, path, heading)
 
 
 def bandwidth(path: Path, heading: str, rows: list[Row], copy: float) -> None:
     """A line for each candidate of a series: fastmp's bytes over its time, against those bytes."""
-    series = _grouped(rows)
+    series = _series(rows)
     if not series:
         return
     figure, panels = _axes(len(series), (9, 3.4 * len(series)))
@@ -83,7 +83,7 @@ def accuracy(path: Path, heading: str, rows: list[Row]) -> None:
     _save(figure, path, heading)
 
 
-def _grouped(rows: list[Row]) -> dict[str, list[Row]]:
+def _series(rows: list[Row]) -> dict[str, list[Row]]:
     """The members of each series of more than one."""
     groups: dict[str, list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Data parallel: the same batch on each of 1, 2, ... devices, and what a step takes then.
+"""Data parallel: the same batch on each of 1, 2, ... devices, and the time of a step.
 
 On CPUs every process has one thread and gloo, on GPUs a device and NCCL. A step exchanges
 2 (n-1)/n of the gradients' bytes: 2 a parameter here, 4 under autocast, whose gradients are fp32.
@@ -12,7 +12,6 @@ import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmp import models
 from fastmp.amp.accumulation import Accumulator
 from fastmp.bench import train
-from fastmp.bench.harness import OURS, Case, Row, Run, Timing, interleave, step_clock
-from fastmp.bench.train import LAM, Work
+from fastmp.bench.clocks import Run, step_clock
+from fastmp.bench.harness import OURS, Case, Row, Timing, announce_compiled, interleave
+from fastmp.bench.train import LAM, Workload
 from fastmp.distributed import data_parallel, rendezvous
 
 ROUNDS = 15
@@ -37,44 +37,41 @@ def _theirs(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
 
 
-def _work(name: str) -> Work:
-    return Work(name, models.MODELS[name], (1, 28, 28), 10, 256)
-
-
 def _worker(rank: int, size: int, name: str, kind: str, rounds: int, folder: str) -> None:
     if kind == "cpu":
         torch.set_num_threads(1)
-    where = f"file://{folder}/store"
-    with rendezvous.group(torch.device(kind, rank), rank, size, init_method=where):
-        found = _timings(rank, size, name, kind, rounds)
+    store = f"file://{folder}/store"
+    with rendezvous.group(torch.device(kind, rank), rank, size, init_method=store):
+        timings = _timings(rank, size, name, kind, rounds)
     if rank == 0:
-        (Path(folder) / "timings.json").write_text(json.dumps(found))
+        content = {name: asdict(timing) for name, timing in timings.items()}
+        (Path(folder) / "timings.json").write_text(json.dumps(content))
 
 
-def _timings(rank: int, size: int, name: str, device: str, rounds: int) -> dict[str, Any]:
-    work = _work(name)
+def _timings(rank: int, size: int, name: str, device: str, rounds: int) -> dict[str, Timing]:
+    workload = Workload(name, models.MODELS[name], (1, 28, 28), 10, 256)
     torch.manual_seed(0)
-    model = work.build(work.shape, work.classes).to(device)
+    model = workload.build(workload.shape, workload.classes).to(device)
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    made = {
+    learners = {
         OURS: train.ours(model, device, dtype, compiled=False, wrap=_ours),
-        "DDP + AMP": train.torchs(model, device, dtype, compiled=False, wrap=_theirs),
-        "DDP, fp32": train.torchs(model, device, torch.float32, compiled=False, wrap=_theirs),
+        "DDP + AMP": train.torch_amp(model, device, dtype, compiled=False, wrap=_theirs),
+        "DDP, fp32": train.torch_amp(model, device, torch.float32, compiled=False, wrap=_theirs),
     }
-    images, labels = train.batch(work, device, seed=rank)
+    images, labels = train.batch(workload, device, seed=rank)
 
     def together(learner: train.Learner) -> float:
         loss = learner.step(images, labels, LAM)
-        dist.all_reduce(loss)  # the step is over when it is over on all
+        dist.all_reduce(loss)  # the step ends when it has ended on all
         return float(loss) / size
 
-    runs: dict[str, Run] = {name: partial(together, learner) for name, learner in made.items()}
-    first = {name: together(learner) for name, learner in made.items()}
+    runs: dict[str, Run] = {name: partial(together, learner) for name, learner in learners.items()}
+    first = {name: together(learner) for name, learner in learners.items()}
     timings = interleave(runs, rounds, f"{name} on {size}", step_clock(device))
-    last = {name: together(learner) for name, learner in made.items()}
+    last = {name: together(learner) for name, learner in learners.items()}
     for losses in (first, last):
-        assert all(abs(v - losses[OURS]) < 0.02 * first[OURS] for v in losses.values()), losses
-    return {name: asdict(timing) for name, timing in timings.items()}
+        train.check(losses, first[OURS])
+    return timings
 
 
 def measured(size: int, name: str, device: str, rounds: int) -> dict[str, Timing]:
@@ -82,12 +79,13 @@ def measured(size: int, name: str, device: str, rounds: int) -> dict[str, Timing
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, name, device, rounds, folder)
         torch.multiprocessing.spawn(_worker, arguments, nprocs=size)  # type: ignore[attr-defined,no-untyped-call]
-        found = json.loads((Path(folder) / "timings.json").read_text())
-    return {name: Timing(**timing) for name, timing in found.items()}
+        content = json.loads((Path(folder) / "timings.json").read_text())
+    return {name: Timing(**timing) for name, timing in content.items()}
 
 
 def case(name: str, sizes: list[int], device: str, rounds: int) -> list[Row]:
     """One row for each number of processes."""
+    announce_compiled()  # nothing is compiled
     rows: list[Row] = []
     alone: dict[str, Timing] = {}
     for size in sizes:
@@ -100,7 +98,7 @@ def case(name: str, sizes: list[int], device: str, rounds: int) -> list[Row]:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """mlp has the most to exchange for its work, convnet the least."""
+    """mlp has the most to exchange for its arithmetic, convnet the least."""
     most = torch.cuda.device_count() if device == "cuda" else min(os.cpu_count() or 1, 8)
     sizes = [n for n in (1, 2, 4, 8) if n <= most]
     if quick:

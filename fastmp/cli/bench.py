@@ -27,7 +27,7 @@ class BenchmarkFailed(Exception):
 class Bench:
     """Time kernels, loss, step and training against PyTorch, AMP, torch.compile and others.
 
-    Others are timed where they are installed: pip install 'fastmp[rivals]'.
+    Others are timed where they are installed: pip install 'fastmp[third-party]'.
     """
 
     subjects: tyro.conf.Positional[tuple[Subject, ...]] = (

@@ -16,11 +16,12 @@ from fastmp.bench import (
     optimizer,
     pictures,
     results,
-    rivals,
     scaling,
     subjects,
+    third_party,
     train,
 )
+from fastmp.bench.clocks import Sample, wall_time
 from fastmp.bench.harness import Case, Row, Timing
 
 
@@ -39,23 +40,40 @@ def test_the_fastest_baseline_is_the_baseline():
     assert slow.ratio == 0.5
 
 
-def test_who_does_other_work_is_no_baseline():
+def test_a_candidate_of_different_work_is_shown_and_not_ranked():
     timings = {k: Timing(v, v, v) for k, v in (("fastmp", 1.0), ("AMP", 4.0), ("8 bits", 2.0))}
-    made = Row("optimizer", "case", timings, aside=["8 bits"])
+    made = Row("optimizer", "case", timings, not_comparable=["8 bits"])
     assert (made.baseline, made.ratio) == ("AMP", 4.0)
-    assert "8 bits 2.00x (other work)" in results.table([made], 1.0)
+    assert "8 bits 2.00x (not ranked)" in results.table([made], 1.0)
 
 
 def test_a_goal_is_of_its_own_baseline_or_of_the_best():
     timings = {k: Timing(v, v, v) for k, v in (("fastmp", 1.0), ("eager", 4.0), ("compiled", 2.0))}
-    made = Row("loss", "case", timings, 10**7, {"eager": 4.5, "best": 2.0}, share=0.5)
-    found = made.verdicts(copy=10.0)  # it moves 10 MB in 1 ms, 10 GB/s
+    made = Row("loss", "case", timings, 10**7, {"eager": 4.5, "best": 2.0}, copy_fraction=0.5)
+    found = made.goal_results(copy=10.0)  # it moves 10 MB in 1 ms, 10 GB/s
     assert [(v.goal, v.measured, v.reached) for v in found] == [
         ("4.5x eager", "4.00x", False),
         ("2x compiled", "2.00x", True),
         ("50% of a copy", "100%", True),
     ]
     assert "4.5x eager: 4.00x **missed**, 2x compiled: 2.00x reached" in results.table([made], 10.0)
+
+
+def test_a_goal_names_its_time_where_there_are_two():
+    """Ours is faster on the device and slower on the host: a column and a goal for each."""
+    timings = {"fastmp": Timing(1, 1, 1, host=4.0), "eager": Timing(3, 3, 3, host=2.0)}
+    goals = {"goals": {"best": 2.0}, "host_goals": {"best": 1.0}}
+    made = Row("loss", "case", timings, clock="device", **goals)
+    assert [(v.goal, v.measured, v.reached) for v in made.goal_results(copy=1.0)] == [
+        ("2x eager, device time", "3.00x", True),
+        ("1x eager, host time", "0.50x", False),
+    ]
+    on_cpu = row(eager=2.0)
+    head, _, first, second = results.table([made, on_cpu], 1.0).splitlines()
+    assert head.split(" | ")[4] == "host, ms"
+    assert first.split(" | ")[4] == "4, 2 (0.50x)"
+    assert second.split(" | ")[4] == "-"
+    assert "host" not in results.table([on_cpu], 1.0)
 
 
 # ---- timing ----
@@ -67,7 +85,7 @@ def test_candidates_take_turns_in_changing_order():
 
     def measure(run):
         run()
-        return float(len(called))
+        return Sample(float(len(called)))
 
     timings = harness.interleave(runs, 10, "test", measure)
     rounds = [tuple(called[i : i + 3]) for i in range(0, len(called), 3)]
@@ -79,8 +97,26 @@ def test_candidates_take_turns_in_changing_order():
 
 
 def test_how_often_depends_on_how_long_it_takes():
-    assert harness.rounds_within({"fast": lambda: None}, 0.5) == 61
-    assert harness.rounds_within({"slow": lambda: torch.randn(10**6)}, 0.0) == 5
+    calls = []
+    for seconds, rounds in ((0.5, 61), (0.0, 5)):
+        calls.clear()
+        runs = {"fastmp": lambda: calls.append(torch.randn(10**4))}
+        harness.timed(runs, seconds, "test", wall_time)
+        assert len(calls) == 2 + 2 + rounds  # to compile, to count the rounds, two of warm-up
+
+
+def test_compilation_is_announced_once_before_anything_is_timed(monkeypatch):
+    order = []
+    monkeypatch.setattr(harness, "ON_COMPILED", [lambda: order.append("compiled")])
+
+    def measure(run):
+        order.append("timed")
+        return wall_time(run)
+
+    for _ in range(2):
+        harness.timed({"fastmp": lambda: order.append("run")}, 0.0, "test", measure)
+    assert order[:4] == ["run", "compiled", "timed", "run"]
+    assert order.count("compiled") == 1
 
 
 def test_a_copy_has_a_bandwidth():
@@ -103,15 +139,15 @@ def test_wrong_results_are_not_timed(monkeypatch):
     with pytest.raises(AssertionError, match="GradScaler"):
         optimizer.whole_step([(100,)], "small", torch.float16, "cpu", 0.1)
     monkeypatch.setattr(train, "SMOOTHING", 0.1)
-    real = train.torchs
+    real = train.torch_amp
 
     def worse(*arguments, **options):
         learner = real(*arguments, **options)
         learner.optimizer.param_groups[0]["lr"] = -0.01
         return learner
 
-    monkeypatch.setattr(train, "torchs", worse)
-    work = train.Work("mlp", train.models.MODELS["mlp"], (1, 8, 8), 10, 32)
+    monkeypatch.setattr(train, "torch_amp", worse)
+    work = train.Workload("mlp", train.models.MODELS["mlp"], (1, 8, 8), 10, 32)
     with pytest.raises(AssertionError, match="AMP"):
         train.step_case(work, "cpu", torch.bfloat16, 0.1, compiled=False)
 
@@ -130,13 +166,13 @@ def test_a_case_that_fails_does_not_stop_the_others(capsys):
     said = capsys.readouterr().err
     assert "RuntimeError: no such kernel" in said
     assert "two: there is no such data set\n" in said
-    assert "DataError" not in said  # theirs to mend: no traceback
+    assert "DataError" not in said  # a user error: one line, no traceback
 
 
 # ---- the subjects ----
 
 
-def test_the_networks_are_those_that_everybody_measures():
+def test_the_networks_are_the_common_ones():
     """He et al. 2015 and Dosovitskiy et al. 2021; the ViT without class token and its position."""
     shape = (3, 224, 224)
     with torch.device("meta"):
@@ -148,12 +184,36 @@ def test_the_networks_are_those_that_everybody_measures():
     assert small(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_the_forward_on_a_gpu_is_measured_against_the_other_route(monkeypatch, is_ours):
+    """Never against itself: whichever product is selected, the other one is the baseline."""
+    pytest.importorskip("triton", reason="Triton is not installed: no kernel to select")
+    from fastmp.backends.triton import linear as policy
+    from fastmp.backends.triton.kernels import linear as kernels
+
+    def reference(x, w, b, activation, save):
+        return linear.theirs(x, w, b, activation), None
+
+    real = linear.tensors
+    monkeypatch.setattr(linear, "tensors", lambda shape, dtype, device: real(shape, dtype, "cpu"))
+    monkeypatch.setattr(linear, "kernel_clock", lambda device: wall_time)
+    monkeypatch.setitem(linear.SECONDS, "cuda", 0.01)
+    monkeypatch.setattr(kernels, "linear", reference)
+    monkeypatch.setattr(policy, "fused_is_faster", lambda k, activation: is_ours)
+    (made,) = linear.forward_case((8, 16, 24))
+    routes = [linear.OWN_PRODUCT, linear.TORCH]
+    selected, other = routes if is_ours else reversed(routes)
+    assert set(made.timings) == {"fastmp", other}
+    assert made.goals == {other: 1.0}
+    assert made.notes.endswith(f"selected: {selected}")
+
+
 def test_time_to_an_accuracy():
-    """A curve for every candidate, the seconds where it crosses the line; none at all is said."""
+    """A curve for every candidate, the seconds where it crosses the target; or an error."""
     digits = data.load("digits")
-    work = train.Work("mlp", train.models.MODELS["mlp"], digits.shape, 10, 64)
-    aim = train.Aim(60, 0.5, 3e-3)
-    (found,) = train.accuracy_case(work, digits, "cpu", torch.bfloat16, aim)
+    work = train.Workload("mlp", train.models.MODELS["mlp"], digits.shape, 10, 64)
+    target = train.Target(60, 0.5, 3e-3)
+    (found,) = train.accuracy_case(work, digits, "cpu", torch.bfloat16, target)
     assert set(found.curves) == {"fastmp", "AMP bfloat16", "fp32", "compiled AMP bfloat16"}
     for name, curve in found.curves.items():
         seconds = [point[0] for point in curve]
@@ -161,8 +221,8 @@ def test_time_to_an_accuracy():
         assert len(curve) == 6
         assert found.timings[name].median / 1e3 in seconds
     assert "to 50.0% of digits" in found.case
-    with pytest.raises(AssertionError, match=r"fp32 ended at 40.00%, 50.0% was the aim"):
-        train._reached([(1.0, 0.3), (2.0, 0.4)], 0.5, "fp32")
+    with pytest.raises(AssertionError, match=r"fp32 ended at 40.00%, target 50.0%"):
+        train._seconds_to(0.5, [(1.0, 0.3), (2.0, 0.4)], "fp32")
 
 
 def test_scaling_compares_two_processes_with_one():
@@ -175,35 +235,37 @@ def test_scaling_compares_two_processes_with_one():
     assert "fastmp 100%" in one.notes
 
 
-# ---- rivals ----
+# ---- third party ----
 
 
-def test_who_is_not_installed_is_passed_over(capsys):
-    assert rivals._found("no_such_package.optim") is None
+def test_a_library_that_is_not_installed_is_passed_over(capsys):
+    assert third_party._find("no_such_package.optim") is None
     assert capsys.readouterr().err == ""
 
 
-def test_who_is_installed_but_broken_is_named(tmp_path, monkeypatch, capsys):
-    (tmp_path / "broken_rival.py").write_text("import a_library_it_needs\n")
+def test_a_library_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_library.py").write_text("import a_library_it_needs\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert rivals._found("broken_rival") is None
-    assert "broken_rival is installed, but cannot be imported: No module" in capsys.readouterr().err
+    assert third_party._find("broken_library") is None
+    assert (
+        "broken_library is installed, but cannot be imported: No module" in capsys.readouterr().err
+    )
 
 
-def test_who_does_not_run_costs_only_its_own_line(capsys):
+def test_a_candidate_that_does_not_run_is_left_out(capsys):
     def broken():
         raise ValueError("unsupported")
 
-    assert list(rivals.working({"broken": broken, "sound": lambda: 1})) == ["sound"]
+    assert list(third_party.working({"broken": broken, "sound": lambda: 1})) == ["sound"]
     assert capsys.readouterr().err == "broken does not run: ValueError: unsupported\n"
 
 
 def test_timms_loss_is_the_same_function():
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'fastmp[rivals]'")
-    rival = rivals.losses("cpu")["timm"]
-    assert rival.same_work
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'fastmp[third-party]'")
+    library = third_party.losses("cpu")["timm"]
+    assert library.comparable
     logits, a = torch.randn(64, 10, dtype=torch.float64), torch.randint(10, (64,))
-    value = rival.call(logits, a, a.flip(0), lam=loss.LAM)
+    value = library.call(logits, a, a.flip(0), lam=loss.LAM)
     torch.testing.assert_close(value, loss.eager_pair(logits, a, a.flip(0)))
 
 

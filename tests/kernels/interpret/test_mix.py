@@ -68,7 +68,7 @@ def check(arguments, out):
     assert (error <= exact.abs() * torch.finfo(dtype).eps / 2 * 1.001 + terms).all()
 
 
-@settings(max_examples=120)
+@settings(max_examples=120 if DEVICE == "cpu" else 8)  # a GPU compiles each new shape
 @given(
     shape=st.sampled_from(SHAPES) | st.tuples(*[st.integers(1, most) for most in (6, 4, 18, 18)]),
     kind=st.sampled_from(KINDS),

@@ -1,6 +1,6 @@
-"""What others offer for the same work, where it is installed: ``pip install 'fastmp[rivals]'``.
+"""Kernels of other libraries, where installed: ``pip install 'fastmp[third-party]'``.
 
-"Other work" is 8-bit moments, or a loss of one target: it is timed beside, and is no baseline.
+A candidate that does different work, 8-bit moments or a loss of one target, is shown, not ranked.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmp.bench.harness import Run
+from fastmp.bench.clocks import Run
 
 SMOOTHING = 0.1
 
 
-class Rival(NamedTuple):
+class ThirdParty(NamedTuple):
     """A candidate, and whether it does all that fastmp does."""
 
     call: Callable[..., Any]
-    same_work: bool
+    comparable: bool
 
 
-def _found(module: str) -> Any:
-    """The module, or None; one that is there but broken is said and passed over."""
+def _find(module: str) -> Any:
+    """The module, or None; the reason goes to stderr if it is installed but broken."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -39,10 +39,10 @@ def _found(module: str) -> Any:
     return None
 
 
-def losses(device: str) -> dict[str, Rival]:
-    """Functions of (logits, labels, the partners' labels, share of the first)."""
-    found: dict[str, Rival] = {}
-    timm, mixup = _found("timm.loss"), _found("timm.data.mixup")
+def losses(device: str) -> dict[str, ThirdParty]:
+    """Functions of (logits, labels, the partners' labels, λ of the first)."""
+    found: dict[str, ThirdParty] = {}
+    timm, mixup = _find("timm.loss"), _find("timm.data.mixup")
     if timm is not None and mixup is not None:
         soft = timm.SoftTargetCrossEntropy()
 
@@ -50,42 +50,43 @@ def losses(device: str) -> dict[str, Rival]:
             # timm's partners are the batch in reverse, as they are here
             return soft(logits, mixup.mixup_target(a, logits.shape[1], lam, SMOOTHING))
 
-        found["timm"] = Rival(with_timm, True)
-    liger = _found("liger_kernel.transformers.functional") if device == "cuda" else None
+        found["timm"] = ThirdParty(with_timm, True)
+    if device != "cuda":
+        return found
+    liger, quack = _find("liger_kernel.transformers.functional"), _find("quack.cross_entropy")
     if liger is not None:
 
         def with_liger(logits: Tensor, a: Tensor, b: Tensor, lam: float) -> Any:
             return liger.liger_cross_entropy(logits, a, label_smoothing=SMOOTHING)
 
-        found["Liger, one target"] = Rival(with_liger, False)
-    quack = _found("quack.cross_entropy") if device == "cuda" else None
+        found["Liger, one target"] = ThirdParty(with_liger, False)
     if quack is not None:
-        found["QuACK, one target, no smoothing"] = Rival(
+        found["QuACK, one target, no smoothing"] = ThirdParty(
             lambda logits, a, b, lam: quack.cross_entropy(logits, a), False
         )
     return found
 
 
-def optimizers(device: str, lr: float) -> dict[str, Rival]:
-    """Optimizers of 16-bit weights, as functions of the parameters: all of them for GPUs."""
-    found: dict[str, Rival] = {}
+def optimizers(device: str, lr: float) -> dict[str, ThirdParty]:
+    """Optimizers of 16-bit weights, as functions of the parameters; all need a GPU."""
+    found: dict[str, ThirdParty] = {}
     if device != "cuda":
         return found
-    flash, ao, bnb = map(_found, ("flashoptim", "torchao.optim", "bitsandbytes.optim"))
+    flash, ao, bnb = map(_find, ("flashoptim", "torchao.optim", "bitsandbytes.optim"))
     if flash is not None:
-        found["FlashOptim, fp32 state"] = Rival(
+        found["FlashOptim, fp32 state"] = ThirdParty(
             lambda p: flash.FlashAdamW(p, lr=lr, quantize=False, master_weight_bits=32), True
         )
-        found["FlashOptim, 8 bits"] = Rival(lambda p: flash.FlashAdamW(p, lr=lr), False)
+        found["FlashOptim, 8 bits"] = ThirdParty(lambda p: flash.FlashAdamW(p, lr=lr), False)
     if ao is not None:
-        found["torchao, 8 bits"] = Rival(lambda p: ao.AdamW8bit(p, lr=lr), False)
+        found["torchao, 8 bits"] = ThirdParty(lambda p: ao.AdamW8bit(p, lr=lr), False)
     if bnb is not None:
-        found["bitsandbytes, 8 bits"] = Rival(lambda p: bnb.AdamW8bit(p, lr=lr), False)
+        found["bitsandbytes, 8 bits"] = ThirdParty(lambda p: bnb.AdamW8bit(p, lr=lr), False)
     return found
 
 
 def working(runs: dict[str, Run]) -> dict[str, Run]:
-    """Those that run; what another's code raises is said, and costs only its own line."""
+    """The candidates that run; an exception of another's code goes to stderr and ends nothing."""
     kept = {}
     for name, run in runs.items():
         try:
