@@ -1,9 +1,8 @@
-"""A whole training step as one CUDA graph: the host says "again" instead of launching kernels.
+"""A whole training step as one CUDA graph: one launch replays all of its kernels.
 
-The first steps run as they are, on the stream the capture will use, so that libraries set
-themselves up, the optimizer allocates its state and nothing is computed that is not training. Then
-the step is recorded, which runs nothing, and replayed from there on. Inputs of another shape get a
-graph of their own; all graphs share one pool of memory.
+The first steps run uncaptured on the capture stream: libraries initialize, the optimizer allocates
+its state, and these steps train too. Then the step is captured, which runs nothing, and replayed
+from there on. Every input shape has a graph of its own; all graphs share one memory pool.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 WARMUP = 3
-WARMUP_PARALLEL = 11  # DistributedDataParallel settles its buckets in the first ten
+WARMUP_PARALLEL = 11  # DistributedDataParallel rebuilds its buckets within the first ten
 
-Key = tuple[TreeSpec, tuple[Any, ...]]
+Signature = tuple[TreeSpec, tuple[Any, ...]]
 
 
 class Unsupported(RuntimeError):
@@ -26,7 +25,7 @@ class Unsupported(RuntimeError):
 
 
 class _Captured:
-    """One recorded step: where its inputs lie, and where its outputs will."""
+    """One captured step with its static input and output tensors."""
 
     def __init__(
         self, step: Callable[[Any], Any], leaves: list[Any], spec: TreeSpec, pool: Any
@@ -37,22 +36,22 @@ class _Captured:
             self.outputs = step(tree_unflatten(self._inputs, spec))
 
     def replay(self, leaves: list[Any]) -> Any:
-        for held, leaf in zip(self._inputs, leaves, strict=True):
-            if isinstance(held, Tensor):
-                held.copy_(leaf, non_blocking=True)
+        for static, leaf in zip(self._inputs, leaves, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(leaf, non_blocking=True)
         self._graph.replay()
         return self.outputs
 
 
 class Graphed:
-    """Calls ``step``, and replays it once it has been recorded.
+    """Calls ``step``, and after the warm-up replays its graph.
 
     The tensors that a call returns are overwritten by the next call.
 
     Args:
         step: a function of a tree of tensors (and None) to a tree of tensors; waits for nothing.
         device: where it runs.
-        warmup: calls before the recording.
+        warmup: calls before the capture.
 
     Raises:
         Unsupported: the device has no graphs.
@@ -67,34 +66,34 @@ class Graphed:
         self._warmup = warmup
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Record anew, for instance because other parameters are trained from now on."""
+    def reset(self) -> None:
+        """Drop the graphs and warm up again, for instance because other parameters train now."""
         self._calls = 0
-        self._captured: dict[Key, _Captured] = {}
+        self._captured: dict[Signature, _Captured] = {}
 
     def __call__(self, inputs: Any) -> Any:
         """The step on these inputs.
 
         Raises:
-            Unsupported: it cannot be recorded; nothing of this call has happened.
+            Unsupported: the step cannot be captured; this call has had no effect.
         """
-        leaves, spec = tree_flatten(inputs)
-        key = (spec, tuple(map(_kind, leaves)))
         self._calls += 1
         if self._calls <= self._warmup:
-            return self._beside(inputs)
-        if key not in self._captured:
+            return self._run_on_side_stream(inputs)
+        leaves, spec = tree_flatten(inputs)
+        signature = _signature(leaves, spec)
+        if signature not in self._captured:
             torch.cuda.synchronize()
             try:
-                self._captured[key] = _Captured(self._step, leaves, spec, self._pool)
+                self._captured[signature] = _Captured(self._step, leaves, spec, self._pool)
             except RuntimeError as error:
                 raise Unsupported(str(error).splitlines()[0]) from error
-        return self._captured[key].replay(leaves)
+        return self._captured[signature].replay(leaves)
 
-    def _beside(self, inputs: Any) -> Any:
-        """On the side stream, which memory of the default stream may not be reused behind."""
+    def _run_on_side_stream(self, inputs: Any) -> Any:
+        """The step without a graph; the current stream waits for its outputs."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             outputs = self._step(inputs)
@@ -102,6 +101,7 @@ class Graphed:
         return outputs
 
 
-def _kind(leaf: Any) -> Any:
-    """What two calls must share to share a graph."""
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+def _signature(leaves: list[Any], spec: TreeSpec) -> Signature:
+    """Calls of one signature share a graph: tree, shapes, dtypes and constants."""
+    kinds = (((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf) for leaf in leaves)
+    return spec, tuple(kinds)

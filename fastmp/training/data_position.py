@@ -1,8 +1,8 @@
-"""The place in the data: the batches of an epoch from any of them on, in the order they had.
+"""The position in the data: the rest of an epoch's batches from any batch on, in the same order.
 
-fastmp's own loaders compute their order from the seed and the number of the epoch, so a place is
-two numbers. Any other loader draws its order from random number generators when an epoch begins:
-their states are kept, and to get back, the batches that are done are drawn again and thrown away.
+fastmp's own loaders compute their order from the seed and the epoch number, so a position is two
+numbers. Any other loader draws its order from random number generators when an epoch begins: their
+states are saved, and to resume, the finished batches are drawn again and dropped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastmp.training import rng
 
 
 def begin(loader: Iterable[Any], epoch: int, device: torch.device) -> dict[str, Any]:
-    """Tell ``loader`` that ``epoch`` (from 0) begins; what ``batches`` will need to come back."""
+    """Start ``epoch`` (from 0) in ``loader``; returns what ``batches`` needs to resume it."""
     for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))):
-        set_epoch = getattr(part, "set_epoch", None)  # ours, and torch's DistributedSampler
+        set_epoch = getattr(part, "set_epoch", None)  # fastmp's, and torch's DistributedSampler
         if set_epoch is not None:
             set_epoch(epoch)
     if hasattr(loader, "start_at"):
@@ -29,13 +29,13 @@ def begin(loader: Iterable[Any], epoch: int, device: torch.device) -> dict[str, 
 def batches(
     loader: Iterable[Any], done: int, start: dict[str, Any], device: torch.device
 ) -> Iterator[Any]:
-    """The batches of the epoch that has begun, without the first ``done``.
+    """The batches of the current epoch, without the first ``done``.
 
     Args:
         loader: as given to ``begin``.
-        done: how many of its batches are behind us.
-        start: what ``begin`` returned when this epoch began, be it in another process.
-        device: whose generator the loader may draw from.
+        done: number of finished batches.
+        start: the result of ``begin`` for this epoch, in this process or in an earlier one.
+        device: the loader may draw from its generator.
     """
     if done == 0:
         return iter(loader)
@@ -53,12 +53,12 @@ def batches(
 
 
 def own_state(loader: Iterable[Any] | None) -> dict[str, Any]:
-    """The states of the generators that a loader has to itself, by where they are found."""
+    """The states of a loader's own generators, by the attribute that holds them."""
     return {name: generator.get_state() for name, generator in _generators(loader).items()}
 
 
 def restore_own_state(loader: Iterable[Any], states: dict[str, Any]) -> None:
-    """Put a loader's own generators back to ``states``."""
+    """Set a loader's own generators to ``states``."""
     for name, generator in _generators(loader).items():
         if name in states:
             generator.set_state(states[name])

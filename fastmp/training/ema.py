@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, in fp32.
+"""The exponential moving average (EMA) of a model's weights, in fp32.
 
     average += (1 - decay) (weight - average)        after every applied step
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class EMA:
     """The average of ``model``'s floating-point parameters and buffers; 4 bytes each.
 
     Raises:
@@ -27,41 +27,41 @@ class Average:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the average must lie in [0, 1), got {decay}")
         self.decay = decay
-        self._live = {
+        self._weights = {
             name: value
             for name, value in model.state_dict(keep_vars=True).items()
             if value.is_floating_point()
         }
         self._averages = {
-            name: value.detach().float().clone() for name, value in self._live.items()
+            name: value.detach().float().clone() for name, value in self._weights.items()
         }
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
-        """Move towards the weights, unless the step was skipped.
+        """Move the averages towards the weights, unless the optimizer's last step was skipped.
 
         Args:
-            found_inf: 0-d, the optimizer's verdict on its last step; it is read on the device.
+            found_inf: 0-d, 1 if that step was skipped, else 0; it is read on the device.
         """
-        pace = (1.0 - self.decay) * (1.0 - found_inf)
+        step = (1.0 - self.decay) * (1.0 - found_inf)
         for name, average in self._averages.items():
-            average.lerp_(self._live[name].float(), pace)
+            average.lerp_(self._weights[name].float(), step)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """In the block the model has the averages; afterwards its own weights, to the bit."""
-        kept = {name: value.detach().clone() for name, value in self._live.items()}
+        own = {name: value.detach().clone() for name, value in self._weights.items()}
         self._write(self._averages)
         try:
             yield
         finally:
-            self._write(kept)
+            self._write(own)
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            # through .data: fp16 masters must not take a visitor for an edit of the weights
-            self._live[name].data.copy_(value)
+            # .data: a write that raised the version would reset the fp16 masters to EMA weights
+            self._weights[name].data.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, by the model's names, fp32."""

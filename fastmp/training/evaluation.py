@@ -1,20 +1,23 @@
-"""Loss and accuracy over a data set, on all ranks together."""
+"""Loss and accuracy over a data set, summed over the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastmp import transfer
+from fastmp.distributed import data_parallel
 from fastmp.distributed.rendezvous import World
+from fastmp.training.settings import Settings
+from fastmp.training.step import Batch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per sample, and the share of samples whose largest logit is the right one."""
+    """Mean loss per sample, and the fraction of samples whose label has the largest logit."""
 
     loss: float
     accuracy: float
@@ -22,55 +25,54 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    criterion: nn.Module,
-    *,
-    plain: Callable[[Tensor], Tensor] | None,
-    world: World,
-    after_batch: Callable[[], None],
-    in_step: bool = False,
+    settings: Settings, loader: Iterable[Batch], after_batch: Callable[[], None]
 ) -> Evaluation:
-    """The mean of ``criterion`` and the accuracy over all samples of all ranks.
+    """The mean loss and the accuracy over all samples of all ranks, which must all call this.
+
+    The layers of a model in shards exchange weights, so every rank runs it equally often: ranks
+    with fewer batches run their last one again, without counting it.
 
     Args:
-        model: maps images to logits (N, classes); comes back in the mode it had.
-        loader: this rank's batches of (images, labels); their numbers may differ between ranks.
-        criterion: a loss of (logits, labels), the mean over a batch.
-        plain: what becomes of images before the model; None: nothing.
-        world: the ranks, all of which must call this.
-        after_batch: called after each.
-        in_step: every rank must run the model equally often, because its layers exchange weights:
-            ranks with fewer batches run their last one again, and do not count it.
+        settings: model, criterion, mixup, world and shards of the trainer.
+        loader: this rank's batches of (images, labels); the ranks may have unequal numbers of them.
+        after_batch: called after each batch.
 
     Raises:
-        ValueError: no rank has a batch, or ``in_step`` and this one has none.
-        TypeError: ``in_step``, and the loader has no length.
+        ValueError: no rank has a batch; with shards, one rank has none.
+        TypeError: with shards, the loader has no length.
     """
-    training, device = model.training, next(model.parameters()).device
+    model, world, device = settings.model, settings.world, settings.device
+    prepare = torch.nn.Identity() if settings.mixup is None else settings.mixup.plain
+    padding_steps = 0 if settings.shards is None else _padding_steps(loader, world)
+    if world.size > 1:  # every rank has its own batch norm statistics: rank 0's count
+        data_parallel.broadcast_buffers(model)
+    training = model.training
     model.eval()
-    spare = 0
-    if in_step:
-        if not isinstance(loader, Sized):
-            raise TypeError("a model in shards needs a loader with a length to be evaluated")
-        spare = world.max(len(loader)) - len(loader)
-        if world.max(len(loader) == 0):
-            raise ValueError("a model in shards needs a batch on every rank to be evaluated")
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right ones, samples
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct samples, samples
     try:
         for images, labels in loader:
             images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-            logits = model(images if plain is None else plain(images))
-            loss = criterion(logits, labels).double() * len(labels)
-            right = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([loss, right.double(), torch.full_like(loss, len(labels))])
+            logits = model(prepare(images))
+            loss = settings.criterion(logits, labels).double() * len(labels)
+            correct = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([loss, correct.double(), torch.full_like(loss, len(labels))])
             after_batch()
-        for _ in range(spare):
-            model(images if plain is None else plain(images))
+        for _ in range(padding_steps):
+            model(prepare(images))
     finally:
         if training:
             transfer.train_mode(model)
-    loss_sum, right_sum, samples = world.sum(sums).tolist()
+    loss_sum, correct_sum, samples = world.sum(sums).tolist()
     if samples == 0:
         raise ValueError("the loader gave no batches; expected at least one")
-    return Evaluation(loss_sum / samples, right_sum / samples)
+    return Evaluation(loss_sum / samples, correct_sum / samples)
+
+
+def _padding_steps(loader: Iterable[Any], world: World) -> int:
+    """The runs of the model that this rank has fewer than the rank with the most batches."""
+    if not isinstance(loader, Sized):
+        raise TypeError("a model in shards needs a loader with a length to be evaluated")
+    most = world.max(len(loader))
+    if world.max(len(loader) == 0):
+        raise ValueError("a model in shards needs a batch on every rank to be evaluated")
+    return most - len(loader)

@@ -1,27 +1,23 @@
-"""What training measured: on its way from the device, as JSON lines and as TensorBoard events."""
+"""The log of a run: JSON lines and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-
-import torch
-from torch import Tensor
 
 from fastmp.files import atomic_write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-FILE = "metrics.jsonl"  # its name in a run folder
+FILE = "metrics.jsonl"  # in the folder of a run
 EVENTS = "events"
 EVENTS_EVERY = 10  # steps: the events of one take 0.5 ms, the line of JSON 0.03
 
-# TensorBoard's names for what a row has; other rows have no curves
+# TensorBoard tags of a row's values; other kinds of rows have no curves
 _TAGS = {
     "step": {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "scale", "skipped")},
     "epoch": {
@@ -30,48 +26,6 @@ _TAGS = {
         "samples_per_second": "speed/samples_per_second",
     },
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step decided, on the host.
-
-    ``scale`` is the one the step was taken with, ``grad_norm`` that of the unscaled gradients
-    before clipping.
-    """
-
-    step: int
-    lr: float
-    loss: float
-    scale: float
-    grad_norm: float
-    skipped: bool
-
-
-class Record:
-    """A step's decisions on their way to the host; ``read`` waits for them and nothing after them.
-
-    Args:
-        step: number of the attempted step, from 1.
-        decided: 0-d tensors on one device, by name.
-    """
-
-    def __init__(self, step: int, decided: dict[str, Tensor]) -> None:
-        self.step = step
-        self._names = list(decided)
-        self._values = torch.stack([value.detach().double() for value in decided.values()])
-        self._arrived: torch.cuda.Event | None = None
-        if self._values.is_cuda:
-            host = torch.empty(len(decided), dtype=torch.float64, pin_memory=True)
-            self._values = host.copy_(self._values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> dict[str, float]:
-        """The decisions as numbers."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
 class Log:
@@ -85,7 +39,7 @@ class Log:
         self._folder = folder
         self._lines: TextIO | None = None  # open from the first line on: opening takes 0.1 ms
         self._events: SummaryWriter | None = None
-        self._purged = 0  # events from this step on are those of a run that was cut off
+        self._purged = 0  # TensorBoard drops the events of an interrupted run from here on
 
     def write(self, kind: str, **row: Any) -> None:
         """Append one line."""
@@ -110,7 +64,7 @@ class Log:
                 events.add_scalar(tag, float(row[name]), row["step"])
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step``: the run goes on from there."""
+        """Drop all rows after ``step``: the run goes on from there."""
         if self._folder is None or not (self._folder / FILE).exists():
             return
         self.close()
@@ -120,7 +74,7 @@ class Log:
         self._purged = step + 1
 
     def close(self) -> None:
-        """Write out the events that are still in memory, and let go of the files."""
+        """Flush the events that are still in memory, and close the files."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
@@ -131,7 +85,7 @@ class Log:
     def _open_events(self) -> SummaryWriter | None:
         if self._events is None and self._folder is not None:
             try:
-                from torch.utils.tensorboard import SummaryWriter  # a second; few need it twice
+                from torch.utils.tensorboard import SummaryWriter  # takes a second
             except ImportError:
                 return None
             purge = self._purged or None
@@ -143,11 +97,11 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str
     """The rows, of one kind or all, in order.
 
     Raises:
-        ValueError: a line is no JSON; the last one may be torn, by a run that was killed.
+        ValueError: a line that is not JSON; a torn last line of a killed run is left out.
     """
     rows = []
     lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line feed is torn
+    for number, line in enumerate(lines[:-1], 1):  # a torn line has no line feed
         try:
             rows.append(json.loads(line))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""How far a run has come, and when it cannot go on."""
+"""The progress of a run, and the reasons to stop it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import math
 from dataclasses import dataclass
 
 from fastmp.distributed.rendezvous import World
-from fastmp.training.log import Step
+from fastmp.training.evaluation import Evaluation
 
-MAX_SKIPS_IN_A_ROW = 20  # 65536 backs off to 0.06 in 20 halvings: it is not the scale
-MIN_SCALE = 1.0  # below, the scale no longer saves small gradients, it loses them
+MAX_SKIPS_IN_A_ROW = 20  # 20 halvings take 65536 to 0.06: the loss scale is not the reason
+MIN_SCALE = 1.0  # a smaller one flushes small gradients to zero instead of saving them
 
 
 class RunStopped(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and where the state was saved."""
+    """Training cannot go on; the message gives step, reason, and where the state is saved."""
 
 
 class NonFiniteLoss(RunStopped):
     """The loss, before any scaling, was infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The results of one optimizer step, on the host.
+
+    ``scale`` is the loss scale of its gradients, ``grad_norm`` the norm of the unscaled gradients
+    before clipping.
+    """
+
+    step: int
+    lr: float
+    loss: float
+    scale: float
+    grad_norm: float
+    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -41,25 +57,42 @@ class EpochResult:
 
 @dataclass
 class Progress:
-    """How far a run has come; with ``batch`` and the sums, in the middle of an epoch too."""
+    """Finished epochs, attempted steps, and the position and sums within the current epoch."""
 
-    epoch: int = 0  # finished
-    step: int = 0  # attempted
-    batch: int = 0  # of this epoch and rank, done
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0  # finished in this epoch on this rank
     samples: int = 0  # of this epoch, all ranks
-    steps: int = 0  # of this epoch
+    steps: int = 0  # logged in this epoch
     loss: float = 0.0  # summed over them
     seconds: float = 0.0  # of training in this epoch
     skips_in_a_row: int = 0
 
+    def result(self, evaluation: Evaluation) -> EpochResult:
+        """The results of the finished epoch."""
+        return EpochResult(
+            epoch=self.epoch + 1,
+            train_loss=self.loss / self.steps,
+            val_loss=evaluation.loss,
+            val_accuracy=evaluation.accuracy,
+            seconds=self.seconds,
+            samples_per_second=self.samples / self.seconds,
+        )
 
-def stop_if_hopeless(step: Step, done: Progress, offender: str | int | None, world: World) -> None:
-    """Raise if the step just logged says that more steps are of no use.
+    def next_epoch(self) -> Progress:
+        """The progress at the start of the next epoch."""
+        return Progress(self.epoch + 1, self.step, skips_in_a_row=self.skips_in_a_row)
+
+
+def raise_if_diverged(
+    step: StepResult, progress: Progress, first_nonfinite: str | int | None, world: World
+) -> None:
+    """Stop a run that more steps cannot save.
 
     Args:
-        step: what it decided.
-        done: with this step counted.
-        offender: the first parameter whose gradient was not finite.
+        step: the last one.
+        progress: this step included.
+        first_nonfinite: the parameter with the first non-finite gradient.
         world: to name the rank.
 
     Raises:
@@ -73,10 +106,10 @@ def stop_if_hopeless(step: Step, done: Progress, offender: str | int | None, wor
             f"{where}: the loss is {step.loss} (lr {step.lr:.3g}); "
             "lower the lr, or look for bad values in the data"
         )
-    if done.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+    if progress.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
         raise RunStopped(
-            f"{where}: {done.skips_in_a_row} steps in a row had non-finite gradients, "
-            f"the first in parameter {offender!r}; lower the lr"
+            f"{where}: {progress.skips_in_a_row} steps in a row had non-finite gradients, "
+            f"the first in parameter {first_nonfinite!r}; lower the lr"
         )
     if step.scale < MIN_SCALE:
         raise RunStopped(

@@ -1,4 +1,4 @@
-"""Every random number generator a training run draws from, as something a checkpoint can hold."""
+"""The states of all random number generators that a training run draws from, for checkpoints."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 def seed(number: int) -> None:
-    """Start all generators from one number."""
+    """Seed all generators with one number."""
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 - users draw from it
     torch.manual_seed(number)
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, with the device's own."""
+    """The states of the global generators of Python, NumPy, torch and the device."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users draw from it
     states: dict[str, Any] = {
         "python": random.getstate(),
@@ -30,9 +30,9 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], device: torch.device) -> None:
-    """Put all generators back to where ``state`` found them.
+    """Set all generators to ``states``, a result of ``state``.
 
-    A run that moves from a CPU to a GPU, or back, keeps the generators that both have.
+    A run that moves from a CPU to a GPU, or back, keeps the states that both have.
     """
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]

@@ -1,46 +1,74 @@
-"""Ctrl-C and SIGTERM between two steps, never inside one: what is saved then is whole."""
+"""Ctrl-C and SIGTERM take effect between two steps, so that the saved state is whole."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fastmp.distributed.rendezvous import World
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: a scheduler, a container or ``torchrun`` wants the process to go."""
+    """SIGTERM was received: a scheduler, a container or ``torchrun`` ends the process."""
 
 
-@contextmanager
-def deferred() -> Iterator[Callable[[], int]]:
-    """In the block a first Ctrl-C or SIGTERM is only noted; a second one has its usual effect.
+class StopSignal:
+    """A signal to one rank, on which all ranks stop after the same step.
 
-    The yielded function gives the number of the signal that came, 0 for none. Outside the main
-    thread, or where somebody else handles a signal, everything stays as it is.
+    Attributes:
+        received: number of the signal that this process received; 0: none.
+        agreed: number of the signal that all ranks know of; 0: none.
     """
-    asked = 0
-    kept = {}
-    if threading.current_thread() is threading.main_thread():
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        kept = {number: old for number, old in usual.items() if signal.getsignal(number) is old}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise reason(number)
-        asked = number
+    def __init__(self, world: World) -> None:
+        self.received = 0
+        self.agreed = 0
+        self._world = world
 
-    for number in kept:
-        signal.signal(number, note)
-    try:
-        yield lambda: asked
-    finally:
-        for number, old in kept.items():
-            signal.signal(number, old)
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In the block a first Ctrl-C or SIGTERM is recorded; a second one has its usual effect.
+
+        Outside the main thread nothing changes, nor for a signal that already has a handler.
+        """
+        self.received = self.agreed = 0
+        replaced = {}
+        if threading.current_thread() is threading.main_thread():
+            usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+            replaced = {n: old for n, old in usual.items() if signal.getsignal(n) is old}
+        for number in replaced:
+            signal.signal(number, self._record)
+        try:
+            yield
+        finally:
+            self.received = 0
+            for number, old in replaced.items():
+                signal.signal(number, old)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise _interrupt(number)
+        self.received = number
+
+    def exchange(self) -> None:
+        """Stop all ranks if one received a signal; every rank must call it."""
+        self.agreed = self._world.max(self.received)
+        self.raise_if_agreed()
+
+    def raise_if_agreed(self) -> None:
+        """Raise ``KeyboardInterrupt`` or ``Terminated`` on all ranks."""
+        if self.agreed:
+            raise _interrupt(self.agreed)
+
+    def poll(self) -> None:
+        """Without other ranks, raise as soon as a signal was received."""
+        if self._world.size == 1:
+            self.agreed = self.received
+            self.raise_if_agreed()
 
 
-def reason(number: int) -> KeyboardInterrupt:
-    """The exception that stands for a signal."""
+def _interrupt(number: int) -> KeyboardInterrupt:
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

@@ -1,180 +1,244 @@
-"""One optimizer step, on the device alone: forward, loss, backward, exchange, update.
+"""One optimizer step: forward, loss, backward, exchange, update; as kernels or as a CUDA graph.
 
-Nothing here waits for the device or asks what the step decided; that is what lets a whole step be
+The host waits for nothing here. Loss, norm and the decision to skip stay on the device, and the
+learning rate is read there, from a table indexed by the applied steps. So a whole step can be
 recorded as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from fastmp import transfer
 from fastmp.amp.accumulation import Accumulator
 from fastmp.amp.underflow import Telemetry
-from fastmp.data.mixup import MixParams, Mixup
+from fastmp.data.mixup import MixParams
 from fastmp.distributed import data_parallel
-from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
 from fastmp.ops.loss import MixedTarget
-from fastmp.optim.base import FusedOptimizer
+from fastmp.optim.lr_scheduler import apply
+from fastmp.optim.schedule_table import tabulate
+from fastmp.schedule import Schedule
 from fastmp.training import cuda_graph
-from fastmp.training.ema import Average
+from fastmp.training.ema import EMA
+from fastmp.training.settings import Settings
 
 Batch = tuple[Tensor, Tensor]
-Drawn = tuple[Tensor, Tensor, MixParams | None]  # a batch on its device, and what to mix it with
-Decided = dict[str, Tensor]  # 0-d tensors on the device, by name
 
 
-class Stepper:
-    """Takes steps; the arguments are those of ``fastmp.Trainer``."""
+class PreparedBatch(NamedTuple):
+    """A batch on its device, and its mixup parameters; None: the batch is not mixed."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: FusedOptimizer,
-        criterion: nn.Module,
-        scaler: torch.amp.GradScaler,
-        mixup: Mixup | None,
-        *,
-        accumulate: int,
-        world: World,
-        ema: Average | None,
-        telemetry: bool,
-        sharded: bool,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.criterion = criterion
-        self.scaler = scaler
-        self.mixup = mixup
-        self.accumulate = accumulate
-        self.world = world
-        self.ema = ema
-        self.sharded = sharded
-        self.device = next(model.parameters()).device
-        self.telemetry = Telemetry(optimizer) if telemetry else None
-        self._accumulator = Accumulator(p for g in optimizer.param_groups for p in g["params"])
-        self._parallel: nn.Module | None = None  # the model as training calls it
-        self._graph: cuda_graph.Graphed | None = None
+    images: Tensor
+    labels: Tensor
+    draw: MixParams | None
 
-    def prepare(self, changed: bool) -> None:
-        """Get ready for an epoch in which other layers train than before, if ``changed``."""
-        if self._parallel is not None and not changed:
-            return
-        self._parallel = self.model
-        if self.world.size > 1 and not self.sharded:
-            self._parallel = data_parallel.parallel(
-                self.model, self._accumulator, static=self.accumulate == 1
-            )
-        if self._graph is not None:
-            self._graph.forget()
 
-    def record(self) -> None:
-        """From now on record steps and replay them.
+class StepOutput(NamedTuple):
+    """The results of a step: 0-d tensors on the device. The next step may overwrite them."""
 
-        Raises:
-            graph.Unsupported: this device has no graphs.
-        """
-        warmup = cuda_graph.WARMUP if self.world.size == 1 else cuda_graph.WARMUP_PARALLEL
-        self._graph = cuda_graph.Graphed(
-            lambda b: self._update(*self._backward(b)), self.device, warmup
+    loss: Tensor
+    scale: Tensor  # of the gradients
+    grad_norm: Tensor  # of the unscaled gradients, before clipping
+    skipped: Tensor  # 1 if a gradient was not finite, else 0
+    applied: Tensor  # applied steps so far
+    first_nonfinite: Tensor  # param_index in the last step that was skipped, or -1
+    telemetry: tuple[Tensor, ...]  # counts named in fastmp.amp.underflow, or empty
+
+
+class TrainStep:
+    """Takes optimizer steps.
+
+    Args:
+        settings: those of the trainer.
+        ema: updated after every step; None: there is none.
+    """
+
+    def __init__(self, settings: Settings, ema: EMA | None) -> None:
+        self.settings = settings
+        self.schedule: Schedule | None = None
+        self._ema = ema
+        self._telemetry = Telemetry(settings.optimizer) if settings.telemetry else None
+        self._accumulator = Accumulator(
+            p for group in settings.optimizer.param_groups for p in group["params"]
         )
+        self._parallel: nn.Module | None = None  # the model, wrapped for data parallel training
+        self._not_tabulated = ""  # why the schedule is not on the device; empty: it is
+        self._graph: cuda_graph.Graphed | None = None
+        self.uses_graph = settings.cuda_graph  # until a recording fails
 
-    def stop_recording(self) -> None:
-        """Back to one kernel at a time, without what a recording that failed left behind."""
-        self._graph = None
-        self.optimizer.zero_grad()
-        self._accumulator.clear()
+    # ---- before a run, before an epoch ----
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether ``replay`` is to be called rather than ``step``."""
-        return self._graph is not None
+    def set_schedule(self, schedule: Schedule | None, steps: int | None = None) -> None:
+        """Follow ``schedule`` from the next step on; None: leave the optimizer's settings alone.
 
-    def draw(self, images: Tensor, labels: Tensor) -> Drawn:
-        """A batch on its way to the device, and what mixup drew for it."""
-        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
-        return images, labels, None if self.mixup is None else self.mixup.draw(images)
-
-    def step(self, batches: list[Drawn], before_update: Callable[[], None]) -> Decided:
-        """One optimizer step on the mean loss over ``batches``.
+        A schedule that can be tabulated is followed on the device. Any other one is applied by the
+        host before each update, which on a GPU waits for the number of applied steps.
 
         Args:
-            batches: as ``draw`` gave them.
-            before_update: called when the backward is queued, to set hyperparameters.
-
-        Returns:
-            what it decided: "loss", "scale" (of the gradients), "grad_norm", "skipped" (0 or 1),
-            "applied" (steps so far), "offender", and what the telemetry counted.
+            schedule: (lr, momentum) of the number of applied steps.
+            steps: applied steps to tabulate; None: the schedule's own length.
         """
-        loss, scale = self._backward(batches)
-        before_update()
-        return self._update(loss, scale)
+        optimizer = self.settings.optimizer
+        if self.schedule is not None and not self._not_tabulated:
+            optimizer.clear_schedule()
+        self.schedule, self._not_tabulated = schedule, ""
+        if self._graph is not None:
+            self._graph.reset()
+        if schedule is None:
+            return
+        try:
+            lr, momentum = tabulate(schedule, steps)
+            if momentum and 0.0 in momentum and "momentum" in optimizer.defaults:
+                raise ValueError("with momentum 0 SGD must leave its buffer alone")
+            optimizer.set_schedule(lr, momentum)
+        except ValueError as reason:
+            self._not_tabulated = str(reason)
 
-    def replay(self, batches: list[Drawn]) -> Decided:
-        """The same as a CUDA graph, with the hyperparameters that lie on the device.
+    @contextmanager
+    def run(self, steps: int | None) -> Iterator[None]:
+        """In the block ``steps`` steps are taken (None: unknown), as CUDA graphs if wanted."""
+        endless = getattr(self.schedule, "length", None) is None
+        if endless and steps:
+            self.set_schedule(self.schedule, int(self.settings.optimizer.applied_steps) + steps)
+        if self.uses_graph:
+            self._record()
+        try:
+            yield
+        finally:
+            self._graph = None
+            if endless:  # later steps are not in the table
+                self.set_schedule(self.schedule)
+
+    def _record(self) -> None:
+        world = self.settings.world
+        warmup = cuda_graph.WARMUP if world.size == 1 else cuda_graph.WARMUP_PARALLEL
+        try:
+            self._graph = cuda_graph.Graphed(self._run, self.settings.device, warmup)
+            if self._not_tabulated:
+                raise cuda_graph.Unsupported(f"the schedule has no table: {self._not_tabulated}")
+        except cuda_graph.Unsupported as reason:
+            self._stop_recording(reason)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare the model: layers that train from now on, training mode, data parallel."""
+        settings, model = self.settings, self.settings.model
+        layers_changed = settings.unfreeze is not None and settings.unfreeze.plan(model, epoch)
+        transfer.train_mode(model)
+        if self._parallel is None or layers_changed:
+            self._wrap_model()
+
+    def _wrap_model(self) -> None:
+        settings = self.settings
+        self._parallel = settings.model
+        if settings.world.size > 1 and settings.shards is None:
+            self._parallel = data_parallel.parallel(
+                settings.model, self._accumulator, static=settings.accumulate == 1
+            )
+        if self._graph is not None:
+            self._graph.reset()
+
+    # ---- the step ----
+
+    def __call__(self, batches: list[Batch]) -> StepOutput:
+        """One optimizer step on the mean loss over ``batches``.
 
         Raises:
-            graph.Unsupported: the step cannot be recorded, and has not been taken.
+            ValueError: no batch, or more than ``accumulate``.
         """
-        assert self._graph is not None
-        decided: Decided = self._graph(batches)
-        return decided
+        if not 1 <= len(batches) <= self.settings.accumulate:
+            raise ValueError(
+                f"expected 1 to {self.settings.accumulate} batches, got {len(batches)}"
+            )
+        prepared = [self._prepare(*batch) for batch in batches]
+        if self._graph is not None:
+            try:
+                output: StepOutput = self._graph(prepared)
+                return output
+            except cuda_graph.Unsupported as reason:
+                self._stop_recording(reason)
+        return self._run(prepared)
 
-    def _backward(self, batches: list[Drawn]) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss; the loss, and the scale that the gradients carry."""
+    def _prepare(self, images: Tensor, labels: Tensor) -> PreparedBatch:
+        device, mixup = self.settings.device, self.settings.mixup
+        images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+        return PreparedBatch(images, labels, None if mixup is None else mixup.draw(images))
+
+    def _stop_recording(self, reason: cuda_graph.Unsupported) -> None:
+        """Back to single kernels; gradients of a failed recording are dropped."""
+        if self.settings.world.is_first:
+            tqdm.write(f"no CUDA graph: {reason}")
+        self.uses_graph, self._graph = False, None
+        self.settings.optimizer.zero_grad()
+        self._accumulator.clear()
+
+    def _run(self, batches: list[PreparedBatch]) -> StepOutput:
+        loss, scale = self._backward(batches)
+        if self.schedule is not None and self._not_tabulated:
+            optimizer = self.settings.optimizer
+            apply(optimizer, *self.schedule(int(optimizer.applied_steps)))
+        return self._update(loss, scale)
+
+    def _backward(self, batches: list[PreparedBatch]) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss; returns the loss and the scale of the gradients."""
         if self._parallel is None:
-            self.prepare(changed=True)
+            self._wrap_model()
         assert self._parallel is not None
-        scale = self.scaler.scale(torch.ones((), device=self.device))
-        # What the backward multiplies each loss's gradient with. The last group of an epoch may be
-        # short, so it is divided by what it holds, not by what it could hold.
-        share = scale / len(batches)
-        total = torch.zeros((), device=self.device)
-        for i, (images, labels, draw) in enumerate(batches):
+        device = self.settings.device
+        scale = self.settings.scaler.scale(torch.ones((), device=device))
+        # Each loss is multiplied by this before its backward. The last group of an epoch may be
+        # short: the divisor is its own length, not ``accumulate``.
+        loss_scale = scale / len(batches)
+        total = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else data_parallel.unsynchronised(self._parallel):
-                inputs, target = self._mixed(images, labels, draw)
-                loss = self._loss(self._parallel(inputs), target, share)
-                (loss * share).backward()
+                loss = self._loss(self._parallel, batch, loss_scale)
+                (loss * loss_scale).backward()
             if not is_last:
                 self._accumulator.stash()
             total += loss.detach() / len(batches)
         self._accumulator.finish()
         return total, scale
 
-    def _mixed(
-        self, images: Tensor, labels: Tensor, draw: MixParams | None
-    ) -> tuple[Tensor, Tensor | MixedTarget]:
-        return (images, labels) if self.mixup is None else self.mixup.apply(images, labels, draw)
-
-    def _loss(self, logits: Tensor, target: Tensor | MixedTarget, share: Tensor) -> Tensor:
-        if isinstance(self.criterion, CrossEntropyLoss):
-            # told the incoming gradient, it writes its own in the pass that reads the logits
-            loss: Tensor = self.criterion(logits, target, grad_scale=share)
+    def _loss(self, model: nn.Module, batch: PreparedBatch, loss_scale: Tensor) -> Tensor:
+        criterion, mixup = self.settings.criterion, self.settings.mixup
+        inputs: Tensor = batch.images
+        target: Tensor | MixedTarget = batch.labels
+        if mixup is not None:
+            inputs, target = mixup.apply(*batch)
+        logits = model(inputs)
+        loss: Tensor
+        if isinstance(criterion, CrossEntropyLoss):
+            # with the gradient of the loss known, the forward writes that of the logits
+            loss = criterion(logits, target, grad_scale=loss_scale)
         else:
-            loss = self.criterion(logits, target)
+            loss = criterion(logits, target)
         return loss
 
-    def _update(self, loss: Tensor, scale: Tensor) -> Decided:
-        if self.telemetry is not None:
-            self.telemetry.before()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        counts = {} if self.telemetry is None else self.telemetry.after()
-        optimizer = self.optimizer
+    def _update(self, loss: Tensor, scale: Tensor) -> StepOutput:
+        optimizer, scaler = self.settings.optimizer, self.settings.scaler
+        telemetry = self._telemetry
+        if telemetry is not None:
+            telemetry.before()
+        scaler.step(optimizer)
+        scaler.update()
+        counts = {} if telemetry is None else telemetry.after()
         optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(optimizer.found_inf)
-        return {
-            "loss": loss,
-            "scale": scale,
-            "grad_norm": optimizer.grad_norm,
-            "skipped": optimizer.found_inf,
-            "applied": optimizer.applied_steps,
-            "offender": optimizer.first_nonfinite,
-            **counts,
-        }
+        if self._ema is not None:
+            self._ema.update(optimizer.found_inf)
+        return StepOutput(
+            loss,
+            scale,
+            optimizer.grad_norm,
+            optimizer.found_inf,
+            optimizer.applied_steps,
+            optimizer.first_nonfinite,
+            tuple(counts.values()),
+        )

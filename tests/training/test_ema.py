@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmp import amp
-from fastmp.training.ema import Average
+from fastmp.training.ema import EMA
 
 APPLIED, SKIPPED = torch.zeros(()), torch.ones(())
 
@@ -19,7 +19,7 @@ def model_in(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_the_recurrence_in_fp32(dtype):
     model = model_in(dtype)
-    average = Average(model, 0.99)
+    average = EMA(model, 0.99)
     expected = model[0].weight.detach().double()
     for step in range(50):
         with torch.no_grad():
@@ -33,7 +33,7 @@ def test_it_is_the_recurrence_in_fp32(dtype):
 
 def test_a_skipped_step_does_not_count():
     model = model_in(torch.float32)
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     with torch.no_grad():
         model[0].weight.add_(1.0)
     before = average.state_dict()["0.weight"].clone()
@@ -44,24 +44,24 @@ def test_a_skipped_step_does_not_count():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_model_has_its_own_weights_back_to_the_bit(dtype):
     model = model_in(dtype)
-    average = Average(model, 0.5)
+    average = EMA(model, 0.5)
     with torch.no_grad():
         model[0].weight.add_(1.0)
     average.update(APPLIED)
     own = {name: value.clone() for name, value in model.state_dict().items()}
     version = model[0].weight._version
-    with average.in_place():
+    with average.swapped_in():
         assert not torch.equal(model[0].weight, own["0.weight"])
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert model[0].weight._version == version  # no edit that an fp16 master would adopt
 
 
 def test_state_goes_to_another_and_back():
-    one, two = (Average(model_in(torch.float32), 0.9) for _ in range(2))
+    one, two = (EMA(model_in(torch.float32), 0.9) for _ in range(2))
     one.state_dict()["0.weight"].fill_(7.0)
     two.load_state_dict({name: value.clone() for name, value in one.state_dict().items()})
     assert float(two.state_dict()["0.weight"][0, 0]) == 7.0
     with pytest.raises(ValueError, match="another model: other is only on one side"):
         two.load_state_dict({**one.state_dict(), "other": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1"):
-        Average(model_in(torch.float32), 1)
+        EMA(model_in(torch.float32), 1)

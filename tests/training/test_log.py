@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from fastmp.training import log
 
@@ -33,12 +32,6 @@ def events_in(folder):
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
-
-
-def test_a_record_keeps_names_and_values():
-    record = log.Record(3, {"loss": torch.tensor(0.5), "applied": torch.tensor(2)})
-    assert record.step == 3
-    assert record.read() == {"loss": 0.5, "applied": 2.0}
 
 
 def test_events_show_every_tenth_step_and_every_skipped_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted inside the block, once."""
+"""Ctrl-C and SIGTERM: recorded inside the block, once."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from fastmp.distributed.rendezvous import World
 from fastmp.training import signals
 
 
@@ -20,13 +21,18 @@ def _default_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def stop_signal():
+    return signals.StopSignal(World())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_is_noted_and_the_handler_comes_back(number):
+def test_the_first_is_recorded_and_the_handler_comes_back(stop_signal, number):
     before = signal.getsignal(number)
-    with signals.deferred() as asked:
-        assert asked() == 0
+    with stop_signal.deferred():
+        assert stop_signal.received == 0
         signal.raise_signal(number)
-        assert asked() == number
+        assert stop_signal.received == number
     assert signal.getsignal(number) is before
 
 
@@ -34,33 +40,42 @@ def test_the_first_is_noted_and_the_handler_comes_back(number):
     ("number", "kind"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)],
 )
-def test_the_second_does_not_wait(number, kind):
-    with signals.deferred():
+def test_the_second_does_not_wait(stop_signal, number, kind):
+    with stop_signal.deferred():
         signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt) as stop:
             signal.raise_signal(number)
-    assert stop.type is kind is type(signals.reason(number))
+        assert stop.type is kind
+        for stops in (stop_signal.poll, stop_signal.exchange, stop_signal.raise_if_agreed):
+            with pytest.raises(kind):
+                stops()
 
 
-def test_somebody_elses_handler_stays():
-    heard = []
-    signal.signal(signal.SIGINT, lambda *_: heard.append("theirs"))
-    with signals.deferred() as asked:
+def test_a_stop_is_over_when_the_block_ends(stop_signal):
+    with stop_signal.deferred():
         signal.raise_signal(signal.SIGINT)
-        assert asked() == 0
+    stop_signal.poll()
+
+
+def test_another_handler_stays(stop_signal):
+    handled = []
+    signal.signal(signal.SIGINT, lambda *_: handled.append("theirs"))
+    with stop_signal.deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert stop_signal.received == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked() == signal.SIGTERM
-    assert heard == ["theirs"]
+        assert stop_signal.received == signal.SIGTERM
+    assert handled == ["theirs"]
 
 
-def test_another_thread_has_no_signals():
-    entered = []
+def test_another_thread_has_no_signals(stop_signal):
+    received = []
 
     def work():
-        with signals.deferred() as asked:
-            entered.append(asked())
+        with stop_signal.deferred():
+            received.append(stop_signal.received)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert entered == [0]
+    assert received == [0]

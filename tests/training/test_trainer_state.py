@@ -121,7 +121,7 @@ def test_the_average_is_what_is_evaluated():
     trainer = trainer_for(small_model(), ema=0.5)
     trainer.fit(batches(4), batches(1), 1)
     own = weights(trainer.model)
-    with trainer.ema.in_place():
+    with trainer.ema.swapped_in():
         averaged = trainer_for(trainer.model).evaluate(batches(2))
     assert trainer.evaluate(batches(2)) == averaged
     assert torch.equal(weights(trainer.model), own)

@@ -54,7 +54,7 @@ def test_a_replayed_step_is_the_same_step(dtype, cutmix, accumulate):
     """With a first scale that overflows, a schedule, mixing of two kinds and a short last group."""
     eager, expected = trained(cuda_graph=False, dtype=dtype, cutmix=cutmix, accumulate=accumulate)
     graphed, results = trained(cuda_graph=True, dtype=dtype, cutmix=cutmix, accumulate=accumulate)
-    assert graphed._stepper.is_recording
+    assert graphed._step_fn.uses_graph
     assert int(graphed.optimizer.skipped_steps) == int(eager.optimizer.skipped_steps)
     assert graphed.scaler.get_scale() == eager.scaler.get_scale()
     for one, two in zip(eager.model.parameters(), graphed.model.parameters(), strict=True):

@@ -1,0 +1,73 @@
+"""The arguments of ``fastmp.Trainer``, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastmp import transfer
+from fastmp.data.mixup import Mixup
+from fastmp.distributed.fsdp import Shards
+from fastmp.distributed.rendezvous import World
+from fastmp.nn import CrossEntropyLoss
+from fastmp.optim.base import FusedOptimizer
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What ``fastmp.Trainer`` was given, checked; its docstring says what each setting does.
+
+    The schedule is not among them: it may change during a run, and belongs to the training step.
+
+    Raises:
+        TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
+        ValueError: ``accumulate`` below 1, ``save_every`` below 0, or ``shards`` with a setting
+            that needs whole parameters.
+    """
+
+    model: nn.Module
+    optimizer: FusedOptimizer
+    criterion: nn.Module
+    scaler: torch.amp.GradScaler
+    mixup: Mixup | None
+    accumulate: int
+    ema: float | None
+    unfreeze: transfer.GradualUnfreezing | None
+    cuda_graph: bool
+    telemetry: bool
+    shards: Shards | None
+    folder: Path | None
+    save_every: int
+    keep: int
+    world: World
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, FusedOptimizer):
+            raise TypeError(
+                "expected an optimizer from fastmp.optim, which reports what its steps decided, "
+                f"got {type(self.optimizer).__name__}"
+            )
+        if self.mixup is not None and not isinstance(self.criterion, CrossEntropyLoss):
+            raise TypeError(
+                "mixup gives mixed targets, which fastmp.nn.CrossEntropyLoss takes, "
+                f"got {type(self.criterion).__name__}"
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+        if self.save_every < 0:
+            raise ValueError(f"save_every must be at least 0, got {self.save_every}")
+        if self.shards is not None and (
+            self.ema or self.unfreeze or self.cuda_graph or self.telemetry
+        ):
+            raise ValueError(
+                "ema, unfreeze, cuda_graph, telemetry: expected none of them with shards"
+            )
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device

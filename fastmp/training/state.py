@@ -1,0 +1,159 @@
+"""The saved state of a run: everything that the rest of the run depends on.
+
+    model, optimizer, scaler, ema, progress      the same on all ranks
+    ranks: rng, mixup, epoch_start, loader       one entry a rank
+
+A run that is killed and resumed ends with the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from fastmp import checkpoint
+from fastmp.checkpoint.manager import Checkpoints
+from fastmp.training import data_position, rng
+from fastmp.training.ema import EMA
+from fastmp.training.log import Log
+from fastmp.training.progress import Progress
+from fastmp.training.settings import Settings
+from fastmp.training.step import Batch
+
+
+class TrainState:
+    """The progress of a run, its position in the data, and its checkpoints.
+
+    Every rank must call the methods that save and load; ``Trainer`` says what they raise.
+    """
+
+    def __init__(self, settings: Settings, ema: EMA | None) -> None:
+        folder = settings.folder if settings.world.is_first else None
+        self.log = Log(folder)
+        self.checkpoints: Checkpoints | None = None
+        if folder is not None:
+            self.checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
+        self.progress = Progress()
+        self._settings = settings
+        self._ema = ema
+        self._loader: Iterable[Batch] = ()
+        self._loader_state: dict[str, Any] = {}  # of a checkpoint, until the loader is known
+        self._epoch_start: dict[str, Any] = {}
+
+    # ---- the position in the data ----
+
+    def attach_loader(self, loader: Iterable[Batch]) -> None:
+        """Train with the batches of ``loader``, whose own generators belong to the state."""
+        self._loader = loader
+        data_position.restore_own_state(loader, self._loader_state)
+        self._loader_state = {}
+
+    def remaining_steps(self, epochs: int) -> int | None:
+        """Steps in the next ``epochs`` epochs; None if the loader has no length."""
+        if not isinstance(self._loader, Sized):
+            return None
+        batches = [len(self._loader)] * epochs
+        batches[:1] = [len(self._loader) - self.progress.batch]
+        return sum(math.ceil(count / self._settings.accumulate) for count in batches)
+
+    def begin_epoch(self) -> None:
+        """Start the next epoch, or go on with an interrupted one."""
+        start = data_position.begin(self._loader, self.progress.epoch, self._settings.device)
+        if self.progress.batch == 0:
+            self._epoch_start = start
+
+    def groups(self) -> Iterator[list[Batch]]:
+        """The remaining batches of this epoch, in one list a step; the last list may be shorter."""
+        done, device = self.progress.batch, self._settings.device
+        batches = data_position.batches(self._loader, done, self._epoch_start, device)
+        while group := list(islice(batches, self._settings.accumulate)):
+            yield group
+
+    # ---- the state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and containers of them."""
+        settings, shards = self._settings, self._settings.shards
+        model, optimizer = settings.model, settings.optimizer
+        own = {
+            "rng": rng.state(settings.device),
+            "mixup": None if settings.mixup is None else settings.mixup.state_dict(),
+            "epoch_start": self._epoch_start,
+            "loader": data_position.own_state(self._loader),
+        }
+        return {
+            "model": shards.whole_model() if shards else model.state_dict(),
+            "optimizer": shards.whole_optimizer(optimizer) if shards else optimizer.state_dict(),
+            "scaler": settings.scaler.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+            "progress": asdict(self.progress),
+            "ranks": settings.world.gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        settings = self._settings
+        if settings.shards is None:
+            settings.model.load_state_dict(state["model"])
+            settings.optimizer.load_state_dict(state["optimizer"])
+        else:
+            settings.shards.load_model(state["model"])
+            settings.shards.load_optimizer(settings.optimizer, state["optimizer"])
+        settings.scaler.load_state_dict(state["scaler"])
+        if self._ema is not None and state["ema"] is not None:
+            self._ema.load_state_dict(state["ema"])
+        self.progress = Progress(**state["progress"])
+        ranks, world = state["ranks"], settings.world
+        if len(ranks) != world.size:
+            self.progress.batch = self.progress.batch * len(ranks) // world.size
+            return
+        own = ranks[world.rank]
+        self._epoch_start = own["epoch_start"]
+        self._loader_state = own["loader"]
+        if settings.mixup is not None and own["mixup"] is not None:
+            settings.mixup.load_state_dict(own["mixup"])
+        rng.restore(own["rng"], settings.device)
+
+    # ---- on disk ----
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint."""
+        state = self.state_dict()
+        if self._settings.world.is_first:
+            checkpoint.save(path, state)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Load a checkpoint."""
+        world = self._settings.world
+        self.load_state_dict(
+            world.broadcast_object(checkpoint.load(path) if world.is_first else None)
+        )
+
+    def load_newest(self) -> bool:
+        """Load the newest complete checkpoint of the folder; False if there is none."""
+        newest = None if self.checkpoints is None else self.checkpoints.load_newest()
+        state = self._settings.world.broadcast_object(newest)
+        if state is None:
+            return False
+        self.load_state_dict(state)
+        self.log.rewind(self.progress.step)
+        self.log.write("resumed", step=self.progress.step)
+        return True
+
+    def save_in_folder(self, score: float | None = None) -> None:
+        """Write a checkpoint into the folder, if there is one, in the background."""
+        if self._settings.folder is None:
+            return
+        state = self.state_dict()
+        if self.checkpoints is not None:
+            path = self.checkpoints.save(state, self.progress.step, score)
+            self.log.write("saved", step=self.progress.step, path=path.name)
+
+    def wait(self) -> None:
+        """Return when the checkpoints of the folder are on disk."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
