@@ -1,4 +1,4 @@
-"""What a recipe is made into: device, data, model, optimizer, schedule, trainer."""
+"""Device, data, model, optimizer, schedule and trainer of a recipe."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fastmp.training.trainer import Trainer
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """The device the recipe asks for, this process's own of several.
+    """The device of the recipe; of several GPUs that of this process.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     kind = config.device
     if kind == "auto":
@@ -53,7 +53,7 @@ def load_data(config: TrainConfig) -> Dataset:
 def loaders(
     config: TrainConfig, dataset: Dataset, device: torch.device, world: World
 ) -> tuple[data.Loader, data.Loader]:
-    """Batches for training and testing, this process's share of them."""
+    """Batches for training and testing, in a process group this rank's part of them."""
     assert config.batch_size is not None, "the config must be resolved"
     train, test = (
         data.loader(
@@ -75,20 +75,20 @@ def loaders(
 
 
 def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
-    """The model with its first weights, fp32 on the CPU, the same for the same seed.
+    """The model with its initial weights, fp32 on the CPU, determined by the seed.
 
     Raises:
-        fastmp.models.ModelError: the name leads to no model.
+        fastmp.models.ModelError: there is no model of this name.
     """
     torch.manual_seed(config.seed)
     return models.build(config.model, dataset.shape, len(dataset.classes))
 
 
 def load_pretrained(config: TrainConfig, model: nn.Module) -> transfer.Report | None:
-    """Put the weights that the recipe starts from into ``model``.
+    """Load the weights that the recipe starts from into ``model``.
 
     Raises:
-        fastmp.transfer.TransferError: they cannot be read, or nothing of them fits.
+        fastmp.transfer.TransferError: they cannot be read, or none of them fits.
     """
     if config.init_from is None:
         return None
@@ -116,7 +116,7 @@ def build_trainer(
     Args:
         config: resolved.
         dataset: gives the normalisation.
-        model: fp32; left as it is.
+        model: fp32; the trainer has a copy.
         total_steps: optimizer steps of the whole run, the length of the schedule.
         folder, progress, world: as ``Trainer`` takes them.
     """
@@ -127,8 +127,6 @@ def build_trainer(
     shards = fsdp.shard(trained, dtype) if config.shard else None
     if shards is None:
         amp.convert(trained, dtype)
-    # every rank mixes in its own way; the first one as if it were alone
-    generator = torch.Generator().manual_seed((config.seed + (world.rank << 32)) % 2**63)
     optimizer = _optimizer(config, trained, shards)
     return Trainer(
         trained,
@@ -141,14 +139,7 @@ def build_trainer(
             growth_interval=config.scale_growth_interval,
             enabled=dtype == torch.float16,
         ),
-        mixup=Mixup(
-            config.mixup,
-            config.cutmix,
-            generator=generator,
-            mean=dataset.mean,
-            std=dataset.std,
-            dtype=dtype,
-        ),
+        mixup=_mixup(config, dataset, dtype, world.rank),
         accumulate=config.accumulate,
         ema=config.ema or None,
         unfreeze=_unfreezing(config),
@@ -160,6 +151,18 @@ def build_trainer(
         keep=config.keep,
         progress=progress,
         world=world,
+    )
+
+
+def _mixup(config: TrainConfig, dataset: Dataset, dtype: torch.dtype, rank: int) -> Mixup:
+    """Every rank draws its own mixup; rank 0 draws that of a single process."""
+    return Mixup(
+        config.mixup,
+        config.cutmix,
+        generator=torch.Generator().manual_seed((config.seed + (rank << 32)) % 2**63),
+        mean=dataset.mean,
+        std=dataset.std,
+        dtype=dtype,
     )
 
 
@@ -208,7 +211,7 @@ def _schedule(config: TrainConfig, total_steps: int) -> Schedule:
         return Warmup(Cosine(lr, max(total_steps - warmup, 1), momentum=config.momentum), warmup)
     if config.schedule == "cyclic":
         return Cyclic(
-            lr / 25,  # the foot that one-cycle starts from
+            lr / 25,  # the initial lr of one-cycle
             lr,
             step_size_up=max(1, round(total_steps / (2 * config.cycles))),
             mode="triangular2",

@@ -14,8 +14,8 @@ from fastmp.training.lr_find import Finding
 
 
 def draw(finding: Finding, path: str | os.PathLike[str]) -> Path:
-    """Draw the loss over the lr, with what the two rules say, as a PNG; returns its path."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")  # no pyplot: no global state
+    """Draw the loss over the lr, with the results of both rules, as a PNG; returns its path."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")  # pyplot has global state
     axes = figure.subplots()
     axes.plot(finding.lrs, finding.losses, color=BLUE, alpha=0.25, linewidth=0.8, label="each step")
     axes.plot(finding.lrs, finding.smoothed, color=BLUE, linewidth=1.8, label="smoothed")
@@ -34,7 +34,7 @@ def draw(finding: Finding, path: str | os.PathLike[str]) -> Path:
 
 
 def _limit(axes: Axes, finding: Finding) -> None:
-    """Room for the descent: one exploded loss would flatten it to a line."""
+    """Fit the axis to the descent, which one diverged loss would flatten to a line."""
     bottom, start = min(finding.losses), max(finding.smoothed[: len(finding.lrs) // 2 + 1])
     height = max(start - bottom, 1e-12)
     axes.set_ylim(bottom - 0.08 * height, start + 0.35 * height)

@@ -299,7 +299,7 @@ def test_bad_arguments_are_named(options, message):
 def test_no_batches_are_refused():
     with pytest.raises(ValueError, match=r"expected \(images, labels\) pairs, got none"):
         lr_find.find(Plain(), [])
-    with pytest.raises(ValueError, match="an iterator that is used up: pass what makes it"):
+    with pytest.raises(ValueError, match="an exhausted iterator: pass the iterable itself"):
         lr_find.find(Plain(), iter(batches()), high=1e-3)
 
 
