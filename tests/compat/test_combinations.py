@@ -123,7 +123,7 @@ def test_fsdp2():
 
     model = net(torch.float32)
     fully_shard(model)
-    with pytest.raises((TypeError, ValueError), match=r"DTensor.*sharded\.shard"):
+    with pytest.raises((TypeError, ValueError), match=r"DTensor.*fsdp\.shard"):
         losses(model, torch.float32)
 
 
