@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name in ("checkpoint", "data", "transfer"):
         return importlib.import_module(f"fastmp.{name}")

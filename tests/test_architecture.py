@@ -65,3 +65,13 @@ def test_importing_the_library_needs_nothing_of_the_trainer():
     code = "import sys, fastmp; print([m for m in %r if m in sys.modules])" % heavy  # noqa: UP031
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_dir_shows_the_public_names_and_a_star_import_gives_them():
+    code = (
+        "import fastmp; print(*dir(fastmp)); before = set(globals()) | {'before'}\n"
+        "from fastmp import *; print(*sorted(set(globals()) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shown, given = done.stdout.splitlines()
+    assert shown.split() == given.split() == sorted(fastmp.__all__)

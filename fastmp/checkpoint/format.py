@@ -1,13 +1,13 @@
-"""Checkpoints: safetensors and JSON, no pickle, written so that a crash leaves the last one whole.
+"""Checkpoints: safetensors and JSON, no pickle; a crash during a save leaves the last one whole.
 
 A checkpoint is a folder with one ``tensors-<sum>.safetensors`` and one ``manifest.json``. The
-manifest holds the nested state with every tensor replaced by its name, and the size and sha256 of
-the tensor file; it also holds the sum of itself. Replacing the manifest, one atomic rename, is what
-makes a new checkpoint the current one: before it the old pair is complete, after it the new one.
-(Renaming a finished folder over an old one is not possible: POSIX replaces only empty folders.)
+manifest holds the nested state with every tensor replaced by its name, the size and sha256 of the
+tensor file, and its own sha256. One atomic rename of the manifest makes a new checkpoint the
+current one: before it the old pair is complete, after it the new one. (A finished folder cannot be
+renamed over an old one: POSIX replaces only empty folders.)
 
-What goes in comes out bit for bit: dicts with str or int keys, lists, tuples, None, bools, ints,
-floats (infinities and NaN too), strings, and dense tensors of any dtype safetensors knows.
+Every value is restored bit for bit: dicts with str or int keys, lists, tuples, None, bools, ints,
+floats (infinities and NaN too), strings, and dense tensors of any dtype of safetensors.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _TENSOR_FILE = re.compile(r"tensors-[0-9a-f]{16}\.safetensors")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or trusted: which file, what was expected, what came."""
+    """A checkpoint that cannot be written or read: the file, what was expected, what came."""
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write ``state`` as the checkpoint at ``path``, replacing one that is there.
 
-    Tensors are copied to the CPU and stored contiguously; a view is stored as what it shows.
+    Tensors are copied to the CPU and stored contiguously; of a view its own elements are stored.
 
     Raises:
-        CheckpointError: the state holds something that is not listed above; nothing was written.
-        OSError: the disk refused; the previous checkpoint is still whole.
+        CheckpointError: the state has a value of a type not listed above; nothing was written.
+        OSError: the files cannot be written; the previous checkpoint is still whole.
     """
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "state", tensors)
@@ -83,27 +83,29 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     content = _read_manifest(folder / MANIFEST)
     entry = content["tensors"]
     if not _TENSOR_FILE.fullmatch(entry["file"]):
-        raise _distrust(folder / MANIFEST, "the name of a tensor file beside it", entry["file"])
+        raise _corrupt_error(
+            folder / MANIFEST, "the name of a tensor file beside it", entry["file"]
+        )
     file = folder / entry["file"]
     try:
         payload = file.read_bytes()
     except OSError as error:
-        raise _distrust(file, f"{entry['bytes']} bytes", str(error)) from error
+        raise _corrupt_error(file, f"{entry['bytes']} bytes", str(error)) from error
     if len(payload) != entry["bytes"]:
-        raise _distrust(file, f"{entry['bytes']} bytes", f"{len(payload)} bytes")
+        raise _corrupt_error(file, f"{entry['bytes']} bytes", f"{len(payload)} bytes")
     digest = hashlib.sha256(payload).hexdigest()
     if digest != entry["sha256"]:
-        raise _distrust(file, f"sha256 {entry['sha256']}", digest)
+        raise _corrupt_error(file, f"sha256 {entry['sha256']}", digest)
     try:
         tensors = load_tensors(payload)
     except SafetensorError as error:
-        raise _distrust(file, "a safetensors file", str(error)) from error
+        raise _corrupt_error(file, "a safetensors file", str(error)) from error
     state: dict[str, Any] = _restore(content["state"], tensors)
     return state
 
 
-def entry(path: str | os.PathLike[str], key: str) -> Any:
-    """One entry of the state saved at ``path``, without reading tensors: it must have none.
+def read_entry(path: str | os.PathLike[str], key: str) -> Any:
+    """One entry, without tensors, of the state saved at ``path``; the tensor file is not read.
 
     Raises:
         CheckpointError: the manifest is missing, corrupt or of another format version.
@@ -117,11 +119,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
-        raise _distrust(path, "a checkpoint manifest", str(error)) from error
+        raise _corrupt_error(path, "a checkpoint manifest", str(error)) from error
     except ValueError as error:  # neither JSON nor UTF-8
-        raise _distrust(path, "a whole JSON file", str(error)) from error
+        raise _corrupt_error(path, "a whole JSON file", str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _distrust(path, f"format {FORMAT!r}", "another JSON file")
+        raise _corrupt_error(path, f"format {FORMAT!r}", "another JSON file")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {manifest.get('version')!r}, this fastmp reads {VERSION}; "
@@ -129,7 +131,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     content: dict[str, Any] = manifest.get("content", {})
     if _content_sum(content) != manifest.get("sha256"):
-        raise _distrust(path, f"contents with sha256 {manifest.get('sha256')}", "another sum")
+        raise _corrupt_error(path, f"contents with sha256 {manifest.get('sha256')}", "another sum")
     return content
 
 
@@ -139,19 +141,19 @@ def _content_sum(content: Any) -> str:
     ).hexdigest()
 
 
-def _distrust(path: Path, expected: str, found: str) -> CheckpointError:
+def _corrupt_error(path: Path, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be used: expected {expected}, found {found}; "
         "take an older checkpoint or another copy of this one"
     )
 
 
-# In the manifest plain JSON stands for itself. What JSON lacks is an object with one "$" key, and a
-# dict is always written as pairs, so no key of the user's can be mistaken for such a mark.
+# In the manifest JSON values stand for themselves. Other types are an object with one "$" key. A
+# dict is always written as pairs, so that no key of the state is read as such a tag.
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; its tensors go into ``tensors`` under the path that leads to them."""
+    """``value`` as JSON; its tensors are added to ``tensors``, under their path in the state."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -161,7 +163,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             raise CheckpointError(f"{name}: only dense tensors can be saved, got {value.layout}")
         if name in tensors:  # {"a.b": x, "a": {"b": y}} or {1: x, "1": y}
             name = f"{name}#{len(tensors)}"
-        # a copy: safetensors refuses tensors that share memory, and arenas are made of views
+        # a copy: safetensors refuses tensors that share memory, such as the views of an arena
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
     if isinstance(value, list | tuple):
@@ -184,11 +186,11 @@ def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_restore(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    ((mark, inner),) = value.items()
-    if mark == "$dict":
+    ((tag, inner),) = value.items()
+    if tag == "$dict":
         return {key: _restore(item, tensors) for key, item in inner}
-    if mark == "$tuple":
+    if tag == "$tuple":
         return tuple(_restore(item, tensors) for item in inner)
-    if mark == "$float":
+    if tag == "$float":
         return float(inner)
     return tensors[inner]

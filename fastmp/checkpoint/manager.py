@@ -1,8 +1,8 @@
-"""The checkpoints of a run: a folder each, written beside the training, the newest and best kept.
+"""The checkpoints of a run: one folder each, written in the background; the newest and best stay.
 
-``step-000001234`` appears by one rename, when everything in it is on the disk: whatever is killed
-when, a folder of that name is whole. Saving copies the state, which takes as long as reading and
-writing it in memory; sums, files and fsync are a thread's work.
+``step-000001234`` appears by one rename, when all of its files are on the disk: a folder of that
+name is whole, wherever a kill hits. Saving copies the state in memory; a thread computes the sums,
+writes the files and calls fsync.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmp.checkpoint.format import CheckpointError, entry, load, save
+from fastmp.checkpoint.format import CheckpointError, load, read_entry, save
 from fastmp.files import sync
 
 _NAME = re.compile(r"step-(\d{9,})")
 _UNFINISHED = ".unfinished"
-_ABOUT = "checkpoint"  # the entry that tells step and score
+_ABOUT = "checkpoint"  # the entry with step and score
 
 
 class Checkpoints:
     """The checkpoints in ``folder``.
 
     Args:
-        folder: made when the first is saved.
-        keep: how many of the newest to keep, besides the one with the highest score.
-        background: write on a thread; ``wait`` and the next ``save`` raise what went wrong there.
+        folder: created by the first save.
+        keep: number of the newest to keep, besides the one with the highest score.
+        background: write on a thread; ``wait`` and the next ``save`` raise its errors.
 
     Raises:
         ValueError: ``keep`` below 1.
@@ -46,22 +46,22 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
-        # the interpreter joins this thread before it exits: what was asked for is written
+        # the interpreter joins this thread before it exits: the last save is completed
         self._writer = ThreadPoolExecutor(1, "checkpoints") if background else None
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any], step: int, score: float | None = None) -> Path:
-        """Save a copy of ``state`` as the checkpoint of ``step``; training may go on at once.
+        """Save a copy of ``state`` as the checkpoint of ``step``; the state may change afterwards.
 
         A checkpoint of the same step is replaced.
 
         Args:
             state: as ``checkpoint.save`` takes it.
-            step: number of the step it was taken after.
-            score: what makes a checkpoint the best one, larger is better.
+            step: number of the last step before it.
+            score: of this checkpoint; the highest is the best.
 
         Returns:
-            where it will be.
+            its path, which exists when the save is complete.
 
         Raises:
             CheckpointError, OSError: the save before this one failed.
@@ -79,7 +79,7 @@ class Checkpoints:
         """Return when everything is on the disk.
 
         Raises:
-            CheckpointError, OSError: it cannot be.
+            CheckpointError, OSError: the last save failed.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -96,7 +96,7 @@ class Checkpoints:
         return max(scores, key=lambda path: (scores[path], path), default=None)
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The state of the latest checkpoint that is as it was written; None if there is none.
+        """The state of the latest whole checkpoint; None if there is none at all.
 
         A damaged one is passed over with a warning.
 
@@ -120,24 +120,24 @@ class Checkpoints:
         return None
 
     def _all(self) -> list[Path]:
-        """Those that are whole, by step."""
+        """The finished ones, by step."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._clear()  # what a run that was killed left
+        self._clear()  # leftovers of a killed run
         unfinished = path.with_name(path.name + _UNFINISHED)
         save(unfinished, content)
-        if path.exists():  # of the same step: from here to the next line only older ones stand
+        if path.exists():  # of the same step; until the next rename only older ones exist
             path.rename(path.with_name(f"replaced-{path.name}{_UNFINISHED}"))
         unfinished.rename(path)
         sync(self.folder)
         best = self.best()
         for old in self._all()[: -self.keep]:
             if old != best:
-                # renamed first: a folder that is half removed must not look whole
+                # renamed first: a half-removed folder must not look whole
                 old.rename(old.with_name(old.name + _UNFINISHED))
         self._clear()
 
@@ -147,7 +147,7 @@ class Checkpoints:
 
 
 def _copied(value: Any) -> Any:
-    """The same, with tensors that nobody else will change, on the CPU."""
+    """A copy, with its tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -159,7 +159,7 @@ def _copied(value: Any) -> Any:
 
 def _score(path: Path) -> float:
     try:
-        score = entry(path, _ABOUT)["score"]
+        score = read_entry(path, _ABOUT)["score"]
     except (CheckpointError, KeyError, TypeError):
         return -math.inf
     return -math.inf if score is None else float(score)

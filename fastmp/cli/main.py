@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and what their failures look like."""
+"""The command line: the commands, their exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastmp.training.signals import Terminated
 from fastmp.training.trainer import RunStopped
 from fastmp.transfer import TransferError
 
-USER_ERRORS = (ConfigError, DataError, ModelError, TransferError)  # theirs to mend: no traceback
-TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+USER_ERRORS = (ConfigError, DataError, ModelError, TransferError)  # one line, no traceback
+TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it
 
-#: Every command, by its name.
+#: Every command, by name.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.main,
     "lr-find": lr_find.main,
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``fastmp`` with these arguments.
 
     Returns:
-        0: done; 1: the run was stopped, its state saved, or a check failed; 2: bad usage or bad
-        input; 143: SIGTERM came, the state is saved.
+        0: done; 1: the run was stopped with its state saved, or a check failed; 2: bad usage or
+        bad input; 143: stopped by SIGTERM with the state saved.
     """
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _fail(command: str, message: str, code: int) -> int:
-    """Say it once: what stops one of several processes stops the first one too."""
+    """Print the message on the first rank only: an error on one rank stops all of them."""
     if os.environ.get("RANK", "0") == "0":
         print(f"fastmp {command}: {message}", file=sys.stderr)
     return code

@@ -72,27 +72,31 @@ def _parsed(arguments: Sequence[str]) -> Train:
 
 
 def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
-    """Train as ``config`` says, and leave metrics, checkpoints, curves and a report in a folder."""
+    """Train with this recipe; write metrics, checkpoints, curves and a report to a folder."""
     given, config = config, config.resolved(world.size)
     out = world.broadcast_object(_run_folder(config, resume))
-    say = print if world.is_first else _silent
+
+    def print_rank0(text: str) -> None:
+        if world.is_first:
+            print(text)
+
     if config.threads:
         torch.set_num_threads(config.threads)
     device = recipe.device_of(config)
     dataset = recipe.load_data(config)
     model = recipe.build_model(config, dataset)
     pretrained = recipe.load_pretrained(config, model)
-    say(_opening(config, dataset, model, device, world))
+    print_rank0(_summary(config, dataset, model, device, world))
     if pretrained is not None:
-        say(f"{config.init_from}: {pretrained}")
-    dtype_name = _dtype(config, dataset, model, device, world)
+        print_rank0(f"{config.init_from}: {pretrained}")
+    dtype_name = _choose_dtype(config, dataset, model, device, world)
     config = dataclasses.replace(config, dtype=dtype_name, out=out)
     epochs = config.epochs
     assert epochs is not None
     train_loader, test_loader = recipe.loaders(config, dataset, device, world)
     if world.is_first:
         recipe.make_folder("out", out)
-        # the lr as it was given: other numbers of devices scale it anew
+        # the lr as given: a run resumed on another number of devices scales it again
         recipe.write_toml(dataclasses.replace(config, lr=given.lr), out / CONFIG)
     trainer = recipe.build_trainer(
         config,
@@ -104,30 +108,28 @@ def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
         folder=out,
         world=world,
     )
-    rng.seed(config.seed + world.rank)  # whatever was drawn before, dropout starts here
+    rng.seed(config.seed + world.rank)  # dropout does not depend on what was drawn before
     if resume and trainer.resume_newest():
-        say(f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}")
+        print_rank0(f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}")
     try:
         results = trainer.fit(train_loader, test_loader, epochs - trainer.epoch)
     finally:
-        if trainer.step and world.is_first:  # a run that was stopped has its picture too
+        if trainer.step and world.is_first:  # also after an error or a signal
             title = f"{config.model} on {config.data}, {dtype_name}"
             curves.draw(out, title)
             html.write(out, title, _facts(config, trainer, device), doctor.environment(device))
     if not results:
-        say(f"nothing left to train: {trainer.epoch} of {epochs} epochs are done")
-    say(_table(_facts(config, trainer, device)))
-    say(f"\nThe run is in {out}: report.html, curves.png, {CONFIG}, {log.FILE}, checkpoints/")
+        print_rank0(f"nothing left to train: {trainer.epoch} of {epochs} epochs are done")
+    print_rank0(_table(_facts(config, trainer, device)))
+    print_rank0(
+        f"\nThe run is in {out}: report.html, curves.png, {CONFIG}, {log.FILE}, checkpoints/"
+    )
 
 
-def _silent(_: str) -> None:
-    """What the other ranks say."""
-
-
-def _opening(
+def _summary(
     config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device, world: World
 ) -> str:
-    """What is going to be trained, in three lines."""
+    """Data, model, device and batch, in three lines."""
     assert config.batch_size is not None
     machine = f"{world.size} x {device.type}" if world.size > 1 else str(device)
     batch = config.batch_size * world.size * config.accumulate
@@ -143,7 +145,7 @@ def _opening(
 
 
 def _run_folder(config: TrainConfig, resume: bool) -> Path:
-    """Where the run writes; refused here, before any work, if something else is there already."""
+    """The folder of the run; refused before any work if it holds anything else."""
     if config.out is not None:
         out = config.out
         in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -157,28 +159,30 @@ def _run_folder(config: TrainConfig, resume: bool) -> Path:
     return Path("runs") / f"{name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _dtype(
+def _choose_dtype(
     config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device, world: World
 ) -> DtypeName:
-    """The name of the dtype to train in; if the recipe leaves it open, the first rank measures."""
+    """The dtype to train in; with "auto" the first rank measures and the others follow."""
     if config.dtype != "auto":
         return config.dtype
-    verdict = _measured(config, dataset, model, device) if world.is_first else None
-    return cast(DtypeName, world.broadcast_object(verdict))
+    fastest = _measure_dtypes(config, dataset, model, device) if world.is_first else None
+    return cast(DtypeName, world.broadcast_object(fastest))
 
 
-def _measured(config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device) -> str:
+def _measure_dtypes(
+    config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device
+) -> str:
     assert config.batch_size is not None
-    alone = dataclasses.replace(config, cuda_graph=False, telemetry=False, shard=False)
+    plain = dataclasses.replace(config, cuda_graph=False, telemetry=False, shard=False)
     steps: dict[str, dtype_probe.Step] = {}
     for name, dtype in DTYPES.items():
         trainer = recipe.build_trainer(
-            alone, dataset, model, dtype, device, total_steps=1000, progress=False, world=World()
+            plain, dataset, model, dtype, device, total_steps=1000, progress=False, world=World()
         )
         steps[name] = functools.partial(_step, trainer, dataset)
-    verdict = dtype_probe.fastest(steps, min(config.batch_size, len(dataset.train)))
-    print(f"dtype: {verdict}")
-    return verdict.chosen
+    measured = dtype_probe.fastest(steps, min(config.batch_size, len(dataset.train)))
+    print(f"dtype: {measured}")
+    return measured.chosen
 
 
 def _step(trainer: Trainer, dataset: Dataset, samples: int) -> None:
@@ -191,7 +195,7 @@ def _step(trainer: Trainer, dataset: Dataset, samples: int) -> None:
 
 
 def _facts(config: TrainConfig, trainer: Trainer, device: torch.device) -> dict[str, str]:
-    """The run in numbers, from its own log: a run that was resumed is one run."""
+    """The results of the run, from its log, which includes the steps before a resume."""
     assert trainer.folder is not None
     epochs = log.read(trainer.folder / log.FILE, "epoch")
     seconds = sum(row["seconds"] for row in epochs)
@@ -217,7 +221,7 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: what the device's allocator held at most, or on the CPU the whole process."""
+    """Bytes: the peak of the device's allocator, or on the CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # does not exist on Windows

@@ -17,7 +17,7 @@ from fastmp.verification import Check
 
 
 class VerificationFailed(Exception):
-    """Something computes with a larger error than it may."""
+    """An error is larger than its limit."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run(given: Verify) -> None:
     """Print the table.
 
     Raises:
-        VerificationFailed: something has a larger error than it may.
+        VerificationFailed: an error is larger than its limit.
     """
     device = recipe.device_of(TrainConfig(device=given.device))
     dtypes = [DTYPES[name] for name in given.dtypes]
@@ -76,17 +76,17 @@ def run(given: Verify) -> None:
 
 
 def closest(checks: Iterable[Check]) -> list[Check]:
-    """Of each operation, shape and dtype the value that is nearest its limit, or beyond."""
+    """Of each operation, shape and dtype the value nearest to its limit, or beyond it."""
     nearest: dict[tuple[str, tuple[int, ...], torch.dtype], Check] = {}
     for check in checks:
         key = (check.op, check.shape, check.dtype)
-        if key not in nearest or _share(check) > _share(nearest[key]):
+        if key not in nearest or _fraction(check) > _fraction(nearest[key]):
             nearest[key] = check
     return list(nearest.values())
 
 
-def _share(check: Check) -> float:
-    """Of its limit; one that is no number is beyond."""
+def _fraction(check: Check) -> float:
+    """The error as a fraction of its limit; infinite for a check that failed."""
     if check.passed:
         return check.error / check.limit if check.limit else 0.0
     return float("inf")

@@ -1,4 +1,4 @@
-"""The recipe of ``fastmp train``: its settings, its file, and what they are made into."""
+"""The recipe of ``fastmp train``: settings, config file, and the objects built from them."""
 
 from fastmp.recipe.build import (
     build_model,

@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass, its defaults and the ranges of its values."""
+"""The recipe: one frozen dataclass with the defaults and ranges of all settings."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DTYPES: dict[DtypeName, torch.dtype] = {
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: its name, what was expected, what came."""
+    """A setting that is not valid: its name, what was expected, what came."""
 
 
 def _hint(metavar: str, default: str) -> Any:
-    """How --help shows a field whose default depends on others."""
+    """How --help shows a field with a default that depends on others."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -121,7 +121,7 @@ class TrainConfig:
     """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
 
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
-    """Pretrained weights: .safetensors, a state_dict or a run; what does not fit starts anew."""
+    """Pretrained weights: .safetensors, a state_dict or a run; other weights stay random."""
 
     freeze: tuple[str, ...] = ()
     """Parameters that do not train: names of them or of modules, or patterns such as 'blocks.*'."""
@@ -205,7 +205,7 @@ class TrainConfig:
             )
 
     def one_lr(self, defaults: TrainConfig) -> TrainConfig:
-        """The same, where a flag with one of lr and base_lr outdoes the other in ``defaults``."""
+        """A copy in which a flag for one of lr and base_lr overrides the other in ``defaults``."""
         if self.lr is None or self.base_lr is None:
             return self
         if defaults.base_lr is not None and defaults.lr is None:
@@ -215,13 +215,13 @@ class TrainConfig:
         return self
 
     def resolved(self, devices: int = 1) -> TrainConfig:
-        """The same with every default that depends on other fields filled in, ``out`` aside.
+        """A copy with every default that depends on other fields filled in, except ``out``.
 
         Args:
-            devices: how many train together; the learning rate is scaled to the global batch.
+            devices: number that train together; the learning rate is scaled to the global batch.
 
         Raises:
-            ConfigError: both a learning rate and one to scale, or ``shard`` on one device.
+            ConfigError: both ``lr`` and ``base_lr``, or ``shard`` on one device.
         """
         if self.shard and devices == 1:
             raise ConfigError(

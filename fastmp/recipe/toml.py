@@ -1,4 +1,4 @@
-"""The recipe as a TOML file, to and fro, and the folders that results go to."""
+"""The recipe as a TOML file, read and written, and the folder of the results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastmp.recipe.config import ConfigError, TrainConfig
 
 
 def read_toml(path: Path) -> TrainConfig:
-    """The recipe in a TOML file; fields that it does not name have their defaults.
+    """The recipe in a TOML file; missing fields have their defaults.
 
     Raises:
-        ConfigError: no such file, no TOML, an unknown key, or a value of a wrong type or range.
+        ConfigError: no such file, not TOML, an unknown key, or a value of a wrong type or range.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def _converted(value: Any, expected: Any, name: str) -> Any:
 
 
 def write_toml(config: TrainConfig, path: Path) -> None:
-    """Write the recipe so that ``read_toml`` gives it back; fields that are None are left out."""
+    """Write the recipe for ``read_toml``; fields that are None are left out."""
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -60,17 +60,17 @@ def write_toml(config: TrainConfig, path: Path) -> None:
 
 
 def _as_toml(value: Any) -> str:
-    """JSON writes strings, lists and booleans as TOML does, Python the numbers (inf too)."""
+    """Strings, lists and booleans are written as JSON, numbers as Python writes them (inf too)."""
     if isinstance(value, bool | tuple):
         return json.dumps(value)
     return json.dumps(str(value)) if isinstance(value, str | Path) else repr(value)
 
 
 def make_folder(setting: str, folder: Path) -> None:
-    """See that files can be written into a folder, before there is anything to lose.
+    """Create a folder and check that files can be written into it, before any work is done.
 
     Raises:
-        ConfigError: it cannot be made, or takes no files; the message names the setting.
+        ConfigError: it cannot be created or written to; the message names the setting.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

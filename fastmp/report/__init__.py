@@ -1,1 +1,1 @@
-"""What a run leaves to look at: pictures and one HTML page."""
+"""The pictures and the HTML page of a run."""

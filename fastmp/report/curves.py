@@ -18,7 +18,7 @@ BLUE, ORANGE, GREY, RED = "#2563a8", "#d9692a", "#8a8f98", "#c0262d"
 def draw(folder: Path, title: str) -> Path:
     """Draw ``folder/curves.png`` from ``folder/metrics.jsonl``; the path of the picture.
 
-    A run that was stopped draws what it has, even one without a finished epoch.
+    A run that was stopped has a picture too, even before the end of its first epoch.
 
     Raises:
         ValueError: no step was logged.
@@ -47,13 +47,13 @@ def draw(folder: Path, title: str) -> Path:
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
-    """One column as fp64; null, a number that was not finite, becomes NaN: a gap in the line."""
+    """One column as fp64; null, which stands for a non-finite number, becomes NaN: a gap."""
     values = [np.nan if row[name] is None else float(row[name]) for row in rows]
     return np.array(values, dtype=np.float64)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over the last 4% of the steps, at least 10; gaps are left out of it."""
+    """A running mean over the last 4% of the steps, at least 10; without gaps."""
     width = min(len(values), max(10, len(values) // 25))
     known = np.isfinite(values)
     kernel = np.ones(width)

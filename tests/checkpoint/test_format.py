@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, atomic, and a clear error for everything that cannot be trusted."""
+"""Checkpoints: bit for bit, atomic, and a clear error for every file that is damaged."""
 
 from __future__ import annotations
 

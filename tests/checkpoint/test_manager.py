@@ -1,4 +1,4 @@
-"""The checkpoints of a run: whatever is killed when, the last whole one loads.
+"""The checkpoints of a run: the last whole one loads, wherever a kill hits.
 
 The kills of ``make test`` are few; ``make soak`` has them all.
 """

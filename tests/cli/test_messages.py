@@ -26,7 +26,7 @@ def test_a_rate_is_scaled_to_the_global_batch():
         TrainConfig(lr=0.1, base_lr=0.2).resolved()
 
 
-def test_a_flag_outdoes_the_other_rate_of_the_file(tmp_path):
+def test_a_flag_overrides_the_other_rate_of_the_file(tmp_path):
     out, _ = run(tmp_path, "--base-lr", "0.002", name="one")
     written = recipe.read_toml(out / "config.toml")
     assert (written.base_lr, written.lr) == (0.002, None)
@@ -75,7 +75,7 @@ def test_images_of_ones_own(tmp_path):
 
 
 class Tags(html.parser.HTMLParser):
-    """Whether every tag is closed, and all that is written."""
+    """Whether every tag is closed, the text and the links."""
 
     def __init__(self):
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -14,7 +13,6 @@ from fastmp import amp, checkpoint, data
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
-from fastmp.recipe import dtype_probe
 from fastmp.report import curves
 from fastmp.schedule import OneCycle
 from fastmp.training import log
@@ -282,53 +280,6 @@ def test_bad_arguments():
         trainer_for(model).fit([], batches(1), 1)
     with pytest.raises(ValueError, match="the loader gave no batches"):
         trainer_for(model).evaluate([])
-
-
-# ---- the dtype that is fastest ----
-
-
-class Race:
-    """Steps that take as long as they are said to, on a clock of their own."""
-
-    def __init__(self, **seconds):
-        self.seconds, self.now, self.calls = seconds, 0.0, []
-
-    def run(self, name, samples):
-        self.calls.append((name, samples))
-        seconds = self.seconds[name]
-        if seconds is None:
-            raise RuntimeError("not implemented for 'Half'")
-        first = (name, samples) not in self.calls[:-1]
-        self.now += seconds + 0.05 * first  # libraries set themselves up
-
-    def verdict(self):
-        steps = {name: functools.partial(self.run, name) for name in self.seconds}
-        return dtype_probe.fastest(steps, 64, clock=lambda: self.now)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [
-        ({"fp32": 0.010, "bf16": 0.0109, "fp16": 0.012}, "bf16"),  # within 10%: half the memory
-        ({"fp32": 0.010, "bf16": 0.0111, "fp16": 0.012}, "fp32"),
-        ({"fp32": 0.010, "bf16": 0.0109, "fp16": 0.008}, "fp16"),
-        ({"fp32": 1.0, "bf16": 0.3, "fp16": 0.29}, "fp16"),
-    ],
-)
-def test_the_probe_prefers_a_16_bit_type_that_is_nearly_as_fast(seconds, chosen):
-    race = Race(**seconds)
-    verdict = race.verdict()
-    assert verdict.chosen == chosen
-    assert verdict.milliseconds == pytest.approx({n: s * 1e3 for n, s in seconds.items()})
-    assert race.now < 3 * sum(seconds.values()) + 8 * max(seconds.values()) + 5
-
-
-def test_the_probe_gives_up_on_hopeless_and_broken_types():
-    race = Race(fp32=0.001, bf16=3.0, fp16=None)
-    verdict = race.verdict()
-    assert verdict.chosen == "fp32"
-    assert [call for call in race.calls if call[0] != "fp32"] == [("bf16", 2), ("fp16", 2)]
-    assert str(verdict) == "fp32 (a training step: fp32 1.0 ms, bf16 given up, fp16 given up)"
 
 
 def test_digits_are_learned():
