@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images with labels, by index."""
+    """Images with labels, by index: the interface of a data set."""
 
     @property
     def labels(self) -> Tensor:
