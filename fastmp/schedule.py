@@ -1,11 +1,11 @@
 """Learning-rate schedules: pure functions of the number of applied optimizer steps.
 
-``schedule(step)`` gives ``(lr, momentum)`` for the update that ``step`` applied ones came before;
-momentum is None where the schedule leaves it alone. Nothing is remembered between calls, so a
-skipped step cannot make a schedule drift, resuming needs nothing but the step, and every schedule
-pickles. Steps past the end get the last value.
+``schedule(step)`` gives ``(lr, momentum)`` of the update after ``step`` applied ones; momentum is
+None where the schedule leaves it unchanged. A schedule has no state: a skipped step cannot make it
+drift, resuming needs the step alone, and every schedule pickles. Steps past the end get the last
+value.
 
-There are three ways to follow one: ``bind`` writes it onto the device, for a fastmp optimizer;
+Three ways to apply one: ``bind`` writes it onto the device, for a fastmp optimizer;
 ``fastmp.optim.lr_scheduler.apply`` writes one step into the groups of any optimizer;
 ``fastmp.optim.lr_scheduler.LRScheduler`` is for loops written around torch's schedulers.
 """
@@ -34,37 +34,36 @@ def scale_lr(
     Raises:
         ValueError: a batch size below 1, a negative lr or an unknown rule.
     """
-    _check_rate("lr", lr)
-    _check(batch_size >= 1, "batch_size must be at least 1", batch_size)
-    _check(base_batch_size >= 1, "base_batch_size must be at least 1", base_batch_size)
+    _check_rates(lr=lr)
+    _check_counts(batch_size=batch_size, base_batch_size=base_batch_size)
     _check(rule in ("linear", "sqrt"), "rule must be 'linear' or 'sqrt'", rule)
     ratio = batch_size / base_batch_size
     return lr * (ratio if rule == "linear" else math.sqrt(ratio))
 
 
 class Bindable:
-    """What the schedules here can do besides being called."""
+    """The base class of the schedules: functions of the step that an optimizer can be bound to."""
 
     @property
     def length(self) -> int | None:
-        """Steps until the last value is reached, that one included; None if there is no last."""
+        """Steps up to the last value, that one included; None if there is no last."""
         raise NotImplementedError
 
     def __call__(self, step: int) -> tuple[float, float | None]:
-        """(lr, momentum) for the update that ``step`` applied ones came before."""
+        """(lr, momentum) of the update after ``step`` applied ones."""
         raise NotImplementedError
 
     def bind(self, optimizer: Any, steps: int | None = None) -> None:
-        """Let a fastmp optimizer follow this schedule on the device.
+        """Have a fastmp optimizer apply this schedule on the device.
 
-        The same as ``optimizer.bind_schedule(self, steps)``, where arguments and errors are.
+        The same as ``optimizer.bind_schedule(self, steps)``; arguments and errors as there.
 
         Raises:
             TypeError: an optimizer that is not fastmp's.
         """
         if not hasattr(optimizer, "bind_schedule"):
             raise TypeError(
-                "only an optimizer from fastmp.optim follows a schedule on the device, got "
+                "only an optimizer from fastmp.optim applies a schedule on the device, got "
                 f"{type(optimizer).__name__}; for others use fastmp.optim.lr_scheduler.LRScheduler"
             )
         optimizer.bind_schedule(self, steps)
@@ -82,7 +81,7 @@ class Constant(Bindable):
     momentum: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rate("lr", self.lr)
+        _check_rates(lr=self.lr)
         _check_momentum("momentum", self.momentum)
 
     @property
@@ -103,7 +102,7 @@ class Cosine(Bindable):
     The lr after ``k`` steps is ``final_lr + (lr - final_lr) (1 + cos(pi k / total_steps)) / 2``:
     that of torch's ``CosineAnnealingLR(T_max=total_steps, eta_min=final_lr)``. All ``total_steps``
     steps lie above ``final_lr``, so none is wasted if that is 0; every later one has
-    ``final_lr``, where torch's climbs again. ``momentum`` stays; None: it is the optimizer's own.
+    ``final_lr``, where torch's climbs again. ``momentum`` is constant; None: the optimizer's own.
 
     Raises:
         ValueError: a number outside its range; the message names the range.
@@ -115,9 +114,8 @@ class Cosine(Bindable):
     momentum: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rate("lr", self.lr)
-        _check_rate("final_lr", self.final_lr)
-        _check(self.total_steps >= 1, "total_steps must be at least 1", self.total_steps)
+        _check_rates(lr=self.lr, final_lr=self.final_lr)
+        _check_counts(total_steps=self.total_steps)
         _check_momentum("momentum", self.momentum)
 
     @property
@@ -133,14 +131,14 @@ class Cosine(Bindable):
 
 @dataclass(frozen=True)
 class Cyclic(Bindable):
-    """Up and down between two rates, for ever (Smith 2015, arXiv:1506.01186).
+    """Up and down between two rates, without end (Smith 2015, arXiv:1506.01186).
 
     The lr climbs from ``base_lr`` to ``max_lr`` in ``step_size_up`` steps and falls back in
-    ``step_size_down`` (None: as many), in straight lines. As ``mode`` says, the height of the peaks
-    above ``base_lr`` stays ("triangular"), halves with every cycle ("triangular2"), or is
-    multiplied by ``gamma`` with every step ("exp_range"). The momentum runs the other way, from
-    ``max_momentum`` down towards ``base_momentum`` at the peaks, as much less deep as they are less
-    high; None, both of them, leaves it alone. The values are those of
+    ``step_size_down`` (None: as many), in straight lines. With the ``mode`` "triangular" the height
+    of the peaks above ``base_lr`` is constant, with "triangular2" it halves with every cycle, with
+    "exp_range" it is multiplied by ``gamma`` with every step. The momentum runs the other way, from
+    ``max_momentum`` down towards ``base_momentum`` at the peaks, in proportion to their height;
+    None, both of them, leaves it unchanged. The values are those of
     ``torch.optim.lr_scheduler.CyclicLR``.
 
     Raises:
@@ -157,14 +155,10 @@ class Cyclic(Bindable):
     max_momentum: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rate("base_lr", self.base_lr)
-        _check_rate("max_lr", self.max_lr)
-        _check(
-            self.base_lr <= self.max_lr,
-            "base_lr must be at most max_lr",
-            (self.base_lr, self.max_lr),
-        )
-        _check(self.step_size_up >= 1, "step_size_up must be at least 1", self.step_size_up)
+        rates = (self.base_lr, self.max_lr)
+        _check_rates(base_lr=self.base_lr, max_lr=self.max_lr)
+        _check(self.base_lr <= self.max_lr, "base_lr must be at most max_lr", rates)
+        _check_counts(step_size_up=self.step_size_up)
         _check(
             self.step_size_down is None or self.step_size_down >= 1,
             "step_size_down must be at least 1, or None",
@@ -177,7 +171,7 @@ class Cyclic(Bindable):
 
     @property
     def length(self) -> None:
-        """None: it never ends."""
+        """None: without end."""
         return None
 
     def __call__(self, step: int) -> tuple[float, float | None]:
@@ -185,8 +179,8 @@ class Cyclic(Bindable):
         _check_step(step)
         up = self.step_size_up
         down = self.step_size_down or up
-        cycle, here = divmod(step, up + down)  # whole numbers: the feet and peaks are exact
-        height = here / up if here <= up else (up + down - here) / down
+        cycle, offset = divmod(step, up + down)  # integers: feet and peaks are exact
+        height = offset / up if offset <= up else (up + down - offset) / down
         if self.mode == "triangular2":
             height *= 0.5**cycle
         elif self.mode == "exp_range":
@@ -216,7 +210,7 @@ class Warmup(Bindable):
 
     @property
     def length(self) -> int | None:
-        """``steps`` and the length of ``schedule``; None if that has none, or does not know it."""
+        """``steps`` and the length of ``schedule``; None if that has none."""
         length = getattr(self.schedule, "length", None)
         return None if length is None else self.steps + int(length)
 
@@ -235,7 +229,7 @@ class OneCycle(Bindable):
     steps, in a line or half a cosine (``anneal``), then falls to ``max_lr / div_factor /
     final_div_factor``; the momentum runs from ``max_momentum`` to ``base_momentum`` and back. With
     ``three_phase`` the fall mirrors the climb and a third phase leads down to the final lr. Give
-    ``base_momentum=None`` to leave it alone.
+    ``base_momentum=None`` to leave it unchanged.
 
     The values are those of ``torch.optim.lr_scheduler.OneCycleLR``, except where that divides by
     zero or steps off its ends: a climb of one step or less starts at the peak, and every step from
@@ -256,8 +250,8 @@ class OneCycle(Bindable):
     three_phase: bool = False
 
     def __post_init__(self) -> None:
-        _check_rate("max_lr", self.max_lr)
-        _check(self.total_steps >= 1, "total_steps must be at least 1", self.total_steps)
+        _check_rates(max_lr=self.max_lr)
+        _check_counts(total_steps=self.total_steps)
         _check(self.anneal in ("cos", "linear"), "anneal must be 'cos' or 'linear'", self.anneal)
         _check(self.div_factor > 0, "div_factor must be above 0", self.div_factor)
         _check(self.final_div_factor > 0, "final_div_factor must be above 0", self.final_div_factor)
@@ -286,9 +280,9 @@ class OneCycle(Bindable):
         if self.three_phase:
             foot = min(max(2 * self.pct_start * self.total_steps - 2.0, peak), last)
             phases[1:] = [(peak, foot, top, bottom, 1, 0), (foot, last, bottom, final, 0, 0)]
-        here = min(float(step), last)
-        start, end, lr_a, lr_b, a, b = next(phase for phase in phases if here <= phase[1])
-        done = (here - start) / (end - start) if end > start else 1.0
+        now = min(float(step), last)
+        start, end, lr_a, lr_b, a, b = next(phase for phase in phases if now <= phase[1])
+        done = (now - start) / (end - start) if end > start else 1.0
         lr = self._between(lr_a, lr_b, done)
         if self.base_momentum is None or self.max_momentum is None:
             return lr, None
@@ -310,8 +304,14 @@ def _check(holds: bool, expected: str, got: object) -> None:
         raise ValueError(f"{expected}, got {got!r}")
 
 
-def _check_rate(name: str, value: float) -> None:
-    _check(0 <= value < math.inf, f"{name} must be finite and at least 0", value)
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        _check(0 <= rate < math.inf, f"{name} must be finite and at least 0", rate)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        _check(count >= 1, f"{name} must be at least 1", count)
 
 
 def _check_step(step: int) -> None:

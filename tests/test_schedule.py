@@ -176,7 +176,7 @@ def test_the_ceiling_of_cyclic_sinks():
     assert [fading(2 + 4 * cycle)[0] for cycle in range(3)] == [0.9**2, 0.9**6, 0.9**10]
 
 
-# ---- what they share ----
+# ---- all of them ----
 
 
 def test_momentum_is_left_alone_on_request():

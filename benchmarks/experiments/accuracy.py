@@ -1,9 +1,9 @@
-"""Does 16-bit training reach the accuracy of fp32? fastmp's recipe against plain PyTorch in fp32.
+"""The accuracy of 16-bit training: fastmp's recipe against plain PyTorch in fp32.
 
     python -m benchmarks.experiments.accuracy [--epochs 4] [--seeds 3] [--dtype bf16]
 
 The same model, initial weights, order of samples, hyperparameters and number of epochs on both
-sides; the PyTorch side has nothing of fastmp in its loop: fp32, eager mixup, two index losses,
+sides; the loop of the PyTorch side uses no fastmp: fp32, eager mixup, two index losses,
 ``clip_grad_norm_``, ``AdamW(fused=True)``, ``OneCycleLR``. Fashion-MNIST, from ``$FASTMP_DATA``.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from typing import cast
 
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks import RESULTS
+from benchmarks.experiments import save
 from fastmp import data, recipe
-from fastmp.bench.results import folder
 from fastmp.data import Dataset
-from fastmp.doctor import environment
 from fastmp.recipe import DTYPES, DtypeName, TrainConfig
 
 CPU = torch.device("cpu")
@@ -125,24 +122,18 @@ def main() -> None:
 
 
 def write(runs: list[dict[str, float]], epochs: int, dtype: str) -> None:
-    facts = environment()
     ours, theirs = (statistics.mean(run[k] for run in runs) for k in ("fastmp", "torch_fp32"))
-    where = folder(RESULTS)
-    content = {**facts, "epochs": epochs, "dtype": dtype, "runs": runs}
-    (where / "accuracy.json").write_text(json.dumps(content, indent=1) + "\n")
+    content = {"epochs": epochs, "dtype": dtype, "runs": runs}
     lines = [
-        "# accuracy\n",
-        *(f"- {key}: {value}" for key, value in facts.items()),
         f"\nFashion-MNIST, convnet, {epochs} epochs; test accuracy after the last one.\n",
         f"| seed | fastmp {dtype} | torch fp32 |",
         "| --- | --- | --- |",
         *(f"| {run['seed']} | {run['fastmp']:.2%} | {run['torch_fp32']:.2%} |" for run in runs),
         f"| mean | **{ours:.2%}** | {theirs:.2%} |",
         f"\nDifference of the means: {100 * (ours - theirs):+.2f} points "
-        f"(asked: within 0.3; {'reached' if abs(ours - theirs) <= 0.003 else '**missed**'}).",
+        f"(goal: within 0.3; {'reached' if abs(ours - theirs) <= 0.003 else '**missed**'}).",
     ]
-    (where / "accuracy.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save("accuracy", content, lines)
 
 
 if __name__ == "__main__":

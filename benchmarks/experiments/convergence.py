@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from typing import Any
 
 import torch
 
-from benchmarks import RESULTS
+from benchmarks.experiments import save
 from fastmp import data, recipe
-from fastmp.bench.results import folder
 from fastmp.data import Dataset
 from fastmp.distributed.rendezvous import World
-from fastmp.doctor import environment
 from fastmp.recipe import TrainConfig
 
 CPU = torch.device("cpu")
@@ -71,19 +68,15 @@ def main() -> None:
         ours = accuracies(dataclasses.replace(whole, seed=seed), dataset)
         runs.append({"seed": seed, "constant": theirs, "recipe": ours})
         print(runs[-1], flush=True)
-        write(environment(), options.epochs, runs)
+        write(options.epochs, runs)
 
 
-def write(facts: dict[str, Any], epochs: int, runs: list[dict[str, Any]]) -> None:
-    where = folder(RESULTS)
-    content = {**facts, "epochs": epochs, "runs": runs}
-    (where / "convergence.json").write_text(json.dumps(content, indent=1) + "\n")
+def write(epochs: int, runs: list[dict[str, Any]]) -> None:
+    content = {"epochs": epochs, "runs": runs}
     means = [statistics.mean(run[key][-1] for run in runs) for key in ("constant", "recipe")]
     best = statistics.mean(max(run["constant"]) for run in runs)
     reached = sum(run["recipe"][-1] >= run["constant"][-1] for run in runs)
     lines = [
-        "# convergence\n",
-        *(f"- {key}: {value}" for key, value in facts.items()),
         "\nFashion-MNIST, convnet, bf16; test accuracy after the last epoch.",
         f"Constant lr {CONSTANT_LR:g}.\n",
         f"| seed | constant lr, {epochs} epochs | best of these | recipe, {epochs // 2} epochs |",
@@ -98,7 +91,7 @@ def write(facts: dict[str, Any], epochs: int, runs: list[dict[str, Any]]) -> Non
         f"in the mean {'reached' if means[1] >= means[0] else '**missed**'} "
         f"({100 * (means[1] - means[0]):+.2f} points).",
     ]
-    (where / "convergence.md").write_text("\n".join(lines) + "\n")
+    save("convergence", content, lines)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""What the trainer costs: its step, with schedule, log and records, against the same step bare.
+"""The trainer's overhead: its step, with schedule, log and records, against the bare step.
 
     python -m benchmarks.experiments.overhead [--rounds 200]
 
 Fashion-MNIST's shapes, batch 256, bf16, mixup, smoothing, clipping: the same kernels on both sides,
-in the order a person would write them, interleaved in one process; the weights must end equal bit
+in the order of a hand-written loop, interleaved in one process; the weights must end equal bit
 for bit. The trainer writes its JSON lines and TensorBoard events to a folder, as in a real run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,11 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import RESULTS
+from benchmarks.experiments import save
 from fastmp import amp, models, optim
-from fastmp.bench.results import folder
 from fastmp.data.mixup import Mixup
-from fastmp.doctor import environment
 from fastmp.nn import CrossEntropyLoss
 from fastmp.optim.lr_scheduler import apply
 from fastmp.schedule import OneCycle
@@ -106,25 +103,20 @@ def main() -> None:
             name: measure(name, options.rounds, Path(out) / name)
             for name in ("convnet", "vit", "mlp")
         }
-    facts, where = environment(), folder(RESULTS)
-    (where / "overhead.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     lines = [
-        "# overhead\n",
-        *(f"- {key}: {value}" for key, value in facts.items()),
         "\nA training step of 256 images 28x28 in bf16, ms; the difference is the median over "
         "neighbouring pairs.\n",
         "| model | bare | trainer | difference | of a step |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
-        share = row["difference"] / row["bare"]
-        verdict = "" if share <= GOAL else " **missed**"
+        fraction = row["difference"] / row["bare"]
+        missed = "" if fraction <= GOAL else " **missed**"
         lines.append(
             f"| {name} | {row['bare']:.2f} | {row['trainer']:.2f} | {row['difference']:.2f} "
-            f"| {share:.1%}{verdict} |"
+            f"| {fraction:.1%}{missed} |"
         )
-    (where / "overhead.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save("overhead", {"rows": rows}, lines)
 
 
 if __name__ == "__main__":

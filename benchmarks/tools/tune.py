@@ -1,11 +1,11 @@
-"""Tile choices, tried on the device: which rows of ``tiles.py`` to change, and to what.
+"""Tile choices, tried on the device: the rows of ``tiles.py`` to change, and their new tiles.
 
     python -m benchmarks.tools.tune [--seconds 90] [--small]
 
 Every candidate differs from the present tile in a field or two and is timed against it,
-interleaved, on all shapes of its row; its result is held against torch's first. One that does not
-fit on the device is passed over. ``--small`` runs two candidates on tiny shapes, where there is
-only Triton's interpreter: does it work?
+interleaved, on all shapes of its row, after its result was compared with torch's. One that does not
+fit on the device is skipped. ``--small`` runs two candidates on tiny shapes in Triton's
+interpreter, to test the procedure.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Finding:
     tile: tuple[Any, ...]
     ratio: float
     tried: int
-    wrong: int = 0  # candidates whose results were
+    wrong: int = 0  # candidates with wrong results
 
     def __str__(self) -> str:
-        verdict = "stays" if self.ratio < WORTH_IT else f"-> {self.tile}, {self.ratio:.2f}x"
-        return f"{self.row}: {verdict} ({self.tried} tried)"
+        change = "stays" if self.ratio < WORTH_IT else f"-> {self.tile}, {self.ratio:.2f}x"
+        return f"{self.row}: {change} ({self.tried} tried)"
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def best(
     """Time each candidate against the present tile on every case, until the deadline.
 
     Args:
-        cases: (what to run, what raises AssertionError if its result is wrong).
+        cases: (the call, a check of its result that raises AssertionError).
     """
     measure = kernel_clock("cuda" if torch.cuda.is_available() else "cpu")
     found, tried, wrong = Finding(row, present, 1.0, 0), 0, 0
@@ -96,7 +96,7 @@ def best(
             wrong += 1
             print(f"{row}: {tile} gives wrong results: {error}", file=sys.stderr)
             continue
-        except Exception as error:  # of Triton's many: too little shared memory, registers, a tile
+        except Exception as error:  # one of Triton's many: shared memory, registers, a bad tile
             print(f"{row}: {tile} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         ratio = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -128,7 +128,7 @@ def _ratio(
 
 
 def _dtype(device: str) -> torch.dtype:
-    """bf16, but in the interpreter, which multiplies bf16 as if it were integers."""
+    """bf16; in the interpreter, which multiplies bf16 as if it were integers, fp16."""
     return torch.bfloat16 if device == "cuda" else torch.float16
 
 
@@ -233,7 +233,7 @@ def main() -> None:
         print(finding, flush=True)
         wrong += finding.wrong
     if wrong:
-        sys.exit(f"{wrong} tiles gave wrong results: the kernels depend on more than they should")
+        sys.exit(f"{wrong} tiles gave wrong results: a kernel is right for some tiles only")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is counted, on gradients and weights chosen to be hit."""
+"""The counts, on gradients and weights chosen to underflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases for the processes of ``measure``: each writes what it does, and when, to a file."""
+"""Cases for the processes of ``measure``: each writes its events to a file."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The benchmarks: baselines are fair, what is timed is checked, results and pictures are there."""
+"""The benchmarks: fair baselines, checked results, files and pictures."""
 
 import json
 import subprocess
@@ -123,7 +123,7 @@ def test_a_copy_has_a_bandwidth():
     assert 1 < harness.copy_bandwidth("cpu") < 1000
 
 
-# ---- what is timed is checked ----
+# ---- timed results are checked ----
 
 
 def test_wrong_results_are_not_timed(monkeypatch):

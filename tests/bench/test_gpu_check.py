@@ -1,4 +1,4 @@
-"""gpu-check: every stage runs, whatever the one before did, and leaves no process."""
+"""gpu-check: every stage runs, also after one that failed, and leaves no process."""
 
 import json
 import subprocess
