@@ -12,6 +12,10 @@ from fastmp.ops import linear as operation
 from fastmp.ops.checks import check_device, transformed
 from fastmp.ops.linear import ACTIVATIONS, activate
 
+# Device types for which torch.is_autocast_enabled raises. Dynamo of torch 2.11 cannot trace
+# torch.amp.is_autocast_available.
+_WITHOUT_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "fpga"})
+
 
 class _Linear(torch.autograd.Function):
     """Keeps what the gradients asked for will need, and nothing else."""
@@ -108,7 +112,7 @@ def linear(
     ):
         return activate(F.linear(input, weight, bias), activation)
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastmp.functional import linear
+from fastmp.functional.linear import _WITHOUT_AUTOCAST
 from fastmp.nn import Linear
 from fastmp.ops import linear as operation
 from fastmp.ops.linear import ACTIVATIONS
@@ -321,6 +322,13 @@ def test_a_module_with_a_frozen_weight_compiles_under_autocast():
 
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, step(compiled), step(module)))
+
+
+def test_device_types_without_autocast():
+    """Dynamo of torch 2.11 cannot ask torch itself."""
+    assert not any(map(torch.amp.is_autocast_available, _WITHOUT_AUTOCAST))
+    others = ["cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", "privateuseone"]
+    assert all(map(torch.amp.is_autocast_available, others))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
