@@ -37,9 +37,9 @@ WORTH_IT = 1.03  # a smaller gain is noise
 
 FEW, SHALLOW, DEEP = (16, 4096, 4096), (16384, 1024, 4096), (8192, 8192, 8192)
 LINEAR = {
-    "few_rows": [FEW, (64, 4096, 14336)],
-    "shallow": [SHALLOW, (16384, 512, 2048), (65536, 512, 512)],
-    "deep": [DEEP, (4096, 4096, 14336)],
+    "small_m": [FEW, (64, 4096, 14336)],
+    "short_k": [SHALLOW, (16384, 512, 2048), (65536, 512, 512)],
+    "long_k": [DEEP, (4096, 4096, 14336)],
 }
 LOSS = [(131072, 10), (131072, 1000), (65536, 4096), (8192, 32000), (4096, 128256)]
 
@@ -136,24 +136,23 @@ def _dtype(device: str) -> torch.dtype:
 
 
 def linear_candidates(tile: LinearTile) -> list[LinearTile]:
-    """Neighbours of a tile: another shape, depth, number of stages, of warps or of programs."""
+    """Neighbours of a tile: another shape, number of stages, of warps or of programs."""
     shapes = {(64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128)}
-    made = [tile._replace(rows=r, columns=c) for r, c in sorted(shapes)]
-    made += [tile._replace(depth=d) for d in (32, 64, 128)]
+    made = [tile._replace(block_m=m, block_n=n) for m, n in sorted(shapes)]
+    made += [tile._replace(block_k=k) for k in (32, 64, 128)]
     made += [tile._replace(stages=tile.stages + more) for more in (-1, 1, 2)]
-    made += [tile._replace(warps=w, programs=p) for w in (4, 8) for p in (1, 2)]
+    made += [tile._replace(warps=w, programs_per_sm=p) for w in (4, 8) for p in (1, 2)]
     made += [tile._replace(tma=not tile.tma)] if tile.tma else []
     return [m for m in dict.fromkeys(made) if m != tile and m.stages > 0]
 
 
 def linear_case(shape: tuple[int, int, int], device: str) -> tuple[Run, Callable[[Any], None]]:
-    rows, depth, columns = shape
+    m, k, n = shape
     torch.manual_seed(0)
     x, w, b = (
-        torch.randn(size, device=device, dtype=_dtype(device))
-        for size in ((rows, depth), (columns, depth), (columns,))
+        torch.randn(size, device=device, dtype=_dtype(device)) for size in ((m, k), (n, k), (n,))
     )
-    w /= depth**0.5
+    w /= k**0.5
 
     def check(result: tuple[Tensor, Tensor]) -> None:
         last = slice(-64, None)
@@ -167,8 +166,8 @@ def linear_case(shape: tuple[int, int, int], device: str) -> tuple[Run, Callable
 def tune_linear(device: str, small: bool, deadline: float) -> Iterator[Finding]:
     architecture = devices.architecture(torch.device(device))
     for row, shapes in LINEAR.items():
-        rows, depth, _ = shapes[0]
-        tile = linear_tile(rows, depth, architecture)
+        m, k, _ = shapes[0]
+        tile = linear_tile(m, k, architecture)
         if small:
             shapes, candidates = [(33, 40, 24)], linear_candidates(tile)[:2]
         else:

@@ -172,9 +172,9 @@ def test_a_tile_that_is_hardly_faster_is_not_worth_it(monkeypatch):
 
 
 def test_candidates_differ_from_the_tile_and_can_be():
-    for rows, depth in ((16, 4096), (4096, 1024), (4096, 8192)):
+    for m, k in ((16, 4096), (4096, 1024), (4096, 8192)):
         for architecture in (80, 90, 100, 120):
-            tile = tiles.linear_tile(rows, depth, architecture)
+            tile = tiles.linear_tile(m, k, architecture)
             made = tune.linear_candidates(tile)
             assert len(made) == len(set(made)) > 8
             assert tile not in made

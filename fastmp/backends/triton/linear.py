@@ -8,14 +8,11 @@ from torch import Tensor
 from fastmp.backends import registry, torch_linear, triton
 from fastmp.backends.abi import unsupported_dtype
 from fastmp.backends.torch_linear import as_rows
-from fastmp.backends.triton.tiles import DEEPEST_FUSED
+from fastmp.backends.triton.tiles import MAX_FUSED_K, VECTOR
 
 # The calls take the host 50 us longer than torch's own: the forward and the backward of so many
 # multiply-adds take the device as long, at 500 TFLOP/s. A prediction, not yet measured.
 _WORTH_A_CALL = 1 << 32
-
-# 16 bytes of a 16-bit dtype.
-_VECTOR = 8
 
 # Coordinates are 32-bit, also those of the last tile's last row, and so are offsets within a tile
 # of 128 rows.
@@ -34,7 +31,7 @@ def worthwhile(input: Tensor, weight: Tensor, activation: str) -> bool:
 
 def fused_is_faster(k: int, activation: str) -> bool:
     """Whether our product with its activation beats the vendor's product and a pass after it."""
-    return k <= DEEPEST_FUSED[activation]
+    return k <= MAX_FUSED_K[activation]
 
 
 def _rows_are_vectors(matrix: Tensor) -> bool:
@@ -42,8 +39,8 @@ def _rows_are_vectors(matrix: Tensor) -> bool:
     return (
         0 < rows <= _MAX_ROWS
         and 0 < columns <= matrix.stride(0) <= _MAX_ROW_STRIDE
-        and columns % _VECTOR == 0
-        and matrix.stride(0) % _VECTOR == 0
+        and columns % VECTOR == 0
+        and matrix.stride(0) % VECTOR == 0
         and matrix.stride(1) == 1
         and matrix.data_ptr() % 16 == 0
     )
@@ -57,7 +54,7 @@ def supports_operands(input: Tensor, weight: Tensor) -> str | None:
     if input.dtype not in (torch.float16, torch.bfloat16) or input.dtype != weight.dtype:
         return f"no kernel for {input.dtype} times {weight.dtype}"
     n, k = weight.shape
-    if n % _VECTOR or n > _MAX_ROW_STRIDE or not _rows_are_vectors(weight):
+    if n % VECTOR or n > _MAX_ROW_STRIDE or not _rows_are_vectors(weight):
         return "the rows of the weight are not 16-byte vectors"
     try:
         rows = input.view(-1, k) if input.dim() > 2 else as_rows(input)

@@ -46,102 +46,104 @@ def loss_tile(classes: int, itemsize: int) -> LossTile:
 
 
 class LinearTile(NamedTuple):
-    """How one program of the linear kernels takes y = x Wᵀ."""
+    """The tile of one program of the linear kernels, y = x Wᵀ with x (M, K) and W (N, K)."""
 
-    rows: int  # of x and y
-    columns: int  # of y, rows of W
-    depth: int  # taken at a time
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int  # of operands on their way to shared memory
-    programs: int  # that fit on a multiprocessor
+    programs_per_sm: int  # that fit on a multiprocessor
     tma: bool  # whether the tensor memory accelerator moves the tiles
 
 
 class _LinearTiles(NamedTuple):
-    few_rows: LinearTile
-    shallow: LinearTile
-    deep: LinearTile
+    small_m: LinearTile
+    short_k: LinearTile
+    long_k: LinearTile
 
 
+#: 16 bytes of a 16-bit dtype.
+VECTOR = 8
 # Up to 64 rows the weights are nearly all the traffic, and the product waits for them: small tiles,
 # so that more multiprocessors take part, and many bytes on their way to each.
-_FEW_ROWS = 64
-# Up to this depth the epilogue is a large part of a tile's time. It takes about 25 instructions for
+_SMALL_M = 64
+# Up to this K the epilogue is a large part of a tile's time. It takes about 25 instructions for
 # each element, 3,200 cycles for 128x128 on the 128 lanes of a multiprocessor; the tensor cores of
-# sm_90 take 4 cycles there for each step of the depth, 8,192 for 2,048 steps. Two programs on each
+# sm_90 take 4 cycles there for each step of K, 8,192 for 2,048 steps. Two programs on each
 # multiprocessor hide one's epilogue behind the other's product. A tile twice as wide reads a
 # quarter less from L2, 48 KB in 1,024 cycles instead of 32 in 512, but there is room for one only.
-_SHALLOW = 2048
+_SHORT_K = 2048
 
 # Threads copy where tensor cores take their operands from registers. Two programs of 128x128 with
 # three steps of 32 on their way, 48 KB each, fit into 164 KB of sm_80 and into the 100 KB of sm_86,
 # sm_89 and sm_120; the last has TMA, but with its buffers for results only one would fit. With few
 # rows 8 warps, because ptxas for sm_120 gives 4 of them no more than 80 registers, and spills.
 _COPYING_THREADS = _LinearTiles(
-    few_rows=LinearTile(64, 64, 64, warps=8, stages=4, programs=2, tma=False),
-    shallow=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
-    deep=LinearTile(128, 128, 32, warps=4, stages=4, programs=2, tma=False),
+    small_m=LinearTile(64, 64, 64, warps=8, stages=4, programs_per_sm=2, tma=False),
+    short_k=LinearTile(128, 128, 32, warps=4, stages=4, programs_per_sm=2, tma=False),
+    long_k=LinearTile(128, 128, 32, warps=4, stages=4, programs_per_sm=2, tma=False),
 )
-# From which architecture on.
+# By the first architecture that they are for.
 _LINEAR_TILES = {
     80: _COPYING_THREADS,
     90: _LinearTiles(
-        few_rows=LinearTile(64, 64, 128, warps=4, stages=3, programs=2, tma=True),
-        shallow=LinearTile(128, 128, 64, warps=4, stages=3, programs=2, tma=True),
-        deep=LinearTile(128, 256, 64, warps=8, stages=4, programs=1, tma=True),
+        small_m=LinearTile(64, 64, 128, warps=4, stages=3, programs_per_sm=2, tma=True),
+        short_k=LinearTile(128, 128, 64, warps=4, stages=3, programs_per_sm=2, tma=True),
+        long_k=LinearTile(128, 256, 64, warps=8, stages=4, programs_per_sm=1, tma=True),
     ),
     # Triton before 3.9 keeps y and z apart in shared memory here: one stage less. A product of 64
     # rows would spill; half of 128 rows are none, and cost the tensor cores, not the memory.
     100: _LinearTiles(
-        few_rows=LinearTile(128, 64, 64, warps=4, stages=4, programs=2, tma=True),
-        shallow=LinearTile(128, 128, 64, warps=4, stages=2, programs=2, tma=True),
-        deep=LinearTile(128, 256, 64, warps=8, stages=3, programs=1, tma=True),
+        small_m=LinearTile(128, 64, 64, warps=4, stages=4, programs_per_sm=2, tma=True),
+        short_k=LinearTile(128, 128, 64, warps=4, stages=2, programs_per_sm=2, tma=True),
+        long_k=LinearTile(128, 256, 64, warps=8, stages=3, programs_per_sm=1, tma=True),
     ),
     120: _COPYING_THREADS,
 }
 
-# Rows of tiles that are taken together: 8 of 128 rows by 16 of 128 columns are what 132
-# multiprocessors work on at a time, 24 strips of operands for 128 tiles.
-LINEAR_GROUP = 8
+# Rows of tiles in a group of the grouped ordering: 8 of 128 rows by 16 of 128 columns are what 132
+# multiprocessors work on at a time, 24 blocks of operands for 128 tiles.
+GROUP_M = 8
 
 
-def linear_tile(rows: int, depth: int, architecture: int) -> LinearTile:
-    """The tile for x of so many rows and columns."""
+def linear_tile(m: int, k: int, architecture: int) -> LinearTile:
+    """The tile for x (M, K)."""
     tiles = _LINEAR_TILES[max(known for known in _LINEAR_TILES if known <= architecture)]
-    if rows <= _FEW_ROWS:
-        return tiles.few_rows
-    return tiles.shallow if depth <= _SHALLOW else tiles.deep
+    if m <= _SMALL_M:
+        return tiles.small_m
+    return tiles.short_k if k <= _SHORT_K else tiles.long_k
 
 
 # A prediction that no GPU has confirmed yet: up to which K fusing pays. It saves a pass that reads
 # z and writes y, 4 bytes at 4.3 TB/s for each element. Our product is assumed to be 5% slower than
 # cuBLAS at 700 TFLOP/s: 0.05 · 2 K / 700e12 = 4 / 4.3e12 at K = 6,500. That holds for relu, one
-# instruction. The others take 10 to 20, and where nothing hides them, beyond _SHALLOW, that is
+# instruction. The others take 10 to 20, and where nothing hides them, beyond _SHORT_K, that is
 # up to 20 / (132 · 128 · 1.7e9) s, 0.75 of the pass.
-DEEPEST_FUSED = {
+MAX_FUSED_K = {
     "none": 0,
     "relu": 6500,
-    "gelu": _SHALLOW,
-    "gelu_tanh": _SHALLOW,
-    "silu": _SHALLOW,
+    "gelu": _SHORT_K,
+    "gelu_tanh": _SHORT_K,
+    "silu": _SHORT_K,
 }
 
 
 class ActivationTile(NamedTuple):
-    """How one program of the activation gradient takes its strip of rows."""
+    """The tile of one program of the activation gradient, for matrices (M, N)."""
 
-    rows: int  # at a time
-    columns: int
-    strip: int  # rows in all, a multiple of the above
+    block_m: int
+    block_n: int
+    split_m: int  # rows of a program, a multiple of block_m
     warps: int
 
 
 # 16 programs for each multiprocessor, on which 4 or 5 fit: the last ones to finish are 1/16.
-_STRIP_PROGRAMS = 16
-# More strips would make adding them the longer part where the columns are few.
-_MOST_STRIPS = 512
-# Rows, columns and warps of the kernel that adds the strips: 512 of them are 4 loads in a row.
-STRIPS_TILE = (128, 32, 8)
+_PROGRAMS_PER_SM = 16
+# With more splits adding their sums would be the longer part where the columns are few.
+_MAX_SPLITS = 512
+# block_m, block_n and warps of the kernel that adds them: 512 splits are 4 loads in a row.
+SUM_SPLITS_TILE = (128, 32, 8)
 
 
 # 16-bit elements of a tile, 32 for each thread. Fewer in fp32, which is as many bytes, and where
@@ -149,37 +151,37 @@ STRIPS_TILE = (128, 32, 8)
 _ELEMENTS = 4096
 
 
-def activation_tile(rows: int, columns: int, vector: int, processors: int) -> ActivationTile:
-    """The tile for matrices of this size, of which a load takes so many elements."""
-    width = min(128, max(16, 1 << (columns - 1).bit_length()))
-    height = (_ELEMENTS if vector == 8 else _ELEMENTS // 2) // width
-    programs = -(-_STRIP_PROGRAMS * processors * width // columns)
-    strips = min(programs, _MOST_STRIPS, -(-rows // height))
-    return ActivationTile(height, width, -(-rows // strips // height) * height, warps=4)
+def activation_tile(m: int, n: int, vector: int, sms: int) -> ActivationTile:
+    """The tile for matrices (M, N), ``vector`` elements a load, on so many multiprocessors."""
+    block_n = min(128, max(16, 1 << (n - 1).bit_length()))
+    block_m = (_ELEMENTS if vector == 8 else _ELEMENTS // 2) // block_n
+    programs = -(-_PROGRAMS_PER_SM * sms * block_n // n)
+    splits = min(programs, _MAX_SPLITS, -(-m // block_m))
+    return ActivationTile(block_m, block_n, -(-m // splits // block_m) * block_m, warps=4)
 
 
 class MixTile(NamedTuple):
-    """How one program of mix takes stretches of planes."""
+    """The tile of one program of mix."""
 
-    rows: int  # stretches, each of one plane
-    block: int  # elements of a stretch, a power of 2
+    ranges: int  # contiguous ranges, each of one plane
+    block: int  # elements of a range, a power of 2
     warps: int
 
 
 # Four warps with 8 to 16 programs on a multiprocessor have 32 KB in flight or more for each image
-# that is read, which covers the latency (4.8 TB/s · 0.8 us / 132 = 29 KB). 32 elements spread what
-# a stretch has to look up and divide, some 40 instructions of each thread; of fp32, 16 fill the
+# that is read, which covers the latency (4.8 TB/s · 0.8 us / 132 = 29 KB). 32 elements spread the
+# loads and divisions of a range, some 40 instructions of each thread; of fp32, 16 fill the
 # registers as much.
 _MIX_WARPS = 4
 _MIX_ELEMENTS = {1: 32, 2: 32, 4: 16}
-# Each access has an address and, with a box, a place in the image: 32 of them are 167 registers.
+# Each access has an address and, with a box, a position in the image: 32 are 167 registers.
 _MIX_ACCESSES = 8
-# Stretches below a quarter of a program's lanes cost more in looking up than idle lanes would.
+# Ranges below a quarter of a program's lanes cost more in loads and divisions than idle lanes.
 _MIX_SHORTEST = 128
 
 
 def mix_tile(plane: int, itemsize: int, vector: int) -> MixTile:
-    """The tile for planes of so many elements; shorter stretches until 3 of 4 lanes have work."""
+    """The tile for planes of so many elements; shorter ranges until 3 of 4 lanes have work."""
     tile = _MIX_WARPS * 32 * min(_MIX_ELEMENTS[itemsize], _MIX_ACCESSES * vector)
     block = min(tile, 1 << (plane - 1).bit_length())
     while block > _MIX_SHORTEST and 3 * -(-plane // block) * block > 4 * plane:

@@ -45,7 +45,7 @@ def test_product(compiled, case):
         assert kernel.count(copied_alone) == 0
         # As many programs on a multiprocessor as the tile's epilogue counts on.
         tile = linear_tile(rows, depth, arch)
-        assert kernel.occupancy() * SM_WARPS[arch] >= tile.programs * tile.warps
+        assert kernel.occupancy() * SM_WARPS[arch] >= tile.programs_per_sm * tile.warps
 
 
 BACKWARDS = {

@@ -10,7 +10,7 @@ from fastmp.backends.triton import linear as backend
 from fastmp.backends.triton.kernels import activation as activation_kernels
 from fastmp.backends.triton.kernels import linear as kernels
 from fastmp.backends.triton.kernels.activation import activation_backward
-from fastmp.backends.triton.tiles import DEEPEST_FUSED, linear_tile
+from fastmp.backends.triton.tiles import MAX_FUSED_K, linear_tile
 from fastmp.ops.linear import (
     ACTIVATIONS,
     activate,
@@ -159,7 +159,7 @@ def test_supported_operands():
 
 
 def test_the_rule_names_every_activation():
-    assert set(DEEPEST_FUSED) == set(ACTIVATIONS)
+    assert set(MAX_FUSED_K) == set(ACTIVATIONS)
     assert not backend.fused_is_faster(8, "none")
     assert backend.fused_is_faster(4096, "relu")
     assert not backend.fused_is_faster(8192, "relu")

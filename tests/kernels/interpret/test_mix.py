@@ -175,7 +175,7 @@ def test_any_address_and_stride(kind, input):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_rows(kind, monkeypatch):
     """What 2^31 rows, or pixels of a plane, would switch on."""
-    monkeypatch.setattr("fastmp.backends.triton.kernels.mix._NARROW", 0)
+    monkeypatch.setattr("fastmp.backends.triton.kernels.mix._INT32_LIMIT", 0)
     for shape in [(3, 2, 24, 72), (5, 3, 7, 11)]:
         arguments = problem(shape, kind, torch.uint8, torch.float16, True)
         check(arguments, mix(*arguments))
@@ -191,9 +191,9 @@ def test_most_lanes_have_work():
     for plane in range(1, 20000):
         for vector in (1, 2, 4, 8):
             if plane % vector == 0:
-                rows, block, _ = tiles.mix_tile(plane, 2, vector)
+                ranges, block, _ = tiles.mix_tile(plane, 2, vector)
                 assert block % vector == 0
-                assert rows * block <= 4096
+                assert ranges * block <= 4096
                 assert -(-plane // block) * block < 2 * plane
 
 

@@ -13,14 +13,14 @@ The formulas and coefficients are those of ``csrc/cpu/activation.h``: one expone
 between value and derivative. NaN stays NaN; derivatives at ±inf are their limits, 0 and 1.
 
 Bytes of the gradients, 16-bit: 4 read and 2 written for each element, 2 read with activation none;
-and for each column of a strip of rows 4 written and read again, which is 1/24 of that for the
-shortest strip, 32 rows, and 1/300 for one of 400.
+and for each column of a split, a range of rows, 4 written and read again, which is 1/24 of that for
+the shortest split, 32 rows, and 1/300 for one of 400.
 
 Tiles: 128 columns are 256 bytes of a row, whole cache lines, and 32 rows of them are 32 elements a
 thread. That is 8 loads of 16 bytes in flight, 16 KB a program and 64 KB on a multiprocessor, twice
 what its share of the bandwidth needs (4.8 TB/s · 0.8 us / 132 = 29 KB). Every thread adds up its
-own columns of a whole strip; the threads meet once, at its end. The strips are then added in a
-fixed order by a second kernel: no atomics, two runs give the same bits.
+own columns of a whole split; the threads' sums are added once, at its end. The sums of the splits
+are then added in a fixed order by a second kernel: no atomics, two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from torch import Tensor
 from fastmp.backends.abi import Activation
 from fastmp.backends.triton import num_sms
 from fastmp.backends.triton.kernels.numerics import exp
-from fastmp.backends.triton.tiles import STRIPS_TILE, activation_tile
+from fastmp.backends.triton.tiles import SUM_SPLITS_TILE, activation_tile
 
-# Kernels read no globals but these.
+# The only globals that the kernels read.
 _NONE = tl.constexpr(int(Activation.NONE))
 _RELU = tl.constexpr(int(Activation.RELU))
 _GELU = tl.constexpr(int(Activation.GELU))
@@ -45,14 +45,14 @@ _TANH_CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _within(z, LIMIT: tl.constexpr):
-    """z, moved to ±LIMIT if beyond; NaN stays."""
+def _clamp(z, LIMIT: tl.constexpr):
+    """z, limited to ±LIMIT; NaN stays NaN."""
     return tl.clamp(z, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _reciprocal(v):
-    """1 / v for v from 1 to 1e18, in 4 instructions; a division minds all other v and takes 9."""
+    """1 / v for v from 1 to 1e18, in 4 instructions; a division covers all v and takes 9."""
     root = tl.rsqrt(v)
     r = root * root
     return r * (2.0 - v * r)
@@ -94,7 +94,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == _RELU:
         return tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == _GELU:
-        _, distribution = _normal(_within(z, 15.0))  # beyond it is 0 or 1
+        _, distribution = _normal(_clamp(z, 15.0))  # beyond it is 0 or 1
         return z * distribution
     elif ACTIVATION == _GELU_TANH:
         sigma, _ = _sigmoid(z * _TANH_SCALE * (z * z * _TANH_CUBIC + 1.0))
@@ -110,61 +110,68 @@ def gradient(grad, saved, ACTIVATION: tl.constexpr):
     if ACTIVATION == _RELU:
         return tl.where(saved <= 0, 0.0, grad)
     elif ACTIVATION == _GELU:
-        z = _within(saved, 15.0)
+        z = _clamp(saved, 15.0)
         density, distribution = _normal(z)
         return grad * (distribution + z * 0.398942280 * density)
     elif ACTIVATION == _GELU_TANH:
-        z = _within(saved, 15.0)
+        z = _clamp(saved, 15.0)
         sigma, complement = _sigmoid(z * _TANH_SCALE * (z * z * _TANH_CUBIC + 1.0))
         slope = z * z * (3.0 * _TANH_CUBIC * _TANH_SCALE) + _TANH_SCALE
         return grad * (sigma + z * slope * sigma * complement)
     else:
-        z = _within(saved, 110.0)
+        z = _clamp(saved, 110.0)
         sigma, complement = _sigmoid(z)
         return grad * sigma * (z * complement + 1.0)
 
 
 @triton.jit
 def _activation_backward_kernel(
-    grad, saved, dz, parts, rows, columns, strip, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    grad,  # (M, N)
+    saved,  # (M, N); not read for none
+    dz,  # (M, N); not written for none
+    db_partial,  # (splits, N), fp32, or None
+    M, N, split_m, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """dz, and in parts[strip] its sums over the rows of each strip; either may be missing."""
-    # Said as a multiple of VECTOR, so that the compiler knows and takes 16 bytes at a time.
-    columns = columns // VECTOR * VECTOR
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    line = tl.arange(0, ROWS)[:, None]
-    lane = line * columns + column
-    first = tl.program_id(1).to(tl.int64) * strip
-    mine = tl.minimum(rows - first, strip).to(tl.int32)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for row in range(0, mine, ROWS):
-        inside = (row + line < mine) & (column < columns)
-        base = (first + row) * columns
-        g = tl.load(grad + base + lane, mask=inside, other=0.0).to(tl.float32)
+    """dz, and in db_partial its sums over the split_m rows of each program."""
+    N = N // VECTOR * VECTOR  # a multiple of VECTOR: the compiler then takes 16 bytes at a time
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    o_m = tl.arange(0, BLOCK_M)[:, None]
+    o_tile = o_m * N + o_n
+    first_m = tl.program_id(1).to(tl.int64) * split_m
+    rows = tl.minimum(M - first_m, split_m).to(tl.int32)
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_m in range(0, rows, BLOCK_M):
+        mask = (start_m + o_m < rows) & (o_n < N)
+        o_row = (first_m + start_m) * N
+        b_dz = tl.load(grad + o_row + o_tile, mask=mask, other=0.0).to(tl.float32)
         if ACTIVATION != _NONE:
-            z = tl.load(saved + base + lane, mask=inside, other=0.0).to(tl.float32)
-            g = gradient(g, z, ACTIVATION)
-            tl.store(dz + base + lane, g.to(dz.dtype.element_ty), mask=inside)
-        if parts is not None:
-            sums += g
-    if parts is not None:
-        place = tl.program_id(1).to(tl.int64) * columns + column
-        tl.store(parts + place, tl.sum(sums, 0)[None, :], mask=column < columns)
+            b_saved = tl.load(saved + o_row + o_tile, mask=mask, other=0.0).to(tl.float32)
+            b_dz = gradient(b_dz, b_saved, ACTIVATION)
+            tl.store(dz + o_row + o_tile, b_dz.to(dz.dtype.element_ty), mask=mask)
+        if db_partial is not None:
+            b_sum += b_dz
+    if db_partial is not None:
+        o_partial = tl.program_id(1).to(tl.int64) * N + o_n
+        tl.store(db_partial + o_partial, tl.sum(b_sum, 0)[None, :], mask=o_n < N)
 
 
 @triton.jit
-def _add_strips_kernel(parts, db, strips, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """db = Σ_strips parts, rounded once."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    line = tl.arange(0, ROWS)[:, None]
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for strip in range(0, strips, ROWS):
-        inside = (strip + line < strips) & (column < columns)
-        place = (strip + line).to(tl.int64) * columns + column
-        sums += tl.load(parts + place, mask=inside, other=0.0)
-    total = tl.sum(sums, 0)[None, :]
-    tl.store(db + column, total.to(db.dtype.element_ty), mask=column < columns)
+def _sum_splits_kernel(
+    db_partial,  # (splits, N), fp32
+    db,  # (N)
+    splits, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """db = Σ_splits db_partial, rounded once."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    o_m = tl.arange(0, BLOCK_M)[:, None]
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_m in range(0, splits, BLOCK_M):
+        mask = (start_m + o_m < splits) & (o_n < N)
+        o_partial = (start_m + o_m).to(tl.int64) * N + o_n
+        b_sum += tl.load(db_partial + o_partial, mask=mask, other=0.0)
+    b_db = tl.sum(b_sum, 0)[None, :]
+    tl.store(db + o_n, b_db.to(db.dtype.element_ty), mask=o_n < N)
 
 
 def activation_backward(
@@ -173,14 +180,14 @@ def activation_backward(
     """dz and db, the latter empty unless needed, in one pass over matrices of rows.
 
     Args:
-        grad: dy, (rows, columns), fp32, fp16 or bf16.
+        grad: dy, (M, N), fp32, fp16 or bf16.
         saved: z, or y for relu, of the same shape; not read for none, whose dz is grad itself.
         activation: the name of one of ``Activation``.
         needs_bias: whether to compute db.
     """
     code = Activation[activation.upper()]
-    rows, columns = grad.shape
-    db = grad.new_empty(columns if needs_bias else 0)
+    m, n = grad.shape
+    db = grad.new_empty(n if needs_bias else 0)
     if grad.numel() == 0:
         return torch.empty_like(grad), db.zero_()
     if code == Activation.NONE and not needs_bias:
@@ -188,19 +195,19 @@ def activation_backward(
     dense, saved = grad.contiguous(), saved.contiguous()
     dz = grad if code == Activation.NONE else torch.empty_like(dense)
     widest = 16 // grad.element_size()
-    vector = 1 if columns % widest else widest
-    tile = activation_tile(rows, columns, vector, num_sms(grad.device))
-    strips = triton.cdiv(rows, tile.strip)
-    parts = None
+    vector = 1 if n % widest else widest
+    tile = activation_tile(m, n, vector, num_sms(grad.device))
+    splits = triton.cdiv(m, tile.split_m)
+    partial = None
     if needs_bias:
-        parts = torch.empty(strips, columns, dtype=torch.float32, device=grad.device)
-    _activation_backward_kernel[(triton.cdiv(columns, tile.columns), strips)](
-        dense, saved, dz, parts, rows, columns, tile.strip, ACTIVATION=int(code), ROWS=tile.rows,
-        COLUMNS=tile.columns, VECTOR=vector, num_warps=tile.warps,
+        partial = torch.empty(splits, n, dtype=torch.float32, device=grad.device)
+    _activation_backward_kernel[(triton.cdiv(n, tile.block_n), splits)](
+        dense, saved, dz, partial, m, n, tile.split_m, ACTIVATION=int(code), BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, VECTOR=vector, num_warps=tile.warps,
     )  # fmt: skip
     if needs_bias:
-        height, width, warps = STRIPS_TILE
-        _add_strips_kernel[(triton.cdiv(columns, width),)](
-            parts, db, strips, columns, ROWS=height, COLUMNS=width, num_warps=warps,
+        block_m, block_n, warps = SUM_SPLITS_TILE
+        _sum_splits_kernel[(triton.cdiv(n, block_n),)](
+            partial, db, splits, n, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return dz, db

@@ -9,15 +9,15 @@ costs no pass of its own: a product of the vendor library writes z, and the pass
 and writes y, 4 M N.
 
 Tiles: the sums of a tile stay in fp32 on the chip over all of K; bias and activation are applied to
-them there, and each result is rounded once. ``tiles.py`` says which tile for which shape. A
-multiprocessor takes its tiles in turn, LINEAR_GROUP tiles down before one across: the multi-
-processors then read the same few strips of x and W at the same time, from L2.
+them there, and each result is rounded once. ``tiles.py`` has the tile for each shape. The order of
+tiles is grouped, GROUP_M tiles down before one across: the multiprocessors then read the same few
+rows of x and W at the same time, from L2.
 
-On sm_90 and sm_100 the tensor memory accelerator moves whole tiles: no thread computes an address,
-the next tile's operands are on their way during an epilogue, and results leave shared memory while
-the threads go on. The epilogue takes a tile in two halves, for which shared memory has room next to
-four stages of operands (192 KB + 32 KB of 227). On sm_80 and sm_120 each thread copies 16 bytes at
-a time to shared memory, in the background (cp.async).
+On sm_90 and sm_100 the kernel is persistent and the tensor memory accelerator moves whole tiles: no
+thread computes an address, the next tile's operands are on their way during an epilogue, and
+results leave shared memory while the threads go on. The epilogue takes a tile in two halves, for
+which shared memory has room next to four stages of operands (192 KB + 32 KB of 227). On sm_80 and
+sm_120 each thread copies 16 bytes at a time to shared memory, in the background (cp.async).
 """
 
 from __future__ import annotations
@@ -30,115 +30,127 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmp.backends.abi import Activation
+from fastmp.backends.torch_linear import saves_preactivation
 from fastmp.backends.triton import architecture, num_sms
 from fastmp.backends.triton.kernels.activation import activate
-from fastmp.backends.triton.tiles import LINEAR_GROUP, LinearTile, linear_tile
-
-# 16 bytes of a 16-bit dtype.
-_VECTOR = 8
+from fastmp.backends.triton.tiles import GROUP_M, VECTOR, LinearTile, linear_tile
 
 
 @triton.jit
-def _position(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile: GROUP tiles down, then the next ones across."""
-    down = tl.cdiv(rows, ROWS)
-    in_group = GROUP * tl.cdiv(columns, COLUMNS)
-    first = tile // in_group * GROUP
-    height = tl.minimum(down - first, GROUP)
-    within = tile % in_group
-    return (first + within % height) * ROWS, within // height * COLUMNS
+def _tile_start(i_tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of a tile: GROUP_M tiles down, then the next ones across."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = i_tile // tiles_in_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    i_in_group = i_tile % tiles_in_group
+    return (first_m + i_in_group % group_m) * BLOCK_M, i_in_group // group_m * BLOCK_N
 
 
 @triton.jit
-def _halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _split_columns(b_acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of a tile, each thread's own elements."""
-    pair = tl.reshape(sums, (ROWS, 2, COLUMNS // 2))
-    return tl.split(tl.permute(pair, (0, 2, 1)))
+    b_pair = tl.reshape(b_acc, (BLOCK_M, 2, BLOCK_N // 2))
+    return tl.split(tl.permute(b_pair, (0, 2, 1)))
 
 
 @triton.jit
-def _epilogue(sums, bias, column, columns, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """y and z of a tile of sums, rounded; column: of its elements."""
+def _epilogue(b_acc, bias, o_n, N, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """y and z of a tile of sums, rounded; o_n: the columns of the tile."""
     if bias is not None:
-        b = tl.load(bias + column, mask=column < columns, other=0.0)
-        sums += b.to(tl.float32)[None, :]
-    return activate(sums, ACTIVATION).to(DTYPE), sums.to(DTYPE)
+        b_bias = tl.load(bias + o_n, mask=o_n < N, other=0.0)
+        b_acc += b_bias.to(tl.float32)[None, :]
+    return activate(b_acc, ACTIVATION).to(DTYPE), b_acc.to(DTYPE)
 
 
 @triton.jit
-def _store_half(sums, bias, y, z, row, column, columns, ACTIVATION: tl.constexpr,
-                HALF: tl.constexpr):  # fmt: skip
-    lane = column + tl.arange(0, HALF)
-    half_y, half_z = _epilogue(sums, bias, lane, columns, ACTIVATION, y.dtype)
-    y.store([row, column], half_y)
+def _store_half(
+    b_acc,
+    bias,  # (N)
+    y,  # (M, N), a descriptor
+    z,  # (M, N), a descriptor, or None
+    start_m, start_n, N, ACTIVATION: tl.constexpr, HALF_N: tl.constexpr,
+):  # fmt: skip
+    o_n = start_n + tl.arange(0, HALF_N)
+    b_y, b_z = _epilogue(b_acc, bias, o_n, N, ACTIVATION, y.dtype)
+    y.store([start_m, start_n], b_y)
     if z is not None:
-        z.store([row, column], half_z)
+        z.store([start_m, start_n], b_z)
 
 
 @triton.jit
 def _linear_tma_kernel(
-    input, weight, bias, y, z, rows, columns, depth, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    x,  # (M, K), a descriptor
+    w,  # (N, K), a descriptor
+    bias,  # (N) or None
+    y,  # (M, N), a descriptor
+    z,  # (M, N), a descriptor, or None
+    M, N, K, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """All but bias are tensor descriptors: what lies outside reads as 0 and is not written."""
-    HALF: tl.constexpr = COLUMNS // 2
-    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
-    steps = tl.cdiv(depth, DEPTH)
-    # The tile whose sums are ready. Counted apart from the loop, which is far ahead in its loads:
-    # that position would occupy registers all the way.
-    ready = tl.program_id(0) - tl.num_programs(0)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        row, column = _position(tile, rows, columns, ROWS, COLUMNS, GROUP)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in range(steps):
-            x = input.load([row, step * DEPTH])
-            w = weight.load([column, step * DEPTH])
-            sums = tl.dot(x, w.T, sums)
-        ready += tl.num_programs(0)
-        row, column = _position(ready, rows, columns, ROWS, COLUMNS, GROUP)
-        left, right = _halves(sums, ROWS, COLUMNS)
-        _store_half(left, bias, y, z, row, column, columns, ACTIVATION, HALF)
-        _store_half(right, bias, y, z, row, column + HALF, columns, ACTIVATION, HALF)
+    """Persistent. Descriptors read 0 outside of their tensor and write nothing there."""
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    # The tile whose sums are complete. Counted apart from the loop, which is far ahead in its
+    # loads: that index would occupy registers all the way.
+    i_done = tl.program_id(0) - tl.num_programs(0)
+    for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        start_m, start_n = _tile_start(i_tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_k in range(steps):
+            b_x = x.load([start_m, i_k * BLOCK_K])
+            b_w = w.load([start_n, i_k * BLOCK_K])
+            b_acc = tl.dot(b_x, b_w.T, b_acc)
+        i_done += tl.num_programs(0)
+        start_m, start_n = _tile_start(i_done, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        b_left, b_right = _split_columns(b_acc, BLOCK_M, BLOCK_N)
+        _store_half(b_left, bias, y, z, start_m, start_n, N, ACTIVATION, HALF_N)
+        _store_half(b_right, bias, y, z, start_m, start_n + HALF_N, N, ACTIVATION, HALF_N)
 
 
 @triton.jit
 def _linear_kernel(
-    input, weight, bias, y, z, rows, columns, depth, input_stride, weight_stride,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, VECTOR: tl.constexpr,
+    x,  # (M, K)
+    w,  # (N, K)
+    bias,  # (N) or None
+    y,  # (M, N), contiguous
+    z,  # (M, N), contiguous, or None
+    M, N, K, stride_x, stride_w, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program. All but rows is a multiple of VECTOR; said here, the compiler knows.
+    """One tile a program. All sizes but M are multiples of VECTOR; stated here for the compiler.
 
-    Within a tile offsets are 32-bit, from a base that is one address for all threads.
+    Within a tile offsets are 32-bit, from a pointer that is one address for all threads.
     """
-    columns = columns // VECTOR * VECTOR
-    depth = depth // VECTOR * VECTOR
-    input_stride = input_stride // VECTOR * VECTOR
-    weight_stride = weight_stride // VECTOR * VECTOR
-    row, column = _position(tl.program_id(0), rows, columns, ROWS, COLUMNS, GROUP)
-    line = tl.arange(0, ROWS)
-    lane = tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
+    N = N // VECTOR * VECTOR
+    K = K // VECTOR * VECTOR
+    stride_x = stride_x // VECTOR * VECTOR
+    stride_w = stride_w // VECTOR * VECTOR
+    start_m, start_n = _tile_start(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
     # Rows beyond the last one are the last one again: no mask, and their sums are not stored.
-    x_lane = (tl.minimum(line, rows - 1 - row) * input_stride)[:, None] + k[None, :]
-    w_lane = (tl.minimum(lane, columns - 1 - column) * weight_stride)[None, :] + k[:, None]
-    input += row.to(tl.int64) * input_stride
-    weight += column.to(tl.int64) * weight_stride
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(tl.cdiv(depth, DEPTH)):
-        inside = k < depth - step * DEPTH
-        x = tl.load(input + x_lane, mask=inside[None, :], other=0.0)
-        w = tl.load(weight + w_lane, mask=inside[:, None], other=0.0)
-        sums = tl.dot(x, w, sums)
-        input += DEPTH
-        weight += DEPTH
-    tile_y, tile_z = _epilogue(sums, bias, column + lane, columns, ACTIVATION, y.dtype.element_ty)
-    base = row.to(tl.int64) * columns + column
-    place = line[:, None] * columns + lane[None, :]
-    inside = (line < rows - row)[:, None] & (lane < columns - column)[None, :]
-    tl.store(y + base + place, tile_y, mask=inside)
+    o_x = (tl.minimum(o_m, M - 1 - start_m) * stride_x)[:, None] + o_k[None, :]
+    o_w = (tl.minimum(o_n, N - 1 - start_n) * stride_w)[None, :] + o_k[:, None]
+    p_x = x + start_m.to(tl.int64) * stride_x
+    p_w = w + start_n.to(tl.int64) * stride_w
+    b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i_k in range(tl.cdiv(K, BLOCK_K)):
+        m_k = o_k < K - i_k * BLOCK_K
+        b_x = tl.load(p_x + o_x, mask=m_k[None, :], other=0.0)
+        b_w = tl.load(p_w + o_w, mask=m_k[:, None], other=0.0)
+        b_acc = tl.dot(b_x, b_w, b_acc)
+        p_x += BLOCK_K
+        p_w += BLOCK_K
+    b_y, b_z = _epilogue(b_acc, bias, start_n + o_n, N, ACTIVATION, y.dtype.element_ty)
+    o_tile = start_m.to(tl.int64) * N + start_n
+    o_y = o_m[:, None] * N + o_n[None, :]
+    m_y = (o_m < M - start_m)[:, None] & (o_n < N - start_n)[None, :]
+    tl.store(y + o_tile + o_y, b_y, mask=m_y)
     if z is not None:
-        tl.store(z + base + place, tile_z, mask=inside)
+        tl.store(z + o_tile + o_y, b_z, mask=m_y)
 
 
 def linear(
@@ -147,38 +159,36 @@ def linear(
     """y, and z or an empty tensor; for what ``supports_operands`` allows.
 
     Args:
-        input: (rows, depth).
-        weight: (columns, depth), the dtype of input.
-        bias: (columns), the dtype of input, or None.
+        input: (M, K).
+        weight: (N, K), the dtype of input.
+        bias: (N), the dtype of input, or None.
         activation: the name of one of ``Activation``.
         save: whether to return z; ignored where the backward does not need it.
     """
-    code = Activation[activation.upper()]
-    (rows, depth), columns = input.shape, weight.shape[0]
+    (m, k), n = input.shape, weight.shape[0]
     bias = None if bias is None else bias.contiguous()
-    y = input.new_empty(rows, columns)
-    keep = save and code not in (Activation.NONE, Activation.RELU)
-    z = input.new_empty(rows, columns) if keep else None
-    tile = linear_tile(rows, depth, architecture(input.device))
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    y = input.new_empty(m, n)
+    z = input.new_empty(m, n) if save and saves_preactivation(activation) else None
+    tile = linear_tile(m, k, architecture(input.device))
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     options = {
-        "ACTIVATION": int(code),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "GROUP": LINEAR_GROUP,
+        "ACTIVATION": int(Activation[activation.upper()]),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": GROUP_M,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
     if tile.tma:
-        programs = min(tiles, tile.programs * num_sms(input.device))
+        programs = min(tiles, tile.programs_per_sm * num_sms(input.device))
         _linear_tma_kernel[(programs,)](
-            *_descriptors(input, weight, bias, y, z, tile), rows, columns, depth, **options
+            *_descriptors(input, weight, bias, y, z, tile), m, n, k, **options
         )
     else:
         _linear_kernel[(tiles,)](
-            input, weight, bias, y, z, rows, columns, depth, input.stride(0), weight.stride(0),
-            VECTOR=_VECTOR, **options,
+            input, weight, bias, y, z, m, n, k, input.stride(0), weight.stride(0),
+            VECTOR=VECTOR, **options,
         )  # fmt: skip
     return y, input.new_empty(0) if z is None else z
 
@@ -192,10 +202,10 @@ def _descriptors(
     tile: LinearTile,
 ) -> tuple[Any, ...]:
     """The tensors as the kernel with TMA takes them: by operand tiles, and by half tiles of y."""
-    half = [tile.rows, tile.columns // 2]
+    half = [tile.block_m, tile.block_n // 2]
     return (
-        TensorDescriptor.from_tensor(input, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        TensorDescriptor.from_tensor(input, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
         bias,
         TensorDescriptor.from_tensor(y, half),
         None if z is None else TensorDescriptor.from_tensor(z, half),

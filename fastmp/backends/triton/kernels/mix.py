@@ -12,12 +12,12 @@ Bytes per element, uint8 to fp16: 1 read (mixup: 2, the second mostly from L2, w
 it would push the batch out of L2 before its second use. Cutmix reads for each vector the image
 that its pixels come from, and both only where a box begins or ends inside the vector: 1 byte read.
 
-Tiles: a row is a stretch of one plane, so what depends on sample and channel is looked up once for
-a row. A thread takes vectors of which the wider one, in or out, is 16 bytes, so that a warp's
-accesses are one dense run each: 8 elements for uint8 to fp16, 8 bytes in and 16 out. With 16 there
+Tiles: a row of a tile is a contiguous range of one plane, so values of a sample and channel are
+loaded once for it. A thread takes vectors of which the wider one, in or out, is 16 bytes, so that
+a warp's accesses are contiguous: 8 elements for uint8 to fp16, 8 bytes in and 16 out. With 16 there
 would be two stores, each of half a 32-byte sector. Where nothing depends on the channel, planes are
-whole images. Vectors are an axis of the tile: masks are said for each vector, so that accesses
-cannot fall apart, and a division for each vector finds its place in the image.
+whole images. Vectors are an axis of the tile: there is one mask for each vector, so that accesses
+cannot be split, and one division for each vector, for its row and column in the image.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from torch import Tensor
 
 from fastmp.backends.triton.tiles import mix_tile
 
-# Offsets into the batch are always 64 bits wide. Rows and places in a plane are 32 below this,
-# because GPUs divide 64-bit integers in a long subroutine.
-_NARROW = 2**31
+# Offsets into the batch always have 64 bits. Indices of ranges and offsets in a plane have 32 below
+# this limit, because GPUs divide 64-bit integers in a long subroutine.
+_INT32_LIMIT = 2**31
 
 
 @triton.jit
-def _load(place, inside):
+def _load(p_x, mask):
     """As fp32. A byte as the end of 2^23's mantissa needs no conversion, which is a slow one."""
-    x = tl.load(place, mask=inside, other=0)
-    if x.dtype == tl.uint8:
-        return (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    b_x = tl.load(p_x, mask=mask, other=0)
+    if b_x.dtype == tl.uint8:
+        return (b_x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     else:
-        return x.to(tl.float32)
+        return b_x.to(tl.float32)
 
 
 @triton.jit
@@ -56,87 +56,96 @@ def _divide(number, by):
 
 
 @triton.jit
-def _per_channel(values, channel, there):
-    return tl.load(values + channel, mask=there, other=0.0).to(tl.float32)[:, None, None]
+def _load_channel(p_c, i_c, m_r):
+    return tl.load(p_c + i_c, mask=m_r, other=0.0).to(tl.float32)[:, None, None]
 
 
 @triton.jit
-def _edge(box, which: tl.constexpr, there):
-    return tl.load(box + which, mask=there, other=0).to(tl.int32)[:, None, None]
+def _load_edge(p_box, EDGE: tl.constexpr, m_r):
+    return tl.load(p_box + EDGE, mask=m_r, other=0).to(tl.int32)[:, None, None]
 
 
 @triton.jit
-def _place_in_box(box, at, width, there, VECTOR: tl.constexpr):
-    """For vectors at these elements of a plane: columns right of the box's edge, and its width.
+def _columns_in_box(p_box, o_hw, W, m_r, VECTOR: tl.constexpr):
+    """Columns from the box's left edge to the vectors at o_hw of a plane, and the box's width.
 
-    Above and below the box both are its width, which is to say right of it.
+    Above and below the box both are its width: outside of it, on the right.
     """
-    vectors = width // VECTOR
-    row = _divide(at // VECTOR, vectors)
-    column = (at // VECTOR - row * vectors) * VECTOR
-    left = _edge(box, 2, there)
-    reach = tl.maximum(_edge(box, 3, there) - left, 0)
-    beside = (row >= _edge(box, 0, there)) & (row < _edge(box, 1, there))
-    return tl.where(beside, column - left, reach), reach
+    vectors = W // VECTOR
+    row = _divide(o_hw // VECTOR, vectors)
+    column = (o_hw // VECTOR - row * vectors) * VECTOR
+    left = _load_edge(p_box, 2, m_r)
+    box_w = tl.maximum(_load_edge(p_box, 3, m_r) - left, 0)
+    m_row = (row >= _load_edge(p_box, 0, m_r)) & (row < _load_edge(p_box, 1, m_r))
+    return tl.where(m_row, column - left, box_w), box_w
 
 
 @triton.jit
 def _mix_kernel(
-    input, output, lam, lam_stride, index, box, box_stride, scale, shift, batch, channels, plane,
-    width, parts, rows, ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    x,  # (N, C, H, W)
+    out,  # (N, C, H, W)
+    lam, stride_lam,  # (), stride 0, or (N); or None
+    index,  # (N), int64, or None
+    box, stride_box,  # (4), stride 0, or (N, 4), int64; or None
+    scale,  # (C) or None
+    shift,  # (C) or None
+    N, C, HW, W, ranges_per_plane, ranges, INDEX: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Rows are counted part by part of a plane, plane by plane; ROW is the type that holds them."""
-    row = tl.program_id(0).to(ROW) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    of_batch = _divide(row, parts)
-    start = (row - of_batch * parts) * BLOCK
-    sample = _divide(of_batch, channels)
-    channel = of_batch - sample * channels
-    size = plane // VECTOR * VECTOR  # the compiler learns what divides it
-    vector = (tl.arange(0, BLOCK // VECTOR) * VECTOR)[None, :, None]
-    element = vector + tl.arange(0, VECTOR)[None, None, :]
-    length = tl.where(there, tl.minimum(size - start, BLOCK), 0).to(tl.int32)
-    inside = vector < length[:, None, None]
-    here = of_batch.to(tl.int64) * size + start
+    """BLOCK_R ranges of BLOCK elements, counted along a plane, then plane by plane.
+
+    INDEX is the integer type that holds their number.
+    """
+    o_r = tl.program_id(0).to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < ranges
+    i_plane = _divide(o_r, ranges_per_plane)
+    o_hw = (o_r - i_plane * ranges_per_plane) * BLOCK
+    i_n = _divide(i_plane, C)
+    i_c = i_plane - i_n * C
+    HW = HW // VECTOR * VECTOR  # tells the compiler what divides it
+    o_v = (tl.arange(0, BLOCK // VECTOR) * VECTOR)[None, :, None]
+    o_e = o_v + tl.arange(0, VECTOR)[None, None, :]
+    length = tl.where(m_r, tl.minimum(HW - o_hw, BLOCK), 0).to(tl.int32)
+    mask = o_v < length[:, None, None]
+    o_x = i_plane.to(tl.int64) * HW + o_hw
 
     if index is not None:
-        other = tl.load(index + sample, mask=there, other=0)
-        valid = (other >= 0) & (other < batch)
-        other = tl.where(valid, other, sample)
-        partner = input + ((other * channels + channel) * size + start)[:, None, None] + element
-        valid = valid[:, None, None]
-    own_inside = inside
+        i_partner = tl.load(index + i_n, mask=m_r, other=0)
+        m_valid = (i_partner >= 0) & (i_partner < N)
+        i_partner = tl.where(m_valid, i_partner, i_n)
+        p_partner = x + ((i_partner * C + i_c) * HW + o_hw)[:, None, None] + o_e
+        m_valid = m_valid[:, None, None]
+    m_x = mask
     if box is not None:
-        corner = box + sample * box_stride
-        at, reach = _place_in_box(corner, start[:, None, None] + vector, width, there, VECTOR)
-        own_inside = inside & ((at < 0) | (at + VECTOR > reach))
-        partner_inside = inside & (at + VECTOR > 0) & (at < reach)
-        x_partner = _load(partner, partner_inside)
+        p_box = box + i_n * stride_box
+        o_box, box_w = _columns_in_box(p_box, o_hw[:, None, None] + o_v, W, m_r, VECTOR)
+        m_x = mask & ((o_box < 0) | (o_box + VECTOR > box_w))
+        m_partner = mask & (o_box + VECTOR > 0) & (o_box < box_w)
+        b_partner = _load(p_partner, m_partner)
     elif index is not None:
-        x_partner = _load(partner, inside)
-    x = _load(input + here[:, None, None] + element, own_inside)
+        b_partner = _load(p_partner, mask)
+    b_x = _load(x + o_x[:, None, None] + o_e, m_x)
 
-    if box is not None:  # choose first: then there is one to normalise
-        lane = at + tl.arange(0, VECTOR)[None, None, :]
-        x = tl.where(lane.to(tl.uint32) < reach.to(tl.uint32), x_partner, x)
+    if box is not None:  # select first: then there is one to normalise
+        o_pixel = o_box + tl.arange(0, VECTOR)[None, None, :]
+        b_x = tl.where(o_pixel.to(tl.uint32) < box_w.to(tl.uint32), b_partner, b_x)
     if scale is not None:
-        slope = _per_channel(scale, channel, there)
-        offset = _per_channel(shift, channel, there)
+        b_scale = _load_channel(scale, i_c, m_r)
+        b_shift = _load_channel(shift, i_c, m_r)
         if box is not None:
-            offset = tl.where(valid, offset, float("nan"))
-        x = x * slope + offset
+            b_shift = tl.where(m_valid, b_shift, float("nan"))
+        b_x = b_x * b_scale + b_shift
     if box is not None:
         if scale is None:
-            x = tl.where(valid, x, float("nan"))
+            b_x = tl.where(m_valid, b_x, float("nan"))
     elif index is not None:
         if scale is not None:
-            x_partner = x_partner * slope + offset
-        share = tl.load(lam + sample * lam_stride, mask=there, other=0.0).to(tl.float32)
-        share = tl.where(valid, share[:, None, None], float("nan"))
-        x = share * x + (1.0 - share) * x_partner
-    result = x.to(output.dtype.element_ty)
-    tl.store(output + here[:, None, None] + element, result, mask=inside, cache_modifier=".cs")
+            b_partner = b_partner * b_scale + b_shift
+        b_lam = tl.load(lam + i_n * stride_lam, mask=m_r, other=0.0).to(tl.float32)
+        b_lam = tl.where(m_valid, b_lam[:, None, None], float("nan"))
+        b_x = b_lam * b_x + (1.0 - b_lam) * b_partner
+    b_out = b_x.to(out.dtype.element_ty)
+    tl.store(out + o_x[:, None, None] + o_e, b_out, mask=mask, cache_modifier=".cs")
 
 
 def _vector(input: Tensor, output: Tensor, plane: int, width: int | None) -> int:
@@ -178,16 +187,17 @@ def mix(
             planes, plane = 1, planes * plane
     vector = _vector(input, output, plane, None if box is None else width)
     tile = mix_tile(plane, input.element_size(), vector)
-    parts = triton.cdiv(plane, tile.block)
-    wide = max(planes * parts + tile.rows, plane + tile.block) >= _NARROW
+    ranges_per_plane = triton.cdiv(plane, tile.block)
+    ranges = planes * ranges_per_plane
+    wide = max(ranges + tile.ranges, plane + tile.block) >= _INT32_LIMIT
     index, box, scale, shift = (
         None if t is None else t.contiguous() for t in (index, box, scale, shift)
     )
-    _mix_kernel[(triton.cdiv(planes * parts, tile.rows),)](
+    _mix_kernel[(triton.cdiv(ranges, tile.ranges),)](
         input, output, None if box is not None else lam,
         0 if lam is None or lam.dim() == 0 else lam.stride(0), index, box,
         4 if box is not None and box.dim() == 2 else 0, scale, shift, batch, channels, plane,
-        width, parts, planes * parts, ROW=tl.int64 if wide else tl.int32, ROWS=tile.rows,
-        BLOCK=tile.block, VECTOR=vector, num_warps=tile.warps,
+        width, ranges_per_plane, ranges, INDEX=tl.int64 if wide else tl.int32,
+        BLOCK_R=tile.ranges, BLOCK=tile.block, VECTOR=vector, num_warps=tile.warps,
     )  # fmt: skip
     return output

@@ -1,4 +1,4 @@
-"""What more than one kernel computes with."""
+"""Functions that several kernels share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x as 2^(x log2 e): one instruction, which flushes what is below 2^-126 to 0.
+    """e^x as 2^(x log2 e): one instruction, which flushes subnormal results to 0.
 
-    ``tl.exp`` keeps such numbers, with three instructions more.
+    ``tl.exp`` keeps them, with three instructions more.
     """
     return tl.exp2(x * 1.4426950408889634)
