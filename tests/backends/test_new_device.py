@@ -1,0 +1,68 @@
+"""A device that one file adds, ``dummy.py``, serves every operation."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmp import backends, functional
+
+DEVICE = "dummy"
+
+
+def value_and_grads(fn, *tensors):
+    """fn of copies of the tensors, and the gradients of the floating ones, all in main memory."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    y = fn(*leaves)
+    grads = torch.autograd.grad(y.float().square().sum(), [t for t in leaves if t.requires_grad])
+    return [t.cpu() for t in (y.detach(), *grads)]
+
+
+def assert_as_on_cpu(fn, *tensors):
+    """The same bits: the kernels of the device are the references, which those of the CPU match."""
+    ours = value_and_grads(fn, *(t.to(DEVICE) for t in tensors))
+    for found, expected in zip(ours, value_and_grads(fn, *tensors), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def linear(calls):
+    def layer(x, w, b):
+        return functional.linear(x, w, b, "gelu")
+
+    x, w, b = torch.randn(2, 5, 7), torch.randn(4, 7), torch.randn(4)
+    assert_as_on_cpu(layer, x, w, b)
+    assert calls == {"linear": 1, "linear_backward": 1}
+    assert_as_on_cpu(layer, x.double(), w.double(), b.double())  # not supported: the reference
+    assert_as_on_cpu(layer, x[0, :1], w, b)  # not worth a call: torch's
+    assert calls == {"linear": 1, "linear_backward": 1}
+
+
+def mix(calls):
+    x, index = torch.randint(0, 256, (3, 2, 4, 4)).byte(), torch.tensor([2, 0, 1])
+    mean, std = (0.4, 0.5), (0.2, 0.3)
+    for dtype in (torch.float32, torch.float16):
+        expected = functional.mix(x, 0.3, index, mean=mean, std=std, dtype=dtype)
+        out = functional.mix(x.to(DEVICE), 0.3, index.to(DEVICE), mean=mean, std=std, dtype=dtype)
+        assert out.device.type == DEVICE
+        torch.testing.assert_close(out.cpu(), expected)
+    assert calls == {"mix": 2}
+
+
+OPERATIONS = {"linear": linear, "mix": mix}
+
+
+def run(operation):
+    """In a process of its own: torch gets its device once and for the whole process."""
+    from tests.backends import dummy
+
+    row = {(row.op, row.device): row for row in backends.report()}[operation, DEVICE]
+    assert (row.backend, row.reason) == (DEVICE, "references in main memory")
+    OPERATIONS[operation](dummy.calls)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_runs_on_a_new_device(operation):
+    code = f"from tests.backends.test_new_device import run; run({operation!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
