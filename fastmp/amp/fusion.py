@@ -26,7 +26,9 @@ from torch import Tensor, fx, nn
 
 from fastmp.nn import Linear
 
-Place = tuple[nn.Module, str]  # a submodule by its parent and its name there; it may have several
+Place = tuple[
+    nn.Module, str
+]  # a submodule, by its parent and its name there; shared ones have several
 
 
 def fuse_linear(model: nn.Module) -> nn.Module:
@@ -78,7 +80,7 @@ def _is_real(weight: Tensor) -> bool:
 
 
 def _kind(module: nn.Module | None) -> str | None:
-    """What ``fastmp.nn.Linear`` calls this activation; None for any other module."""
+    """The name of this activation in ``fastmp.nn.Linear``; None for any other module."""
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(cast(Any, type(module)))
@@ -119,7 +121,7 @@ class _FusionAnalysis:
         self._blocked: set[Place] = set()
 
     def add(self, module: nn.Module, parents: set[nn.Module]) -> None:
-        """Add what the forward of this module does with the candidates among its descendants."""
+        """Add the calls of candidates in the forward of this module."""
         if type(module) is nn.Sequential and "forward" not in vars(module):
             self._pairs.update(pairwise((module, name) for name in module._modules))
         elif type(module) not in (nn.ModuleList, nn.ModuleDict):

@@ -33,10 +33,10 @@ class Bench:
     subjects: tyro.conf.Positional[tuple[Subject, ...]] = (
         "optimizer", "loss", "linear", "train", "scaling",
     )  # fmt: skip
-    """What to time."""
+    """Subjects to time."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where; auto: cuda if there is one."""
+    """Device; auto: cuda if there is one."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("bench")
     """Tables, JSON and pictures go into a folder in it that is named after the device."""

@@ -25,7 +25,7 @@ class Verify:
     """Check every operation against fp64 and against torch, on this machine."""
 
     device: str = "auto"
-    """Where: cpu, cuda, cuda:1, ...; auto: cuda if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if there is one."""
 
     dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
     """Types of the values."""
