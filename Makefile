@@ -22,9 +22,8 @@ soak: $(STAMP)
 # on it. The leak check is off: Python and torch free at exit only what they want to.
 # --capture=sys: a report of AddressSanitizer is written past Python.
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-SANITIZED_TESTS := $(addprefix tests/test_,activations amp fusion fusion_limits linear linear_autograd \
-	linear_engine loss loss_derivatives mix mixup numerics optim optim_state scaler_walk torch_operators \
-	torch_optimizers update)
+SANITIZED_TESTS := $(addprefix tests/,amp backends data/test_mixup.py functional ops optim \
+	$(addprefix compat/test_torch_,operators.py optimizers.py scaler.py))
 RUNS ?= 200000
 sanitize: $(STAMP)
 	mkdir -p build
@@ -36,7 +35,7 @@ sanitize: $(STAMP)
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FASTMP_TEST_LIBRARY=$(CURDIR)/build/sanitize/libfastmp_cpu.so \
-		$(BIN)/python -m pytest --capture=sys $(addsuffix .py,$(SANITIZED_TESTS)) $(ARGS)
+		$(BIN)/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/fastmp bench --out benchmarks/results $(ARGS)
