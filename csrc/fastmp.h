@@ -1,4 +1,4 @@
-/* The C ABI of fastmp's CPU library: pointers, 64-bit sizes, an int status, nothing else.
+/* The C ABI of fastmp's CPU library: pointers, 64-bit sizes and an int status.
  *
  * Every entry point takes one struct. Its first field is the struct's own size, filled in by the
  * caller, so that a caller with another layout is refused instead of misread. The Python mirror of
@@ -24,9 +24,9 @@ extern "C" {
 
 enum fastmp_status {
   FASTMP_OK = 0,
-  FASTMP_BAD_ARGUMENT = 1, /* null, misaligned or overlapping memory, a size that cannot be, an
+  FASTMP_BAD_ARGUMENT = 1, /* null, misaligned or overlapping memory, an impossible size, an
                               unknown dtype or rule */
-  FASTMP_NO_MEMORY = 2,    /* scratch memory could not be allocated */
+  FASTMP_NO_MEMORY = 2,    /* allocation of scratch memory failed */
   FASTMP_BAD_TARGET = 3,   /* a class index outside [0, classes); see bad_row */
 };
 
@@ -36,9 +36,9 @@ typedef int32_t (*fastmp_parallel_for)(int64_t begin, int64_t end, int64_t grain
                                        fastmp_range_fn fn, void* ctx);
 
 FASTMP_EXPORT int32_t fastmp_abi_version(void);
-/* The instruction set the kernels run on: "base", "v3" (AVX2) or "v4" (AVX-512). */
+/* The instruction set of the kernels: "base", "v3" (AVX2), "v4" (AVX-512), "v4bf16". */
 FASTMP_EXPORT const char* fastmp_target(void);
-/* Hands over a thread pool; without one every kernel runs on the calling thread. */
+/* Sets the thread pool; without one every kernel runs on the calling thread. */
 FASTMP_EXPORT void fastmp_set_parallel_for(fastmp_parallel_for pool);
 
 /* ---- update: one optimizer step over a table of tensors (cpu/update.cpp) ---- */
@@ -121,7 +121,7 @@ typedef struct {
   int32_t dtype;       /* fastmp_dtype of everything here */
   int32_t activation;  /* fastmp_activation */
   const void* bias;    /* n; NULL: none */
-  void* preactivation; /* m x n, dense: a b + bias; NULL: not wanted */
+  void* preactivation; /* m x n, dense: a b + bias; NULL: not written */
   void* out;           /* m x n, dense */
   int64_t threads;     /* size of the pool; does not change the result */
 } fastmp_gemm_args;
@@ -133,10 +133,10 @@ FASTMP_EXPORT int32_t fastmp_prefers_own_gemm(int32_t dtype);
  * grad_output times the derivative, grad_bias its sum over the rows. */
 typedef struct {
   int64_t size;
-  const void* saved;       /* the value before the activation; relu's backward: the one after */
+  const void* saved;       /* input of the activation; relu's backward: its output */
   const void* grad_output; /* backward */
   void* out;               /* the backward of FASTMP_IDENTITY takes NULL */
-  void* grad_bias;         /* backward, columns; NULL: not wanted */
+  void* grad_bias;         /* backward, columns; NULL: not written */
   int64_t rows, columns;
   int32_t dtype;
   int32_t activation;

@@ -1,6 +1,6 @@
 /* Vectors of fp32 in the width of the target, loads and stores that convert, exp.
  *
- * GCC's vector extensions instead of plain loops where a reduction has to stay in fixed lanes, or
+ * GCC's vector extensions instead of plain loops where a reduction has a fixed order of lanes, or
  * where a tail must not cost a loop: with AVX-512 a masked load takes rows of 10 classes in one go.
  */
 #ifndef FASTMP_VEC_H
@@ -125,7 +125,7 @@ inline void save_part<f16>(Vec v, f16* p, int64_t n) {
 }
 #endif
 
-/* n lanes, 0 < n: whole vectors, or a part. */
+/* min(n, kWidth) lanes, 0 < n. */
 template <class T>
 static inline Vec load_lanes(const T* p, int64_t n) {
   return n >= kWidth ? load(p) : load_part(p, n, 0.0f);

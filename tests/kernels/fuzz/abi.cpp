@@ -1,4 +1,4 @@
-/* Fuzzes the C ABI of csrc/fastmp.h: whatever comes, a status comes back.
+/* Fuzzes the C ABI of csrc/fastmp.h: every input gets a status.
  *
  * Each input is a stream of bytes that chooses an entry point and fills in its struct: sizes that
  * are zero, negative or do not fit into memory, pointers that are null, misaligned or shared by two
@@ -50,7 +50,7 @@ struct Input {
     return one_in(12) ? special[below(4)] : static_cast<float>(byte() - 128) / 32.0f;
   }
 
-  /* Room for so many values of so many bytes; now and then null, one byte off, or another's. */
+  /* Memory for `values` of `width` bytes; sometimes null, one byte off, or another field's. */
   void* buffer(int64_t values, int64_t width) {
     if (one_in(40)) return nullptr;
     const bool allocatable = values >= 0 && values < 1 << 20;
@@ -208,7 +208,7 @@ static int32_t fuzz_mix(Input& in) {
   return fastmp_mix(&args);
 }
 
-/* A matrix of a given size in either order, now and then with a wide stride or none that is 1. */
+/* A matrix in either order, sometimes with padding or without a stride of 1. */
 static void* matrix(Input& in, int64_t rows, int64_t columns, int32_t dtype, int64_t* row_stride,
                     int64_t* column_stride) {
   const bool along_rows = in.one_in(2);
