@@ -52,7 +52,7 @@ def fuse_linear(model: nn.Module) -> nn.Module:
         if type(module) is nn.Linear and "forward" not in vars(module) and _is_real(module.weight):
             module.__class__ = Linear  # as torch's parametrize does: same object, same hooks
             cast(Linear, module).activation = "none"
-    for (parent, name), layers in _fusable_pairs(model, modules).items():
+    for (parent, name), layers in _FusionAnalysis(model, modules).fusable_pairs().items():
         activation = cast(nn.Module, parent._modules[name])
         for owner, layer in layers:
             cast(Linear, owner._modules[layer]).activation = cast(str, _kind(activation))
@@ -92,52 +92,33 @@ def _is_plain(module: nn.Module) -> bool:
     return not (forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _fusable_pairs(model: nn.Module, modules: list[nn.Module]) -> dict[Place, set[Place]]:
-    """The activations to move, each with the layers it moves into."""
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    analysis = _FusionAnalysis()
-    for parent in modules:
-        for name, child in parent._modules.items():
-            if child is None or not _is_plain(child):
-                continue
-            if type(child) is Linear and child.activation == "none" and places[id(child)] == 1:
-                analysis.layers.add((parent, name))
-            elif _kind(child) is not None:
-                analysis.activations.add((parent, name))
-    parents = {p for p, _ in analysis.layers} & {p for p, _ in analysis.activations}
-    for module in modules:
-        if not parents.isdisjoint(module.modules()):
-            analysis.add(module, parents)
-    return analysis.pairs()
-
-
 class _FusionAnalysis:
     """Candidates, by place; the pairs that forwards show, and the candidates that must stay."""
 
-    def __init__(self) -> None:
-        self.layers: set[Place] = set()
-        self.activations: set[Place] = set()
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
+        self._layers: set[Place] = set()
+        self._activations: set[Place] = set()
         self._pairs: set[tuple[Place, Place]] = set()
         self._blocked: set[Place] = set()
+        count = Counter(id(child) for m in model.modules() for child in m._modules.values())
+        for parent in modules:
+            for name, child in parent._modules.items():
+                if child is None or not _is_plain(child):
+                    continue
+                if type(child) is Linear and child.activation == "none" and count[id(child)] == 1:
+                    self._layers.add((parent, name))
+                elif _kind(child) is not None:
+                    self._activations.add((parent, name))
+        self._parents = {p for p, _ in self._layers} & {p for p, _ in self._activations}
+        for module in modules:
+            if not self._parents.isdisjoint(module.modules()):
+                self._add(module)
 
-    def add(self, module: nn.Module, parents: set[nn.Module]) -> None:
-        """Add the calls of candidates in the forward of this module."""
-        if type(module) is nn.Sequential and "forward" not in vars(module):
-            self._pairs.update(pairwise((module, name) for name in module._modules))
-        elif type(module) not in (nn.ModuleList, nn.ModuleDict):
-            try:
-                graphs = [_graph(module, training, self.activations) for training in (True, False)]
-            except Exception:  # a forward may raise anything when symbols go in
-                self._block(module, parents)
-            else:
-                for graph in graphs:
-                    self._read(graph, module)
-
-    def pairs(self) -> dict[Place, set[Place]]:
-        """The pairs of candidates that no forward speaks against, by activation."""
+    def fusable_pairs(self) -> dict[Place, set[Place]]:
+        """The activations to move, each with the layers it moves into."""
         layers, activations = defaultdict(set), defaultdict(set)
         for layer, activation in self._pairs:
-            if layer in self.layers and activation in self.activations:
+            if layer in self._layers and activation in self._activations:
                 layers[activation].add(layer)
                 activations[layer].add(activation)
         return {
@@ -147,34 +128,46 @@ class _FusionAnalysis:
             and all(len(activations[layer]) == 1 for layer in group)
         }
 
+    def _add(self, module: nn.Module) -> None:
+        """Add the calls of candidates in the forward of this module."""
+        if type(module) is nn.Sequential and "forward" not in vars(module):
+            self._pairs.update(pairwise((module, name) for name in module._modules))
+        elif type(module) not in (nn.ModuleList, nn.ModuleDict):
+            try:
+                graphs = [_graph(module, training, self._activations) for training in (True, False)]
+            except Exception:  # a forward may raise anything when symbols go in
+                self._block(module)
+            else:
+                for graph in graphs:
+                    self._read(graph, module)
+
     def _read(self, graph: fx.Graph, module: nn.Module) -> None:
+        """Pair an activation with the layer whose output it takes and nothing else takes."""
         called: dict[fx.Node, Place] = {}
         for node in graph.find_nodes(op="call_module"):
             owner, _, name = cast(str, node.target).rpartition(".")
             called[node] = module.get_submodule(owner), name
         paired = set()
         for node, place in called.items():
-            source = _only_source(node)
-            layer = called.get(source) if source is not None else None
-            if place in self.activations and layer in self.layers and layer[0] is place[0]:
+            source: Any = node.args[0] if node.args else None
+            layer = called.get(source) if isinstance(source, fx.Node) else None
+            if (
+                place in self._activations
+                and layer in self._layers
+                and layer[0] is place[0]
+                and list(source.users) == [node]
+                and source.meta["grad"] == node.meta["grad"]
+            ):
                 self._pairs.add((layer, place))
                 paired |= {node, source}
         self._blocked |= {place for node, place in called.items() if node not in paired}
 
-    def _block(self, module: nn.Module, parents: set[nn.Module]) -> None:
+    def _block(self, module: nn.Module) -> None:
         """Without graphs: every candidate that the module may use by itself must stay."""
         for path, parent in module.named_modules(remove_duplicate=False):
-            for name in parent._modules if parent in parents else ():
+            for name in parent._modules if parent in self._parents else ():
                 if _may_reach(module, f"{path}.{name}".lstrip(".")):
                     self._blocked.add((parent, name))
-
-
-def _only_source(node: fx.Node) -> fx.Node | None:
-    """The node that this one takes as its first argument, if no other node takes it."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or list(source.users) != [node]:
-        return None
-    return source if source.meta.get("grad") == node.meta["grad"] else None
 
 
 # ---- a forward as a graph ----
