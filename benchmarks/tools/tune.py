@@ -29,9 +29,10 @@ from fastmp.backends import triton as devices
 from fastmp.backends.triton import loss
 from fastmp.backends.triton.kernels import linear
 from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
-from fastmp.bench.harness import interleave, kernel_clock
+from fastmp.bench.clocks import Measure, Run, kernel_clock
+from fastmp.bench.harness import interleave
 
-Run = Callable[[], Any]
+Check = Callable[[Any], None]  # of the result of a call; raises AssertionError
 ROUNDS = 9
 WORTH_IT = 1.03  # a smaller gain is noise
 
@@ -76,13 +77,13 @@ def best(
     name: str,
     present: tuple[Any, ...],
     candidates: Sequence[tuple[Any, ...]],
-    cases: Sequence[tuple[Run, Callable[[Any], None]]],
+    cases: Sequence[tuple[Run, Check]],
     deadline: float,
 ) -> Finding:
     """Time each candidate against the present tile on every case, until the deadline.
 
     Args:
-        cases: (the call, a check of its result that raises AssertionError).
+        cases: calls with the checks of their results.
     """
     measure = kernel_clock("cuda" if torch.cuda.is_available() else "cpu")
     found, tried, wrong = Finding(row, present, 1.0, 0), 0, 0
@@ -111,8 +112,8 @@ def _ratio(
     present: tuple[Any, ...],
     tile: tuple[Any, ...],
     run: Run,
-    check: Callable[[Any], None],
-    measure: Callable[[Run], float],
+    check: Check,
+    measure: Measure,
 ) -> float:
     def with_tile(tile: tuple[Any, ...]) -> Run:
         def call() -> object:
@@ -146,7 +147,7 @@ def linear_candidates(tile: LinearTile) -> list[LinearTile]:
     return [m for m in dict.fromkeys(made) if m != tile and m.stages > 0]
 
 
-def linear_case(shape: tuple[int, int, int], device: str) -> tuple[Run, Callable[[Any], None]]:
+def linear_case(shape: tuple[int, int, int], device: str) -> tuple[Run, Check]:
     m, k, n = shape
     torch.manual_seed(0)
     x, w, b = (
@@ -191,7 +192,7 @@ def loss_candidates(tile: LossTile) -> list[LossTile]:
     return [m for m in made if m.programs > 0]
 
 
-def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Callable[[Any], None]]:
+def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Check]:
     torch.manual_seed(0)
     logits = torch.randn(rows, classes, device=device, dtype=_dtype(device))
     target = torch.randint(classes, (rows,), device=device)

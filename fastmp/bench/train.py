@@ -23,18 +23,9 @@ from torch.nn import functional as F
 
 import fastmp
 from fastmp import data, models
-from fastmp.bench import networks
+from fastmp.bench import harness, networks
 from fastmp.bench.clocks import step_clock
-from fastmp.bench.harness import (
-    OURS,
-    Case,
-    Curve,
-    Row,
-    Timing,
-    announce_compiled,
-    dtype_name,
-    timed,
-)
+from fastmp.bench.harness import OURS, Case, Curve, Row, Timing, dtype_name, timed
 from fastmp.bench.third_party import SMOOTHING
 from fastmp.optim.lr_scheduler import apply
 from fastmp.schedule import OneCycle
@@ -237,7 +228,7 @@ def accuracy_case(
         learner.step(*warm, LAM)
         learner.model.load_state_dict(before[0])
         learner.optimizer.load_state_dict(before[1])
-    announce_compiled()
+    harness.announce_compiled()
     curves: dict[str, Curve] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
     schedule = OneCycle(target.lr, target.steps)
