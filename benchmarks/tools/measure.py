@@ -1,8 +1,8 @@
 """The stage of ``make gpu-check`` that measures: every case of fastmp.bench on this device.
 
 A case is a process. As many as there are cores, at most 16, compile their kernels side by side;
-then each waits for its turn and is timed alone. The results are written after every case, so that
-a run that is cut short keeps its rows. goals.md says of each goal whether it was reached.
+then each waits for its turn and is timed alone. The results are written after every case: a run
+that is cut short keeps its rows. goals.md lists the goals and whether they were reached.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastmp.bench.subjects import SUBJECTS, run_case
 
 GOALS = "goals.md"
 PROCESSES = min(os.cpu_count() or 1, 16)  # each has a context of 0.5 GB on the device
+COMPILE_SECONDS = 60.0  # for those of one round; a case that takes longer has failed
 Make = Callable[[], Case]  # picklable
 
 
@@ -40,14 +41,16 @@ class CaseProcess(NamedTuple):
     process: multiprocessing.process.BaseProcess
     connection: Connection
 
-    def receive(self, end: float) -> tuple[str, list[Row] | None]:
-        """("compiled", None), ("done", rows), ("done", None): it failed, or ("late", None)."""
+    def receive(self, end: float, message: str = "") -> tuple[str, list[Row] | None]:
+        """Its answer: ("compiled", None), ("done", rows or None: it failed) or ("late", None)."""
         try:
+            if message:
+                self.connection.send(message)
             if not self.connection.poll(max(0.0, end - time.perf_counter())):
                 return "late", None
-            message: tuple[str, list[Row] | None] = self.connection.recv()
-            return message
-        except EOFError:
+            answer: tuple[str, list[Row] | None] = self.connection.recv()
+            return answer
+        except (EOFError, OSError):  # the process has ended
             return "done", None
 
     def stop(self) -> None:
@@ -76,7 +79,10 @@ def start(name: str, make: Make) -> CaseProcess:
 
 
 def side_by_side(
-    makes: dict[str, Make], seconds: float, processes: int = PROCESSES
+    makes: dict[str, Make],
+    seconds: float,
+    processes: int = PROCESSES,
+    compile_seconds: float = COMPILE_SECONDS,
 ) -> Iterator[tuple[str, list[Row] | None]]:
     """(name, rows) of each case as it ends, None if it failed; until the seconds are over."""
     end = time.perf_counter() + seconds
@@ -85,13 +91,15 @@ def side_by_side(
         started = [start(*item) for item in waiting[:processes]]
         waiting = waiting[processes:]
         try:
-            compiled = [case.receive(end) for case in started]
-            for case, (state, rows) in zip(started, compiled, strict=True):
+            compiled_by = min(end, time.perf_counter() + compile_seconds)
+            answers = [case.receive(compiled_by) for case in started]
+            for case, (state, rows) in zip(started, answers, strict=True):
                 if state == "compiled":
-                    case.connection.send("go")
-                    state, rows = case.receive(end)
-                if state == "late":
+                    state, rows = case.receive(end, "go")
+                if time.perf_counter() > end:
                     return
+                if state == "late":
+                    print(f"{case.name}: not compiled in {compile_seconds:.0f} s", file=sys.stderr)
                 case.stop()  # with its memory and its load, before the next one is timed
                 yield case.name, rows
         finally:
@@ -113,7 +121,7 @@ def measure(
 
     Args:
         names: of all cases.
-        timed: (name, rows) of each case that was come to.
+        timed: (name, rows) of each case with a turn, in the order of the turns.
         copy: GB/s of a plain copy.
     """
     rows: list[Row] = []

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fastmp
 from fastmp.bench.clocks import kernel_clock
-from fastmp.bench.harness import OURS, Case, GoalResult, Row, dtype_name, timed
+from fastmp.bench.harness import OURS, Case, GoalResult, Row, announce_compiled, dtype_name, timed
 from fastmp.bench.peak import peak
 from fastmp.ops.linear import activate
 
@@ -174,6 +174,7 @@ def _row(kind: str, shape: Shape, runs: dict[str, Any], products: int, **about: 
 
 def gelu_case(shape: Shape) -> list[Row]:
     """Forward and backward with bias and gelu."""
+    announce_compiled()  # max-autotune times its choices: no other process may use the device
     values = tensors(shape, torch.bfloat16, "cuda")
     torch._dynamo.reset()
     compiled = torch.compile(theirs, mode="max-autotune-no-cudagraphs")

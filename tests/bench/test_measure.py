@@ -32,7 +32,15 @@ def test_cases_compile_side_by_side_and_are_timed_one_by_one(tmp_path):
                           "end four"]  # fmt: skip
 
 
-def test_a_case_without_an_end_is_cut(tmp_path):
+def test_a_case_that_compiles_too_long_has_failed_and_is_no_obstacle(tmp_path, capsys):
+    cases = makes(tmp_path / "log", hangs="hang", next="rows")
+    found = dict(measure.side_by_side(cases, 300, 2, compile_seconds=25))
+    assert found["hangs"] is None
+    assert found["next"] is not None
+    assert "hangs: not compiled in 25 s" in capsys.readouterr().err
+
+
+def test_a_case_after_the_time_is_cut(tmp_path):
     timed = measure.side_by_side(makes(tmp_path / "log", hangs="hang", late="rows"), 1, 1)
     measure.measure(["hangs", "late"], timed, 1.0, tmp_path, "cpu")
     assert multiprocessing.active_children() == []
