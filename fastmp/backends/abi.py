@@ -38,6 +38,9 @@ class Activation(IntEnum):
     SILU = 4
 
 
+ACTIVATION_CODES = {activation.name.lower(): int(activation) for activation in Activation}
+
+
 #: ``fastmp_row``: one parameter tensor.
 ROW = np.dtype(
     [

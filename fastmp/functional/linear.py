@@ -1,4 +1,4 @@
-"""The linear layer with its activation as a function, differentiable as often as one likes."""
+"""The linear layer with its activation as a function, differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WITHOUT_AUTOCAST = frozenset({"meta", "lazy", "vulkan", "ve", "fpga"})
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps what the gradients asked for will need, and nothing else."""
+    """Saves the tensors that the requested gradients depend on, and no others."""
 
     @staticmethod
     def forward(
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             return (*_differentiable_backward(ctx, grad, needs), None)
         input, weight, _, saved = ctx.saved_tensors
-        # The operation reads the shapes alone where a tensor was not kept.
+        # Of a tensor that was not saved the operation reads the shape only.
         input, weight = (
             grad.new_empty(()).expand(shape) if kept is None else kept
             for kept, shape in zip((input, weight), ctx.shapes, strict=True)
@@ -53,9 +53,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """The gradients as functions of everything they depend on, in plain PyTorch."""
+    """The gradients in plain PyTorch, differentiable in every tensor that they depend on."""
     input, weight, bias, _ = ctx.saved_tensors
-    if ctx.activation == "none":  # what was not kept is what no gradient depends on
+    if ctx.activation == "none":  # no gradient depends on a tensor that was not saved
         input, weight = (
             grad.new_zeros(shape, requires_grad=True) if kept is None else kept
             for kept, shape in zip((input, weight), ctx.shapes, strict=True)
@@ -63,7 +63,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[
     if input is None or weight is None:
         raise RuntimeError(
             f"the second derivative of fastmp's linear with activation {ctx.activation!r} needs "
-            "the input, which was not kept because the weight has requires_grad=False; "
+            "the input, which was not saved because the weight has requires_grad=False; "
             "use torch.nn.functional.linear and the activation here"
         )
     with torch.enable_grad():

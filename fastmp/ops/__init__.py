@@ -1,1 +1,1 @@
-"""The operations: schema, checks, reference in plain PyTorch and public function, one file each."""
+"""The operations, one file each: schema, fake, checks, reference in plain PyTorch. No devices."""

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends import registry, torch_linear
-from fastmp.backends.abi import Activation
+from fastmp.backends.abi import ACTIVATION_CODES
 from fastmp.backends.torch_linear import as_rows, saves_preactivation
 
-ACTIVATIONS = tuple(a.name.lower() for a in Activation)
+ACTIVATIONS = tuple(ACTIVATION_CODES)
 
 
 def worthwhile(input: Tensor, weight: Tensor, activation: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cpu, registry, torch_linear
-from fastmp.backends.abi import DTYPE_CODES, Activation, unsupported_dtype
+from fastmp.backends.abi import ACTIVATION_CODES, DTYPE_CODES, unsupported_dtype
 from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
 from fastmp.backends.torch_linear import as_rows, saves_preactivation
 
@@ -100,7 +100,7 @@ def gemm(
         n=b.shape[1],
         k=a.shape[1],
         dtype=DTYPE_CODES[a.dtype],
-        activation=Activation[activation.upper()],
+        activation=ACTIVATION_CODES[activation],
         bias=None if bias is None else bias.data_ptr(),
         preactivation=None if z is None else z.data_ptr(),
         out=out.data_ptr(),
@@ -119,7 +119,7 @@ def activate(z: Tensor, activation: str, in_place: bool) -> Tensor:
         rows=z.shape[:-1].numel(),
         columns=z.shape[-1],
         dtype=DTYPE_CODES[z.dtype],
-        activation=Activation[activation.upper()],
+        activation=ACTIVATION_CODES[activation],
     )
     cpu.call("fastmp_activation", args)
     return y
@@ -142,7 +142,7 @@ def activation_backward(
         rows=grad.shape[0],
         columns=grad.shape[1],
         dtype=DTYPE_CODES[grad.dtype],
-        activation=Activation[activation.upper()],
+        activation=ACTIVATION_CODES[activation],
     )
     cpu.call("fastmp_activation_backward", args)
     return dz, db

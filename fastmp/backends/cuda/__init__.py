@@ -1,7 +1,7 @@
-"""The CUDA kernel for NVIDIA GPUs: what it needs. It is compiled at first use, by NVRTC.
+"""The CUDA backend for NVIDIA GPUs: its requirements. NVRTC compiles the kernel at first use.
 
-``cuda.bindings``, through which NVRTC and the driver are called, comes with torch's CUDA wheels and
-is imported at the first use only. No CUDA toolkit is needed.
+NVRTC and the driver are called through ``cuda.bindings``, which comes with torch's CUDA wheels and
+is imported at first use only. No CUDA toolkit is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The Triton kernels for NVIDIA GPUs: what they need, and what they need to know of a device.
+"""The Triton backend for NVIDIA GPUs: its requirements, and properties of a device.
 
-``<operation>.py`` registers the kernels of an operation and says when they serve a call. Triton is
-imported by ``kernels`` only, at the first call: ``import fastmp`` does not.
+``<operation>.py`` registers the kernels of an operation. Triton is imported by ``kernels`` only, at
+the first call: ``import fastmp`` does not.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def num_sms(device: torch.device) -> int:
 
 
 def architecture(device: torch.device) -> int:
-    """80 for compute capability 8.0 and so on. On the CPU that which Triton compiles for.
+    """80 for compute capability 8.0 and so on; on the CPU Triton's target.
 
-    The interpreter compiles for nothing; there it is 90, so that it meets the kernels with TMA.
+    In the interpreter, which has no target, 90: the kernels with TMA run there too.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

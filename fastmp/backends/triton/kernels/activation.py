@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmp.backends.abi import Activation
+from fastmp.backends.abi import ACTIVATION_CODES, Activation
 from fastmp.backends.triton import num_sms
 from fastmp.backends.triton.kernels.numerics import exp
 from fastmp.backends.triton.tiles import SUM_SPLITS_TILE, activation_tile
@@ -182,18 +182,17 @@ def activation_backward(
     Args:
         grad: dy, (M, N), fp32, fp16 or bf16.
         saved: z, or y for relu, of the same shape; not read for none, whose dz is grad itself.
-        activation: the name of one of ``Activation``.
+        activation: a key of ``ACTIVATION_CODES``.
         needs_bias: whether to compute db.
     """
-    code = Activation[activation.upper()]
     m, n = grad.shape
     db = grad.new_empty(n if needs_bias else 0)
     if grad.numel() == 0:
         return torch.empty_like(grad), db.zero_()
-    if code == Activation.NONE and not needs_bias:
+    if activation == "none" and not needs_bias:
         return grad, db
     dense, saved = grad.contiguous(), saved.contiguous()
-    dz = grad if code == Activation.NONE else torch.empty_like(dense)
+    dz = grad if activation == "none" else torch.empty_like(dense)
     widest = 16 // grad.element_size()
     vector = 1 if n % widest else widest
     tile = activation_tile(m, n, vector, num_sms(grad.device))
@@ -202,8 +201,8 @@ def activation_backward(
     if needs_bias:
         partial = torch.empty(splits, n, dtype=torch.float32, device=grad.device)
     _activation_backward_kernel[(triton.cdiv(n, tile.block_n), splits)](
-        dense, saved, dz, partial, m, n, tile.split_m, ACTIVATION=int(code), BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, VECTOR=vector, num_warps=tile.warps,
+        dense, saved, dz, partial, m, n, tile.split_m, ACTIVATION=ACTIVATION_CODES[activation],
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, VECTOR=vector, num_warps=tile.warps,
     )  # fmt: skip
     if needs_bias:
         block_m, block_n, warps = SUM_SPLITS_TILE

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastmp.backends.abi import Activation
+from fastmp.backends.abi import ACTIVATION_CODES
 from fastmp.backends.torch_linear import saves_preactivation
 from fastmp.backends.triton import architecture, num_sms
 from fastmp.backends.triton.kernels.activation import activate
@@ -162,7 +162,7 @@ def linear(
         input: (M, K).
         weight: (N, K), the dtype of input.
         bias: (N), the dtype of input, or None.
-        activation: the name of one of ``Activation``.
+        activation: a key of ``ACTIVATION_CODES``.
         save: whether to return z; ignored where the backward does not need it.
     """
     (m, k), n = input.shape, weight.shape[0]
@@ -172,7 +172,7 @@ def linear(
     tile = linear_tile(m, k, architecture(input.device))
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     options = {
-        "ACTIVATION": int(Activation[activation.upper()]),
+        "ACTIVATION": ACTIVATION_CODES[activation],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
