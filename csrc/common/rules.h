@@ -2,12 +2,12 @@
  * library and the CUDA kernel compile the same source.
  *
  * A rule is a struct with
- *   number        by which Python's class names it (fastmp/optim.py) and fastmp_hyper carries it,
+ *   number        by which the class in fastmp/optim names it and fastmp_hyper carries it,
  *   states        how many fp32 states an element has,
  *   prepare()     the hyperparameters of a group at a step, reduced to a few fp32 numbers, in fp64,
  *   apply()       p, states <- one element's update, branch-free so that it vectorises.
  * grad_factor carries the unscaling, the clipping and the sign of maximize, in one multiplication.
- * A new rule is one struct, listed in FASTMP_RULES, and one class in fastmp/optim.py. */
+ * A new rule is one struct, listed in FASTMP_RULES, and one class in fastmp/optim. */
 #ifndef FASTMP_RULES_H
 #define FASTMP_RULES_H
 
@@ -133,6 +133,17 @@ struct LionRule {
   X(SgdRule<false>)     \
   X(SgdRule<true>)      \
   X(LionRule)
+
+/* The rule with a number: RuleOf<4>::Rule is LionRule. */
+template <int number>
+struct RuleOf;
+#define FASTMP_NUMBERED(Struct)   \
+  template <>                     \
+  struct RuleOf<Struct::number> { \
+    typedef Struct Rule;          \
+  };
+FASTMP_RULES(FASTMP_NUMBERED)
+#undef FASTMP_NUMBERED
 
 }  // namespace fastmp
 #endif

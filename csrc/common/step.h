@@ -1,5 +1,5 @@
-/* What a step decides, apart from its rows: whether to happen, how far to clip, with which
- * hyperparameters. Compiled by the CPU library and by the CUDA kernel. */
+/* The decisions of a step: skip or apply, clip coefficient, hyperparameters of the schedule.
+ * Compiled into the CPU library and the CUDA kernel; fastmp/ops/update has the same in Python. */
 #ifndef FASTMP_STEP_H
 #define FASTMP_STEP_H
 
@@ -23,14 +23,14 @@ FASTMP_FN Unscaling unscaling_of(const fastmp_request& request) {
   return {usable ? static_cast<float>(1.0 / static_cast<double>(scale)) : 1.0f, usable};
 }
 
-/* The schedule's row for this step: lr, momentum, max_grad_norm, NaN where it says nothing. */
-struct Scheduled {
+/* The schedule's row for this step: lr, momentum, max_grad_norm, each of them NaN where unset. */
+struct ScheduleRow {
   double lr, momentum, max_grad_norm;
 };
 
-FASTMP_FN Scheduled scheduled_by(const fastmp_request& request) {
-  const double silent = static_cast<double>(float_from_bits(0x7fc00000u));
-  if (request.schedule == nullptr) return {silent, silent, silent};
+FASTMP_FN ScheduleRow schedule_row(const fastmp_request& request) {
+  const double unset = static_cast<double>(float_from_bits(0x7fc00000u));
+  if (request.schedule == nullptr) return {unset, unset, unset};
   const int64_t last = request.schedule_rows - 1;
   const int64_t counted = request.record->applied;
   const int64_t applied = counted < 0 ? 0 : counted; /* a count that was loaded may be anything */
@@ -38,54 +38,65 @@ FASTMP_FN Scheduled scheduled_by(const fastmp_request& request) {
   return {row[0], row[1], row[2]};
 }
 
-FASTMP_FN bool is_said(double value) {
+FASTMP_FN bool is_set(double value) {
   return value == value;
 }
 
-FASTMP_FN fastmp_hyper follow(fastmp_hyper hyper, const Scheduled& scheduled) {
-  if (is_said(scheduled.lr)) hyper.lr *= scheduled.lr;
-  if (is_said(scheduled.momentum)) hyper.beta1 = scheduled.momentum;
+FASTMP_FN fastmp_hyper apply_schedule(fastmp_hyper hyper, const ScheduleRow& scheduled) {
+  if (is_set(scheduled.lr)) hyper.lr *= scheduled.lr;
+  if (is_set(scheduled.momentum)) hyper.beta1 = scheduled.momentum;
   return hyper;
 }
 
-/* Whether the step looks at the gradients before it uses them. */
-FASTMP_FN bool looks_first(const fastmp_request& request, const Scheduled& scheduled) {
-  return request.unchecked == 0 || request.max_grad_norm >= 0.0 || scheduled.max_grad_norm >= 0.0;
+/* The norm to clip to; negative: no clipping. */
+FASTMP_FN double max_norm_of(const fastmp_request& request, const ScheduleRow& scheduled) {
+  return is_set(scheduled.max_grad_norm) ? scheduled.max_grad_norm : request.max_grad_norm;
 }
 
-struct Verdict {
+/* Scan the gradients before the update? Clipping needs their norm, loss scaling the overflow check.
+ */
+FASTMP_FN bool needs_scan(const fastmp_request& request, const ScheduleRow& scheduled) {
+  return request.skip_nonfinite_check == 0 || request.grad_scale != nullptr ||
+         request.external_found_inf != nullptr || max_norm_of(request, scheduled) >= 0.0;
+}
+
+/* That of torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1. */
+FASTMP_FN float clip_coefficient(float norm, double max_norm) {
+  const float coefficient = static_cast<float>(max_norm) / (norm + 1e-6f);
+  return max_norm >= 0.0 && coefficient < 1.0f ? coefficient : 1.0f;
+}
+
+struct StepDecision {
   bool skip;
-  float norm;        /* of the unscaled gradients */
-  float grad_factor; /* unscales and clips */
-  int64_t offender;  /* index of the first parameter with a non-finite gradient; -1: none */
+  float norm;              /* of the unscaled gradients */
+  float grad_factor;       /* unscales and clips */
+  int64_t first_nonfinite; /* param_index of the first non-finite gradient; -1: none */
 };
 
-/* The coefficient is that of torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1.
- */
-FASTMP_FN Verdict judge(const fastmp_request& request, const Unscaling& unscaling,
-                        const Scheduled& scheduled, double sum_of_squares, int64_t offender) {
-  const bool told = request.found_inf != nullptr && *request.found_inf != 0.0f;
-  const double limit =
-      is_said(scheduled.max_grad_norm) ? scheduled.max_grad_norm : request.max_grad_norm;
+FASTMP_FN StepDecision decide(const fastmp_request& request, const Unscaling& unscaling,
+                              const ScheduleRow& scheduled, double sum_of_squares,
+                              int64_t first_nonfinite) {
+  const bool external_found_inf =
+      request.external_found_inf != nullptr && *request.external_found_inf != 0.0f;
   const float norm = static_cast<float>(sqrt(sum_of_squares));
-  const float clip = static_cast<float>(limit) / (norm + 1e-6f);
-  const float factor = unscaling.factor * (limit >= 0.0 && clip < 1.0f ? clip : 1.0f);
-  return {offender >= 0 || told || !unscaling.usable, norm, factor, offender};
+  const float clip = clip_coefficient(norm, max_norm_of(request, scheduled));
+  return {first_nonfinite >= 0 || external_found_inf || !unscaling.usable, norm,
+          unscaling.factor * clip, first_nonfinite};
 }
 
-/* The verdict on gradients that nobody looked at. */
-FASTMP_FN Verdict trust(const Unscaling& unscaling) {
+/* Decision without a scan: apply, norm = NaN. */
+FASTMP_FN StepDecision unchecked_decision(const Unscaling& unscaling) {
   return {false, float_from_bits(0x7fc00000u), unscaling.factor, -1};
 }
 
-/* The last act of a step. */
-FASTMP_FN void conclude(const fastmp_request& request, const Verdict& verdict) {
+/* Writes the decision to the record, after the update. */
+FASTMP_FN void commit_step(const fastmp_request& request, const StepDecision& decision) {
   fastmp_record& record = *request.record;
-  record.grad_norm = verdict.norm;
-  record.found_inf = verdict.skip ? 1.0f : 0.0f;
-  if (verdict.skip) {
+  record.grad_norm = decision.norm;
+  record.found_inf = decision.skip ? 1.0f : 0.0f;
+  if (decision.skip) {
     record.skipped += 1;
-    if (verdict.offender >= 0) record.first_nonfinite = verdict.offender;
+    if (decision.first_nonfinite >= 0) record.first_nonfinite = decision.first_nonfinite;
   } else {
     record.applied += 1;
   }

@@ -37,12 +37,12 @@ typedef struct {
   float* state2; /* running maximum of the second moment */
   float* step;   /* one value: how many updates this tensor has received */
   int64_t numel;
-  int64_t index; /* the parameter's number in the optimizer; what a record calls the offender */
+  int64_t param_index; /* among all parameters of the optimizer, with and without gradients */
   uint16_t group;
   uint8_t param_dtype; /* fastmp_dtype */
   uint8_t grad_dtype;
   uint8_t master_kind; /* fastmp_master */
-  uint8_t rule;        /* CUDA: the number of the group's rule */
+  uint8_t rule;        /* CUDA: that of the group */
   uint8_t reserved[2];
 } fastmp_row;
 
@@ -61,47 +61,50 @@ typedef struct {
   double nesterov;
 } fastmp_hyper;
 
-/* What a step decided. Lives where the parameters live and is never read on the host in between. */
+/* The decisions of a step, in the memory of the parameters' device; the host reads them on demand.
+ */
 typedef struct {
   float found_inf;         /* 1 if the last step was skipped, else 0 */
   float grad_norm;         /* global norm of the unscaled gradients, before clipping */
   int64_t applied;         /* steps that changed the parameters */
   int64_t skipped;         /* steps that did not */
-  int64_t first_nonfinite; /* index of the first such parameter, kept by later steps; -1: none */
-  uint32_t barrier;        /* CUDA: blocks that came to the grid's barrier; see cuda/update.cu */
-  uint32_t done;           /* CUDA: blocks that are through; 0 between launches */
+  int64_t first_nonfinite; /* param_index, of the last step that had one; -1: none yet */
+  uint32_t barrier;        /* CUDA: arrivals at the grid's barrier; see cuda/update.cu */
+  uint32_t done;           /* CUDA: blocks that have finished; 0 between launches */
 } fastmp_record;
 
-/* What is asked of one step. The pointers lead to where the parameters live. */
+/* The options of one step. The pointers lead to memory of the parameters' device. */
 typedef struct {
-  const float* grad_scale; /* the loss scale the gradients carry; NULL: 1 */
-  const float* found_inf;  /* non-zero: somebody else saw an overflow; NULL: nobody looked */
-  double max_grad_norm;    /* clip the global norm to this; negative: do not clip */
-  int64_t unchecked;      /* 1: without a clip, no phase 1; a gradient that is not finite goes in */
-  const double* schedule; /* schedule_rows of (lr, momentum, max_grad_norm), by applied steps, the
-                             last one for ever; NaN: as without a schedule. NULL: none */
+  const float* grad_scale;         /* the loss scale the gradients carry; NULL: 1 */
+  const float* external_found_inf; /* handed in by a scaler or from other ranks: non-zero skips the
+                                      step; NULL: none */
+  double max_grad_norm;            /* clip the global norm to this; negative: do not clip */
+  int64_t skip_nonfinite_check;    /* 1: no scan unless another option needs one; a non-finite
+                                      gradient then reaches the weights */
+  const double* schedule; /* rows of (lr, momentum, max_grad_norm) by applied steps, the last one
+                             from there on; NaN: unset. NULL: no schedule */
   int64_t schedule_rows;
-  fastmp_record* record; /* what the step decided */
+  fastmp_record* record;
 } fastmp_request;
 
-/* CUDA: a unit of work, 1,024 elements of one row, the last one of a row perhaps fewer. */
+/* CUDA: a chunk of one row, FASTMP_CHUNK_SIZE elements; the last one of a row may be shorter. */
 typedef struct {
   int32_t row;
-  int32_t place; /* the unit's number within its row */
-} fastmp_unit;
+  int32_t chunk_index; /* within its row */
+} fastmp_chunk;
 
-/* CUDA: the kernel's argument. */
+/* CUDA: the kernel's argument. Scans are reduced to partials, of consecutive chunks each. */
 typedef struct {
   const fastmp_row* rows;
   const fastmp_hyper* groups;
-  const fastmp_unit* units;
-  double* sums;       /* a span's sum of squares; see cuda/update.cu */
-  int32_t* offenders; /* the first row of a span with a non-finite gradient */
+  const fastmp_chunk* chunks;
+  double* partial_sums;            /* sums of squares */
+  int32_t* partial_nonfinite_rows; /* the first row with a non-finite gradient */
   int32_t row_count;
-  int32_t unit_count;
-  int32_t units_per_span;
-  int32_t span_count;
+  int32_t chunk_count;
+  int32_t chunks_per_partial;
+  int32_t partial_count;
   fastmp_request request;
-} fastmp_work;
+} fastmp_step_args;
 
 #endif

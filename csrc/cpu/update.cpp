@@ -19,7 +19,7 @@ namespace fastmp {
 namespace FASTMP_TARGET {
 namespace {
 
-constexpr int64_t kChunk = 16384; /* elements of one tensor that one thread takes at a time */
+constexpr int64_t kChunk = 16384;        /* elements of one row, scanned or updated by one thread */
 constexpr int64_t kStreamFrom = 4 << 20; /* parameters, 120 MB: more than a last-level cache */
 constexpr int64_t kBlock = 128;          /* elements staged in L1 as fp32: 512 bytes a stream */
 typedef int32_t IntVec __attribute__((vector_size(kWidth * sizeof(int32_t))));
@@ -69,12 +69,12 @@ struct ChunkScan {
   bool not_finite;
 };
 
-/* Lanes of running sums and of the largest magnitudes, as bits: inf and NaN are the largest. */
-struct Scan {
+/* Sums and largest magnitudes by lane; as bits, inf and NaN have the largest magnitudes. */
+struct LaneScan {
   Vec sum = {};
   IntVec largest = {};
 
-  void take(Vec g, Vec unscale) {
+  void add(Vec g, Vec unscale) {
     const IntVec magnitude = (IntVec)g & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
     g *= unscale;
@@ -86,26 +86,26 @@ struct Scan {
  * quarter of the chunk each, were slower (41 GB/s). */
 template <class T>
 static ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
-  constexpr int kScans = 4; /* independent sums: an addition takes four cycles */
+  constexpr int kStreams = 4; /* independent sums: an addition takes four cycles */
   const Vec factor = broadcast(unscale);
-  Scan scans[kScans];
+  LaneScan streams[kStreams];
   int64_t i = 0;
-  for (; i + kScans * kWidth <= n; i += kScans * kWidth) {
-    for (int s = 0; s < kScans; ++s) scans[s].take(load(grads + i + s * kWidth), factor);
+  for (; i + kStreams * kWidth <= n; i += kStreams * kWidth) {
+    for (int s = 0; s < kStreams; ++s) streams[s].add(load(grads + i + s * kWidth), factor);
   }
-  for (; i + kWidth <= n; i += kWidth) scans[0].take(load(grads + i), factor);
-  if (i < n) scans[0].take(load_part(grads + i, n - i, 0.0f), factor);
+  for (; i + kWidth <= n; i += kWidth) streams[0].add(load(grads + i), factor);
+  if (i < n) streams[0].add(load_part(grads + i, n - i, 0.0f), factor);
   ChunkScan result = {0.0, false};
-  for (const Scan& scan : scans) {
+  for (const LaneScan& stream : streams) {
     for (int64_t lane = 0; lane < kWidth; ++lane) {
-      result.sum_of_squares += static_cast<double>(scan.sum[lane]);
-      result.not_finite |= scan.largest[lane] >= 0x7f800000;
+      result.sum_of_squares += static_cast<double>(stream.sum[lane]);
+      result.not_finite |= stream.largest[lane] >= 0x7f800000;
     }
   }
   return result;
 }
 
-static ChunkScan scan_row(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
+static ChunkScan scan_chunk(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
   const int64_t n = end - begin;
   switch (row.grad_dtype) {
     case FASTMP_F16:
@@ -117,14 +117,13 @@ static ChunkScan scan_row(const fastmp_row& row, int64_t begin, int64_t end, flo
   }
 }
 
-/* What phase 1 saw. */
-struct Seen {
+struct ScanResult {
   double sum_of_squares;
-  int64_t first_bad_row; /* -1: every gradient is finite */
+  int64_t first_nonfinite; /* param_index of the row; -1: every gradient is finite */
 };
 
-/* False if there was no memory for it. */
-static bool look(const Chunks& chunks, float unscale, Seen* seen) {
+/* False if there is no memory for the partial results. */
+static bool scan_gradients(const Chunks& chunks, float unscale, ScanResult* result) {
   const int64_t count = chunks.first_chunk[chunks.row_count];
   Scratch<ChunkScan> scans(count);
   if (scans.data == nullptr) return false;
@@ -133,16 +132,16 @@ static bool look(const Chunks& chunks, float unscale, Seen* seen) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= chunks.first_chunk[row + 1]) ++row;
       scans.data[chunk] =
-          scan_row(chunks.rows[row], chunks.begin(row, chunk), chunks.end(row, chunk), unscale);
+          scan_chunk(chunks.rows[row], chunks.begin(row, chunk), chunks.end(row, chunk), unscale);
     }
   });
-  double sum_of_squares = 0.0;
-  int64_t first_bad = -1;
+  *result = {0.0, -1};
   for (int64_t chunk = 0; chunk < count; ++chunk) {
-    sum_of_squares += scans.data[chunk].sum_of_squares;
-    if (scans.data[chunk].not_finite && first_bad < 0) first_bad = chunk;
+    result->sum_of_squares += scans.data[chunk].sum_of_squares;
+    if (scans.data[chunk].not_finite && result->first_nonfinite < 0) {
+      result->first_nonfinite = chunks.rows[chunks.row_of(chunk)].param_index;
+    }
   }
-  *seen = {sum_of_squares, first_bad < 0 ? -1 : chunks.row_of(first_bad)};
   return true;
 }
 
@@ -190,43 +189,43 @@ static void apply_block(float* __restrict p, const float* __restrict g, float* _
   for (int64_t i = 0; i < n; ++i) Rule::apply(p[i], g[i], s0[i], s1[i], s2[i], k);
 }
 
-/* What the rows of a step share. */
-struct Step {
+/* Arguments of phase 2 that are the same for all rows. */
+struct UpdateStep {
   const fastmp_hyper* groups;
-  Scheduled scheduled;
+  ScheduleRow scheduled;
   float grad_factor; /* unscales and clips */
   bool stream;       /* the state is larger than the caches */
 };
 
-/* A thread's last coefficients: two powers a chunk were 8% of a step over 1,000 small tensors,
- * which mostly share group and step. */
-struct Memo {
+/* The last coefficients of a thread: two powers a chunk were 8% of a step over 1,000 small tensors,
+ * most of which share group and step. */
+struct CoefficientCache {
   int32_t group = -1;
   float step = -1.0f;
   float coefficients[12];
 };
 
 template <class Rule>
-static typename Rule::Coefficients coefficients_of(const fastmp_row& row, const Step& step,
-                                                   Memo* memo) {
+static typename Rule::Coefficients coefficients_of(const fastmp_row& row, const UpdateStep& step,
+                                                   CoefficientCache* cache) {
   typename Rule::Coefficients k;
-  static_assert(sizeof k <= sizeof memo->coefficients, "a rule with more coefficients");
-  if (memo->group == row.group && memo->step == *row.step) {
-    memcpy(&k, memo->coefficients, sizeof k);
+  static_assert(sizeof k <= sizeof cache->coefficients, "a rule with more coefficients");
+  if (cache->group == row.group && cache->step == *row.step) {
+    memcpy(&k, cache->coefficients, sizeof k);
     return k;
   }
-  k = Rule::prepare(follow(step.groups[row.group], step.scheduled), static_cast<double>(*row.step),
-                    step.grad_factor);
-  memcpy(memo->coefficients, &k, sizeof k);
-  memo->group = row.group;
-  memo->step = *row.step;
+  k = Rule::prepare(apply_schedule(step.groups[row.group], step.scheduled),
+                    static_cast<double>(*row.step), step.grad_factor);
+  memcpy(cache->coefficients, &k, sizeof k);
+  cache->group = row.group;
+  cache->step = *row.step;
   return k;
 }
 
 template <class Rule>
-static void update_chunk(const fastmp_row& row, const Step& step, int64_t begin, int64_t end,
-                         Memo* memo) {
-  const auto k = coefficients_of<Rule>(row, step, memo);
+static void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, int64_t end,
+                         CoefficientCache* cache) {
+  const auto k = coefficients_of<Rule>(row, step, cache);
   alignas(64) float grads[kBlock], masters[kBlock];
   float unused[3][kBlock]; /* in place of states a rule does not have; never read or written */
   for (int64_t at = begin; at < end; at += kBlock) {
@@ -240,18 +239,18 @@ static void update_chunk(const fastmp_row& row, const Step& step, int64_t begin,
   }
 }
 
-static void update_chunks(const Chunks& chunks, const Step& step) {
+static void update_chunks(const Chunks& chunks, const UpdateStep& step) {
   parallel_for(chunks.first_chunk[chunks.row_count], 1, [&](int64_t begin, int64_t end) {
     int64_t row = chunks.row_of(end - 1);
-    Memo memo;
+    CoefficientCache cache;
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       while (chunk < chunks.first_chunk[row]) --row;
       const fastmp_row& r = chunks.rows[row];
       const int64_t from = chunks.begin(row, chunk), to = chunks.end(row, chunk);
       switch (static_cast<int>(step.groups[r.group].rule)) {
-#define FASTMP_CASE(Rule)                         \
-  case Rule::number:                              \
-    update_chunk<Rule>(r, step, from, to, &memo); \
+#define FASTMP_CASE(Rule)                          \
+  case Rule::number:                               \
+    update_chunk<Rule>(r, step, from, to, &cache); \
     break;
         FASTMP_RULES(FASTMP_CASE)
 #undef FASTMP_CASE
@@ -280,7 +279,7 @@ static bool is_valid(const fastmp_request& request) {
   if (request.record == nullptr || !is_aligned(8, request.record, request.schedule)) return false;
   if (request.schedule != nullptr && request.schedule_rows < 1) return false;
   if (!is_addressable(24, request.schedule_rows)) return false;
-  return is_aligned(4, request.grad_scale, request.found_inf);
+  return is_aligned(4, request.grad_scale, request.external_found_inf);
 }
 
 static bool is_valid(const fastmp_update_args& args) {
@@ -327,19 +326,18 @@ int update(const fastmp_update_args* args) {
   const Chunks chunks = {args->rows, args->row_count, first_chunk.data};
   const fastmp_request& request = args->request;
   const Unscaling unscaling = unscaling_of(request);
-  const Scheduled scheduled = scheduled_by(request);
-  Verdict verdict = trust(unscaling);
-  if (looks_first(request, scheduled)) {
-    Seen seen;
-    if (!look(chunks, unscaling.factor, &seen)) return FASTMP_NO_MEMORY;
-    const int64_t offender = seen.first_bad_row < 0 ? -1 : args->rows[seen.first_bad_row].index;
-    verdict = judge(request, unscaling, scheduled, seen.sum_of_squares, offender);
+  const ScheduleRow scheduled = schedule_row(request);
+  StepDecision decision = unchecked_decision(unscaling);
+  if (needs_scan(request, scheduled)) {
+    ScanResult scan;
+    if (!scan_gradients(chunks, unscaling.factor, &scan)) return FASTMP_NO_MEMORY;
+    decision = decide(request, unscaling, scheduled, scan.sum_of_squares, scan.first_nonfinite);
   }
-  if (!verdict.skip) {
+  if (!decision.skip) {
     for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
-    update_chunks(chunks, {args->groups, scheduled, verdict.grad_factor, total >= kStreamFrom});
+    update_chunks(chunks, {args->groups, scheduled, decision.grad_factor, total >= kStreamFrom});
   }
-  conclude(request, verdict);
+  commit_step(request, decision);
   return FASTMP_OK;
 }
 

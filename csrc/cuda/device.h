@@ -1,5 +1,5 @@
-/* What update.cu needs of a GPU, under names that a test can give another meaning: with threads for
- * CUDA's threads and barriers for its barriers the same kernel runs on a CPU (tests/shim). */
+/* The CUDA built-ins of update.cu behind functions that a test replaces: with CPU threads and
+ * barriers in their place the same kernel runs on a CPU (tests/kernels/shim). */
 #ifndef FASTMP_DEVICE_H
 #define FASTMP_DEVICE_H
 
@@ -11,7 +11,7 @@ namespace fastmp {
 #define FASTMP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTMP_SHARED(Type, name) __shared__ Type name
 
-constexpr int kThreads = 256;
+constexpr int kThreads = FASTMP_BLOCK_SIZE; /* from backends/cuda/nvrtc.py */
 constexpr int kWarp = 32;
 
 FASTMP_DEVICE int32_t thread() {
@@ -27,27 +27,27 @@ FASTMP_DEVICE void sync_block() {
   __syncthreads();
 }
 
-/* The value that the thread `offset` lanes further on in the warp has. */
+/* The value of the thread `offset` lanes further on in the warp. */
 template <class T>
-FASTMP_DEVICE T from_lane_after(T value, int offset) {
+FASTMP_DEVICE T shuffle_down(T value, int offset) {
   return __shfl_down_sync(0xffffffffu, value, static_cast<unsigned>(offset));
 }
 
-/* Adds, and returns what was there. What this thread and, after a sync_block, its block wrote
- * before is seen by whoever reads the sum, and the other way round. */
-FASTMP_DEVICE uint32_t add_in_order(uint32_t* sum, uint32_t value) {
+/* Returns the value before the addition. Acquires and releases: earlier writes of this thread, and
+ * after a sync_block of its block, are visible to threads that read the new value. */
+FASTMP_DEVICE uint32_t atomic_add_acq_rel(uint32_t* sum, uint32_t value) {
   __threadfence();
   const uint32_t before = atomicAdd(sum, value);
   __threadfence();
   return before;
 }
-FASTMP_DEVICE uint32_t read_in_order(const uint32_t* sum) {
+FASTMP_DEVICE uint32_t load_acquire(const uint32_t* sum) {
   const uint32_t value = *const_cast<const volatile uint32_t*>(sum);
   __threadfence();
   return value;
 }
 
-/* What one access moves. */
+/* The type of one access of so many bytes. */
 template <int bytes>
 struct Access;
 template <>
@@ -67,20 +67,20 @@ struct Access<2> {
   typedef unsigned short Bits;
 };
 
-/* What nobody writes during the launch, and somebody reads again. */
+/* Memory that is constant during the launch, and is read again. */
 template <class T>
 FASTMP_DEVICE T read_only(const T* from) {
   return __ldg(from);
 }
 
-/* Read for the last time, or written for long: first to leave the L2 cache, where the gradients of
- * phase 1 and the weights of the next forward had better stay. */
+/* Streaming access: not reused in this step. First to leave the L2 cache, which is kept for the
+ * gradients of phase 1 and the weights of the next forward. */
 template <class T>
-FASTMP_DEVICE T read_past_caches(const T* from) {
+FASTMP_DEVICE T load_streaming(const T* from) {
   return __ldcs(from);
 }
 template <class T>
-FASTMP_DEVICE void write_past_caches(T value, T* to) {
+FASTMP_DEVICE void store_streaming(T value, T* to) {
   __stcs(to, value);
 }
 

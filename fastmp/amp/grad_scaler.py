@@ -30,12 +30,12 @@ class GradScaler(torch.amp.GradScaler):
         state = self._ready_to_step(optimizer, kwargs)
         unscaled = state["stage"] is OptState.UNSCALED
         scale = None if unscaled else self._scale
-        own = optimizer.__dict__.get("grad_scale")  # as in torch: the user's own scale on top
+        own = optimizer.step_context.grad_scale  # as in torch: the user's own scale on top
         if own is not None:
             scale = own if scale is None else scale * own
-        told = list(state["found_inf_per_device"].values())
+        found_inf = list(state["found_inf_per_device"].values())
         optimizer.grad_scale = scale
-        optimizer.found_inf = told[0] if unscaled and told else None
+        optimizer.found_inf = found_inf[0] if unscaled and found_inf else None
         try:
             result = optimizer.step(*args, **kwargs)
         finally:
@@ -45,7 +45,7 @@ class GradScaler(torch.amp.GradScaler):
         return result  # type: ignore[no-any-return]
 
     def _ready_to_step(self, optimizer: FusedOptimizer, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The scaler's notes on an optimizer that is about to step; torch's checks and errors."""
+        """The state of an optimizer before a step; torch's checks and errors."""
         if "closure" in kwargs:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._check_scale_growth_tracker("step")
@@ -55,12 +55,12 @@ class GradScaler(torch.amp.GradScaler):
         return state
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Grow or back off, as the steps since the last update went; see torch's method.
+        """Grow the scale, or back off after a skipped step; see torch's method.
 
         ``new_scale``, a number or fp32 of shape (1), is the scale from now on.
         """
         if self._enabled and len(self._per_optimizer_states) > 1:
-            # torch adds the verdicts up in place: not in our optimizers' own records
+            # torch sums them in place: not into the record of an optimizer
             for state in self._per_optimizer_states.values():
                 found = state["found_inf_per_device"]
                 state["found_inf_per_device"] = {d: t.clone() for d, t in found.items()}
@@ -80,8 +80,8 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _found_inf_per_device(optimizer: FusedOptimizer) -> dict[torch.device, Tensor]:
-    verdict = optimizer.found_inf
-    return {verdict.device: verdict} if optimizer.has_gradients_on(verdict.device) else {}
+    found_inf = optimizer.found_inf
+    return {found_inf.device: found_inf} if optimizer.has_gradients_on(found_inf.device) else {}
 
 
 def _warn_if_fp16(optimizer: torch.optim.Optimizer) -> None:

@@ -52,7 +52,7 @@ ROW = np.dtype(
         ("state2", np.int64),
         ("step", np.int64),
         ("numel", np.int64),
-        ("index", np.int64),
+        ("param_index", np.int64),
         ("group", np.uint16),
         ("param_dtype", np.uint8),
         ("grad_dtype", np.uint8),
@@ -75,8 +75,9 @@ HYPER_FIELDS = (
     "decoupled",
     "nesterov",
 )
+LR = HYPER_FIELDS.index("lr")
 
-#: ``fastmp_record``: what a step decided.
+#: ``fastmp_record``: the decisions of a step.
 RECORD = np.dtype(
     [
         ("found_inf", np.float32),
@@ -89,37 +90,37 @@ RECORD = np.dtype(
     ]
 )
 
-#: ``fastmp_unit``: a piece of work on a GPU.
-UNIT = np.dtype([("row", np.int32), ("place", np.int32)])
+#: ``fastmp_chunk``: a part of a row, on a GPU.
+CHUNK = np.dtype([("row", np.int32), ("chunk_index", np.int32)])
 
 
 class Request(Structure):
-    """``fastmp_request``: what is asked of one step."""
+    """``fastmp_request``: the options of one step."""
 
     _fields_ = (
         ("grad_scale", c_void_p),
-        ("found_inf", c_void_p),
+        ("external_found_inf", c_void_p),
         ("max_grad_norm", c_double),
-        ("unchecked", c_int64),
+        ("skip_nonfinite_check", c_int64),
         ("schedule", c_void_p),
         ("schedule_rows", c_int64),
         ("record", c_void_p),
     )
 
 
-class Work(Structure):
-    """``fastmp_work``: the argument of the CUDA kernel."""
+class StepArgs(Structure):
+    """``fastmp_step_args``: the argument of the CUDA kernel."""
 
     _fields_ = (
         ("rows", c_void_p),
         ("groups", c_void_p),
-        ("units", c_void_p),
-        ("sums", c_void_p),
-        ("offenders", c_void_p),
+        ("chunks", c_void_p),
+        ("partial_sums", c_void_p),
+        ("partial_nonfinite_rows", c_void_p),
         ("row_count", c_int32),
-        ("unit_count", c_int32),
-        ("units_per_span", c_int32),
-        ("span_count", c_int32),
+        ("chunk_count", c_int32),
+        ("chunks_per_partial", c_int32),
+        ("partial_count", c_int32),
         ("request", Request),
     )
 

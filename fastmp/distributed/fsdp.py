@@ -31,6 +31,7 @@ from fastmp import amp
 from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.optim.base import FusedOptimizer
+from fastmp.optim.step_context import ReducedStep
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
@@ -108,7 +109,7 @@ class Shards:
 
     def attach(self, optimizer: FusedOptimizer) -> None:
         """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on."""
-        optimizer.agree = _agree
+        optimizer.step_context.reduce_step = _reduce_step
 
     # ---- the whole, for checkpoints; every rank must call these ----
 
@@ -177,27 +178,29 @@ def _gather(own: Tensor, like: DTensor) -> Tensor:
 
 
 @torch.no_grad()
-def _agree(
-    grads: Sequence[Tensor], numbers: Sequence[int], options: Options
-) -> tuple[Options, Tensor, Tensor]:
-    """As ``FusedOptimizer.agree``: the step's options, the global norm, the first non-finite.
+def _reduce_step(
+    grads: Sequence[Tensor], param_indices: Sequence[int], options: Options
+) -> ReducedStep:
+    """Sum the squares of all ranks' shards: the same norm, clip and overflow on every rank.
 
-    The clip goes into the scale that the kernels divide by, so it costs no pass.
+    A ``StepReducer``. The clip goes into the scale that the kernels divide by, so it costs no pass.
     """
     squares = torch.stack(torch._foreach_norm(list(grads), 2, torch.float64)).square()
     dist.all_reduce(squares)
-    is_bad = ~squares.isfinite()  # fp64 holds the square of any fp32 number
-    number = torch.tensor(numbers, device=squares.device)[is_bad.byte().argmax()]
-    first_nonfinite = torch.where(is_bad.any(), number, -1)
+    nonfinite = ~squares.isfinite()  # fp64 holds the square of any fp32 number
+    found_inf = nonfinite.any()
+    first = torch.tensor(param_indices, device=squares.device)[nonfinite.byte().argmax()]
     scale = torch.ones_like(squares[0]) if options.grad_scale is None else options.grad_scale
     norm = squares.sum().sqrt() / scale
-    found = is_bad.any().float()
-    if options.found_inf is not None:
-        found = torch.maximum(found, options.found_inf.float())
+    external_found_inf = found_inf.float()
+    if options.external_found_inf is not None:
+        external_found_inf = torch.maximum(external_found_inf, options.external_found_inf.float())
     if options.max_grad_norm >= 0:
         # a factor of zero, for max_grad_norm=0, would leave no scale to divide by
-        scale = scale / update.clip(norm, options.max_grad_norm).clamp(min=1e-30)
-    agreed = options._replace(
-        grad_scale=scale.float(), found_inf=found, max_grad_norm=update.NO_CLIP
+        scale = scale / update.clip_coefficient(norm, options.max_grad_norm).clamp(min=1e-30)
+    reduced = options._replace(
+        grad_scale=scale.float(),
+        external_found_inf=external_found_inf,
+        max_grad_norm=update.NO_CLIP,
     )
-    return agreed, norm, first_nonfinite
+    return ReducedStep(reduced, norm, torch.where(found_inf, first, -1))

@@ -64,8 +64,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
 
-    @rule(0, "AdamRule<false>")
-    @rule(1, "AdamRule<true>")
+    @rule(0)
+    @rule(1)  # amsgrad
     @staticmethod
     def _rule(
         p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters

@@ -55,7 +55,7 @@ class Lion(FusedOptimizer):
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, options)
 
-    @rule(4, "LionRule")
+    @rule(4)
     @staticmethod
     def _rule(
         p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters

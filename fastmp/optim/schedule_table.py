@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmp.schedule import Schedule
 
+Column = Sequence[float] | None
+
 
 def tabulate(schedule: Schedule, steps: int | None) -> tuple[list[float], list[float] | None]:
     """The lr and the momentum of every step; None for a momentum that the schedule leaves alone.
@@ -42,30 +44,37 @@ def tabulate(schedule: Schedule, steps: int | None) -> tuple[list[float], list[f
     return list(lrs), None if unset else list(momenta)
 
 
-def table(columns: dict[str, Sequence[float] | None], groups: Sequence[dict[str, Any]]) -> Tensor:
-    """The columns lr, momentum and max_grad_norm side by side, float64 (steps, 3); NaN: unset.
+def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tensor:
+    """The columns side by side, float64 (steps, 3); NaN: unset.
 
     Raises:
         ValueError: an empty table, columns of several lengths, a negative number or one that is
-            not finite, or a momentum that a group has no use for.
+            not finite.
     """
-    lr = columns["lr"]
-    assert lr is not None
-    values = np.full((len(lr), len(columns)), np.nan)
-    if len(lr) == 0:
+    steps = len(lr)
+    if steps == 0:
         raise ValueError("lr: expected at least one step, got none")
+    table = np.full((steps, 3), np.nan)
+    columns = {"lr": lr, "momentum": momentum, "max_grad_norm": max_grad_norm}
     for i, (name, column) in enumerate(columns.items()):
         if column is None:
             continue
-        if len(column) != len(lr):
-            raise ValueError(f"{name}: expected {len(lr)} steps as for lr, got {len(column)}")
-        values[:, i] = column
-        if not (np.isfinite(values[:, i]) & (values[:, i] >= 0)).all():
+        if len(column) != steps:
+            raise ValueError(f"{name}: expected {steps} steps as for lr, got {len(column)}")
+        table[:, i] = column
+        if not (np.isfinite(table[:, i]) & (table[:, i] >= 0)).all():
             raise ValueError(f"{name}: expected finite numbers >= 0, got {list(column)}")
-    for group in groups if columns["momentum"] is not None else []:
-        if not group.get("betas") and not group.get("momentum"):
-            raise ValueError(
-                "the table has a momentum, but a parameter group has none: give the optimizer "
-                "one above 0, so that it keeps a buffer for it"
-            )
-    return torch.from_numpy(values)
+    return torch.from_numpy(table)
+
+
+def check_momentum(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a momentum for groups that have no use for one.
+
+    Raises:
+        ValueError: a group with neither betas nor a momentum above 0.
+    """
+    if not all(group.get("betas") or group.get("momentum") for group in groups):
+        raise ValueError(
+            "the table has a momentum, but a parameter group has none: give the optimizer one "
+            "above 0, so that it keeps a buffer for it"
+        )

@@ -60,8 +60,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             fused=fused,
         )
 
-    @rule(2, "SgdRule<false>")
-    @rule(3, "SgdRule<true>")
+    @rule(2)
+    @rule(3)  # with momentum
     @staticmethod
     def _rule(
         p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters

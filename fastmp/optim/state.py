@@ -1,7 +1,7 @@
-"""The state of an optimizer: where it lives, and how it gets in from elsewhere unrounded.
+"""The state of an optimizer: allocation, masters, loading without rounding.
 
-It lives where torch's optimizers keep it, one dict a parameter under torch's keys, as views of a
-few flat arenas. It is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
+One dict a parameter under torch's keys, as in torch's optimizers; the tensors are views of a few
+flat arenas. State is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
 entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmp.backends.native_table import is_dense
 from fastmp.ops.update import join_master, split_master
-from fastmp.ops.update.step_table import is_dense
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 _ALIGNMENT = 16  # elements: every tensor of an arena starts on a 64-byte line
@@ -34,14 +34,14 @@ def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
 
 
 def allocate(states: States, params: list[Tensor], keys: Iterable[str]) -> None:
-    """Give every parameter the state it lacks, as views of one arena per kind of state."""
+    """Allocate missing state, as views of one arena per kind of state."""
     for dtype in {p.dtype for p in params}:
         same = [p for p in params if p.dtype == dtype]
         master = MASTER_KEYS.get(dtype)
         for key in (*keys, *([] if master is None else [master])):
             lacking = [p for p in same if states[p].get(key) is None]
             _add_views(states, key, lacking, _dtype_of(key, dtype))
-            if key == "master":  # a remainder starts at zero: the weight is all there is
+            if key == "master":  # a remainder starts at zero: the master is the weight
                 for p in lacking:
                     states[p][key].copy_(p)
     lacking = [p for p in params if states[p].get("step") is None]
@@ -65,7 +65,7 @@ def _add_views(states: States, key: str, params: list[Tensor], dtype: torch.dtyp
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """What a parameter stands for, in fp32 or fp64; for fp16 and fp32 it is no copy."""
+    """The fp32 or fp64 value of a parameter; no copy for fp16 and fp32."""
     if "master" in state:
         master: Tensor = state["master"]
         return master
@@ -75,7 +75,7 @@ def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
 
 
 def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
-    """Make a parameter, whose state is allocated, stand for an fp32 value, to the bit."""
+    """Set a parameter, whose state is allocated, to an fp32 value, to the bit."""
     if "remainder" in state:
         weight, remainder = split_master(value)
         param.copy_(weight)
@@ -89,8 +89,8 @@ def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
 # ---- state from elsewhere ----
 
 
-def conform(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None:
-    """Bring state that somebody replaced or moved into the dtype, device and order of the kernel.
+def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None:
+    """Bring state that was replaced or moved into the dtype, device and stride order of the kernel.
 
     A weight that became channels_last after its first step, say, has moments in another order.
 
@@ -116,7 +116,7 @@ def conform(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None
             state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
 
 
-class _Loaded:
+class _Shielded:
     """Carries a tensor through ``Optimizer.load_state_dict``, which casts bare ones to the
     parameter's dtype: an fp16 second moment of 1e-9 would load as 0."""
 
@@ -124,36 +124,36 @@ class _Loaded:
         self.value = value
 
 
-def protect(loaded: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-    """A ``state_dict`` whose tensors torch will not cast; ``own`` takes them out again.
+def shield_from_cast(loaded: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+    """A ``state_dict`` whose tensors torch will not cast; ``to_own_state`` unwraps them.
 
     Raises:
         ValueError: state of another shape than its parameter.
     """
-    numbers = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-    for number, param in zip(numbers, params, strict=False):  # torch compares the counts
-        for key, value in loaded["state"].get(number, {}).items():
+    indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    for index, param in zip(indices, params, strict=False):  # torch compares the counts
+        for key, value in loaded["state"].get(index, {}).items():
             if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
                 raise ValueError(
-                    f"state {key!r} of parameter {number}: expected shape {tuple(param.shape)}, "
+                    f"state {key!r} of parameter {index}: expected shape {tuple(param.shape)}, "
                     f"got {tuple(value.shape)}; is this the state of another model?"
                 )
-    state = {param: _protected(values) for param, values in loaded["state"].items()}
+    state = {param: _shielded(values) for param, values in loaded["state"].items()}
     return {**loaded, "state": state}
 
 
-def _protected(values: Any) -> Any:
+def _shielded(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {
-        key: _Loaded(value) if isinstance(value, Tensor) and key != "step" else value
+        key: _Shielded(value) if isinstance(value, Tensor) and key != "step" else value
         for key, value in values.items()
     }
 
 
-def own(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
+def to_own_state(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
     """Turn loaded values into this optimizer's own: copies, none of them rounded."""
-    loaded = {k: v.value if isinstance(v, _Loaded) else v for k, v in state.items()}
+    loaded = {k: v.value if isinstance(v, _Shielded) else v for k, v in state.items()}
     if "step" not in loaded and loaded.get("momentum_buffer") is not None:
         loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
     state.clear()

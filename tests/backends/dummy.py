@@ -7,9 +7,11 @@ from collections import Counter
 
 import torch
 
-from fastmp.backends import registry
+from fastmp.backends import native_table, registry
+from fastmp.ops import update
 from fastmp.ops.linear import backward_reference, linear_reference
 from fastmp.ops.mix import mix_reference
+from fastmp.ops.update.step_table import StepTable
 from tests.backends.torch_dummy import to_dummy, to_host
 
 #: Calls of each kernel.
@@ -44,8 +46,43 @@ def worthwhile(input, weight, activation):
     return input.shape[:-1].numel() > 1
 
 
+class Step:
+    """The kernel of update: the reference on the tensors behind the handles."""
+
+    def __init__(self, rows, grads):
+        self.rows = [
+            row._replace(
+                param=to_host(row.param),
+                master=to_host(row.master),
+                states=tuple(map(to_host, row.states)),
+                step=to_host(row.step),
+            )
+            for row in rows
+        ]
+        self.bind_gradients(grads)
+
+    def matches(self, params):
+        return True
+
+    def bind_gradients(self, grads):
+        self.grads = [to_host(grad) for grad in grads]
+        return True
+
+    def step(self, hypers, record, options, lrs):
+        calls["update"] += 1
+        table = StepTable([], [])
+        table.rows, table.grads = self.rows, self.grads
+        update.run(
+            table,
+            hypers,
+            to_host(record),
+            options._replace(**{name: to_host(value) for name, value in options._asdict().items()}),
+        )
+
+
 registry.mark_available("dummy", "references in main memory")
 for name, reference in TORCH_OPS.items():
     kernel = on_host(name, reference)
     policies = {"worthwhile": worthwhile} if name == "linear" else {}
     registry.register(name, "dummy", kernel, backend="dummy", supports=supports, **policies)
+registry.register("update", "dummy", Step, backend="dummy", supports=native_table.supports)

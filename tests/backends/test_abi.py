@@ -13,15 +13,15 @@ from numpy.ctypeslib import as_ctypes_type
 
 from fastmp.backends import cpu
 from fastmp.backends.abi import (
+    CHUNK,
     DTYPE_CODES,
     HYPER_FIELDS,
     RECORD,
     ROW,
-    UNIT,
     Activation,
     Master,
     Request,
-    Work,
+    StepArgs,
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
 from fastmp.ops.loss import REDUCTIONS
@@ -40,9 +40,9 @@ MIRRORS = {
     "fastmp_row": as_ctypes_type(ROW),
     "fastmp_hyper": HyperRow,
     "fastmp_record": as_ctypes_type(RECORD),
-    "fastmp_unit": as_ctypes_type(UNIT),
+    "fastmp_chunk": as_ctypes_type(CHUNK),
     "fastmp_request": Request,
-    "fastmp_work": Work,
+    "fastmp_step_args": StepArgs,
     **{f"fastmp_{args.__name__[:-4].lower()}_args": args for args in ENTRY_POINTS.values()},
 }
 TYPES = {

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import fastmp
 from fastmp import backends, functional
 
 DEVICE = "dummy"
@@ -49,7 +50,24 @@ def mix(calls):
     assert calls == {"mix": 2}
 
 
-OPERATIONS = {"linear": linear, "mix": mix}
+def update(calls):
+    def steps(device, dtype):
+        torch.manual_seed(0)
+        params = [torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)]
+        params = [p.to(device).requires_grad_() for p in params]
+        optimizer = fastmp.optim.AdamW(params, lr=0.1, max_grad_norm=1.0)
+        for i in range(3):
+            for p in params:
+                p.grad = torch.full(p.shape, 1.0 + i).to(dtype).to(device)
+            optimizer.step()
+        return [t.cpu() for t in (*params, optimizer.grad_norm, optimizer.applied_steps)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.testing.assert_close(steps(DEVICE, dtype), steps("cpu", dtype))
+    assert calls == {"update": 6}
+
+
+OPERATIONS = {"linear": linear, "mix": mix, "update": update}
 
 
 def run(operation):

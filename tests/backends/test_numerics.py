@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from fastmp.backends import cpu
 from fastmp.backends.abi import ROW, record_field
 from fastmp.ops import update
+from fastmp.ops.update import TensorRow
 from fastmp.ops.update.rules import Hyperparameters
-from fastmp.ops.update.step_table import StepTable, TensorRow
+from fastmp.ops.update.step_table import StepTable
 
 needs_library = pytest.mark.skipif(
     cpu.load()[0] is None, reason="there is no native library: it was built without a compiler"
@@ -24,13 +25,13 @@ def through_kernel(values, dtype):
         param, master = update.split_master(values)
     else:
         master = values.clone()
-    slot = TensorRow(param, master, (), torch.zeros(()), 0, 0, 2)
-    plan = StepTable([slot], [torch.zeros(len(values), dtype=dtype)])
-    assert plan.fallback is None
+    row = TensorRow(param, master, (), torch.zeros(()), 0, 0, 2)
+    table = StepTable([row], [torch.zeros(len(values), dtype=dtype)])
+    assert table.fallback is None
     record = update.new_record(torch.device("cpu"))
-    update.run(plan, np.array([Hyperparameters(2, lr=0.0)]), record)
+    update.run(table, np.array([Hyperparameters(2, lr=0.0)]), record)
     assert record_field(record, "applied") == 1
-    return slot.param, slot.master
+    return row.param, row.master
 
 
 def all_floats_of_interest():
@@ -68,10 +69,10 @@ def test_weights_written_past_the_caches_are_the_same(offset):
     """From 4 Mi parameters on the fp16 weights are streamed, where they are aligned."""
     values = torch.randn(2**22 + 37)
     weight = torch.full((len(values) + offset,), torch.nan, dtype=torch.float16)[offset:]
-    slot = TensorRow(weight, values.clone(), (), torch.zeros(()), 0, 0, 2)
-    plan = StepTable([slot], [torch.zeros_like(weight)])
+    row = TensorRow(weight, values.clone(), (), torch.zeros(()), 0, 0, 2)
+    table = StepTable([row], [torch.zeros_like(weight)])
     record = update.new_record(weight.device)
-    update.run(plan, np.array([Hyperparameters(2, lr=0.0)]), record)
+    update.run(table, np.array([Hyperparameters(2, lr=0.0)]), record)
     assert torch.equal(weight, values.half())
 
 
@@ -81,9 +82,9 @@ def test_kernel_widens_every_16_bit_gradient_exactly(dtype):
     grads = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     grads = grads[grads.isfinite()]
     param = torch.zeros(len(grads))
-    plan = StepTable([TensorRow(param, None, (), torch.zeros(()), 0, 0, 2)], [grads])
+    table = StepTable([TensorRow(param, None, (), torch.zeros(()), 0, 0, 2)], [grads])
     record = update.new_record(param.device)
-    update.run(plan, np.array([Hyperparameters(2, lr=-1.0)]), record)
+    update.run(table, np.array([Hyperparameters(2, lr=-1.0)]), record)
     assert torch.equal(param, grads.float())
 
 
@@ -118,10 +119,10 @@ def test_split_master_ties_go_away_from_zero():
 def test_the_library_refuses_rows_it_cannot_read(field, value):
     param, m, v = torch.ones(3, 20)
     before = param.clone()
-    plan = StepTable([TensorRow(param, None, (m, v), torch.zeros(()), 0, 0, 0)], [torch.ones(20)])
-    plan.rows[field] = np.array(value).astype(ROW[field])
+    table = StepTable([TensorRow(param, None, (m, v), torch.zeros(()), 0, 0, 0)], [torch.ones(20)])
+    table.kernel.rows[field] = np.array(value).astype(ROW[field])
     hypers = np.array([Hyperparameters(0, lr=1.0)])
     record = update.new_record(param.device)
     with pytest.raises(RuntimeError, match="refused its arguments"):
-        update.run(plan, hypers, record)
+        update.run(table, hypers, record)
     assert torch.equal(param, before)

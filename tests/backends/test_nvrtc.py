@@ -16,7 +16,7 @@ pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed: no 
 from fastmp.backends.cuda import launch, nvrtc
 from fastmp.backends.cuda.update import case_of
 
-NAME = launch.kernel_name((case_of("SgdRule<false>", 0, 0, 0),))
+NAME = launch.kernel_name((case_of(2, 0, 0, 0),))
 BUILD = ("cuda/update.cu", NAME, "sm_90")
 
 

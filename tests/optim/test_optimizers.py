@@ -86,8 +86,8 @@ def test_kernel_against_the_fp64_reference(shapes, options, dtype, scale, norm, 
             optimizer.grad_scale = torch.tensor(scale)
             optimizer.step()
             del optimizer.grad_scale
-    assert a._plan.fallback is None
-    assert b._plan.fallback is not None
+    assert a._tables.table.fallback is None
+    assert b._tables.table.fallback is not None
     torch.testing.assert_close(a.grad_norm.double(), b.grad_norm.double(), rtol=1e-6, atol=0)
     for master, p in zip(masters(a, ours), exact, strict=True):
         torch.testing.assert_close(master.double(), p.detach(), rtol=2e-5, atol=2e-6)
@@ -234,7 +234,7 @@ def test_channels_last_and_transposed_parameters():
             give_gradients(ours, theirs, seed=step)
             a.step()
             b.step()
-        assert (a._plan.fallback is None) == (count == 2)
+        assert (a._tables.table.fallback is None) == (count == 2)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

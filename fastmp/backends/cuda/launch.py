@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from fastmp.backends.abi import Work
+from fastmp.backends.abi import StepArgs
 from fastmp.backends.cuda import nvrtc
-
-_THREADS = 256  # kThreads of csrc/cuda/device.h
+from fastmp.backends.cuda.nvrtc import BLOCK_SIZE
 
 
 def _check(result: tuple[Any, ...]) -> Any:
@@ -39,25 +38,25 @@ class Kernel:
             self._module = _check(driver.cuModuleLoadData(image.code))
             self._function = _check(driver.cuModuleGetFunction(self._module, image.kernel.encode()))
             at_once = _check(
-                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, _THREADS, 0)
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, BLOCK_SIZE, 0)
             )
         properties = torch.cuda.get_device_properties(device)
-        #: As many as run at once: the grid waits for all of them.
-        self.most_blocks = int(at_once) * int(properties.multi_processor_count)
+        #: All of a grid run at once: its barrier waits for them.
+        self.max_blocks = int(at_once) * int(properties.multi_processor_count)
 
-    def launch(self, blocks: int, work: Work) -> None:
-        """One cooperative launch on the current stream; ``work`` is copied."""
+    def launch(self, blocks: int, args: StepArgs) -> None:
+        """One cooperative launch on the current stream; ``args`` is copied."""
         from cuda.bindings import driver
 
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(work))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            arguments = (self._function, blocks, 1, 1, _THREADS, 1, 1, 0, stream)
+            launch = (self._function, blocks, 1, 1, BLOCK_SIZE, 1, 1, 0, stream)
             where = ctypes.addressof(parameters)
-            (status,) = driver.cuLaunchCooperativeKernel(*arguments, where)
+            (status,) = driver.cuLaunchCooperativeKernel(*launch, where)
             if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # the first call of a thread
                 _check(driver.cuCtxSetCurrent(self._context))
-                (status,) = driver.cuLaunchCooperativeKernel(*arguments, where)
+                (status,) = driver.cuLaunchCooperativeKernel(*launch, where)
         _check((status,))
 
     def is_capturing(self) -> bool:

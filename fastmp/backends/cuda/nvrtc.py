@@ -18,8 +18,15 @@ from typing import Any, NamedTuple
 
 from fastmp import files
 
+BLOCK_SIZE = 256  # threads
+CHUNK_SIZE = 1024  # elements
 # --fmad=false: as the CPU library, so that both give the same bits. The kernel waits for memory.
-_OPTIONS = ("--std=c++17", "--fmad=false")
+_OPTIONS = (
+    "--std=c++17",
+    "--fmad=false",
+    f"-DFASTMP_BLOCK_SIZE={BLOCK_SIZE}",
+    f"-DFASTMP_CHUNK_SIZE={CHUNK_SIZE}",
+)
 _FORMAT = 1  # of an entry
 
 

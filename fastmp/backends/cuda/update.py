@@ -9,101 +9,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends.abi import HYPER_FIELDS, UNIT, Master, Request, Work
-from fastmp.backends.cuda import launch
+from fastmp.backends import cuda, native_table, registry
+from fastmp.backends.abi import CHUNK, LR, Master, StepArgs
+from fastmp.backends.cuda import launch, nvrtc
+from fastmp.backends.native_table import NativeTable, Options, TensorRow
 
-_UNIT = 1024  # kUnit of update.cu
-_SPANS = 2048  # a norm is summed up in at most so many parts, whatever the GPU
+MAX_PARTIALS = 2048  # of a norm, whatever the GPU
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
-_LR = HYPER_FIELDS.index("lr")
 
-#: What captured graphs read when they are replayed, for as long as the process lives: nobody can
-#: know how long a graph does. 80 bytes a tensor for every capture.
+#: Memory that captured graphs read when they are replayed, kept as long as the process lives: the
+#: end of a graph cannot be observed. 80 bytes a tensor for every capture.
 _captured: list[Any] = []
 
 
-def case_of(struct: str, param: int, grad: int, master: int) -> str:
-    """``Case`` of update.cu for a rule's struct, two dtypes and a master, all by number."""
-    kept = f"FASTMP_{Master(master).name}"
-    return f"fastmp::Case<fastmp::{struct}, {_C_TYPES[param]}, {_C_TYPES[grad]}, {kept}>"
+def case_of(rule: int, param: int, grad: int, master: int) -> str:
+    """``Case`` of update.cu for the number of a rule, the codes of two dtypes and a master."""
+    dtypes = f"{_C_TYPES[param]}, {_C_TYPES[grad]}"
+    return f"fastmp::Case<fastmp::RuleOf<{rule}>::Rule, {dtypes}, FASTMP_{Master(master).name}>"
 
 
-class Table:
-    """A step's tensors in device memory.
+class CudaStepTable(NativeTable):
+    """The tensors of a step, with its table in device memory.
 
     Rows and hyperparameters are one piece of memory, uploaded by one asynchronous copy, and only
-    when a byte of it has changed. The units never change.
+    when a byte of it has changed. The chunks never change.
     """
 
-    def __init__(self, rows: np.ndarray, structs: dict[int, str], device: torch.device) -> None:
-        """Lay out the work; ``rows`` is read again at every step.
-
-        Args:
-            rows: of ``table.ROW``.
-            structs: the struct in rules.h of every rule number among the rows.
-            device: where the tensors are.
-        """
+    def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
+        super().__init__(tensor_rows, grads)
         columns = ("rule", "param_dtype", "grad_dtype", "master_kind")
-        kinds = sorted(set(zip(*(rows[name].tolist() for name in columns), strict=True)))
-        cases = tuple(case_of(structs[rule], *kept) for rule, *kept in kinds)
-        self.device = device
-        self.kernel = launch.kernel(cases, device)
-        self._rows = rows
+        kinds = set(zip(*(self.rows[name].tolist() for name in columns), strict=True))
+        self.device = tensor_rows[0].param.device
+        self.kernel = launch.kernel(tuple(case_of(*kind) for kind in sorted(kinds)), self.device)
         self._uploaded = b""
         self._image: Tensor | None = None
-        units = _units(rows["numel"])
-        a_span = max(1, -(-len(units) // _SPANS))
-        self._units = torch.empty(max(1, units.nbytes), dtype=torch.uint8, device=device)
-        if len(units):
-            self._units.copy_(torch.from_numpy(units.view(np.uint8)))
-        self._sums = torch.empty(_SPANS, dtype=torch.float64, device=device)
-        self._offenders = torch.empty(_SPANS, dtype=torch.int32, device=device)
-        self._blocks = max(1, min(self.kernel.most_blocks, len(units)))
-        self._work = Work(
-            units=self._units.data_ptr(),
-            sums=self._sums.data_ptr(),
-            offenders=self._offenders.data_ptr(),
-            row_count=len(rows),
-            unit_count=len(units),
-            units_per_span=a_span,
-            span_count=-(-len(units) // a_span),
+        chunks = _chunks(self.rows["numel"])
+        per_partial = max(1, -(-len(chunks) // MAX_PARTIALS))
+        self._chunks = torch.empty(max(1, chunks.nbytes), dtype=torch.uint8, device=self.device)
+        if len(chunks):
+            self._chunks.copy_(torch.from_numpy(chunks.view(np.uint8)))
+        self._sums = torch.empty(MAX_PARTIALS, dtype=torch.float64, device=self.device)
+        self._nonfinite_rows = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=self.device)
+        self._blocks = max(1, min(self.kernel.max_blocks, len(chunks)))
+        self._args = StepArgs(
+            chunks=self._chunks.data_ptr(),
+            partial_sums=self._sums.data_ptr(),
+            partial_nonfinite_rows=self._nonfinite_rows.data_ptr(),
+            row_count=len(self.rows),
+            chunk_count=len(chunks),
+            chunks_per_partial=per_partial,
+            partial_count=-(-len(chunks) // per_partial),
         )
-        # Page-locked memory cannot be asked for during a capture: there is some for the next one.
+        # Page-locked memory cannot be allocated during a capture: this is for the next one.
         self._spare: Tensor | None = None
 
     def step(
         self,
         hypers: np.ndarray,
-        request: Request,
+        record: Tensor,
+        options: Options,
         lrs: Sequence[tuple[int, Tensor]],
-        kept: Sequence[Tensor | None],
     ) -> None:
-        """Launch a step.
-
-        Args:
-            hypers: float64 (groups, 10).
-            request: pointers into the device's memory.
-            lrs: groups whose lr is a tensor on the device, with it: read when the step runs.
-            kept: what ``request`` points to; a graph needs it as long as it lives.
-        """
-        image = hypers.tobytes() + self._rows.tobytes()
+        """Launch a step; arguments as ``ops.update.run``. ``lrs`` are read when the step runs."""
+        request, alive = native_table.request(options, record)
+        image = hypers.tobytes() + self.rows.tobytes()
         if self._spare is None or self._spare.numel() != len(image):
             self._spare = self.kernel.host_memory(len(image))
         if self.kernel.is_capturing():
             host, self._spare = self._spare, None
-            device = torch.empty(len(image), dtype=torch.uint8, device=self.device)
+            table = torch.empty(len(image), dtype=torch.uint8, device=self.device)
             _fill(host, image)
-            self.kernel.copy(host, device)
-            _captured.append((self, host, device, *kept))
+            self.kernel.copy(host, table)
+            _captured.append((self, host, table, *alive))
         else:
-            device = self._current(image)
-        groups = device[: hypers.nbytes].view(torch.float64).view(hypers.shape)
+            table = self._current(image)
+        groups = table[: hypers.nbytes].view(torch.float64).view(hypers.shape)
         for group, lr in lrs:
-            groups[group, _LR].copy_(lr)
-        self._work.groups = device.data_ptr()
-        self._work.rows = device.data_ptr() + hypers.nbytes
-        self._work.request = request
-        self.kernel.launch(self._blocks, self._work)
+            groups[group, LR].copy_(lr)
+        self._args.groups = table.data_ptr()
+        self._args.rows = table.data_ptr() + hypers.nbytes
+        self._args.request = request
+        self.kernel.launch(self._blocks, self._args)
 
     def _current(self, image: bytes) -> Tensor:
         """The table in device memory, uploaded if it has changed."""
@@ -122,10 +108,17 @@ def _fill(host: Tensor, image: bytes) -> None:
     host.numpy()[:] = np.frombuffer(image, np.uint8)
 
 
-def _units(sizes: np.ndarray) -> np.ndarray:
-    """The work, 1,024 elements of a row at a time."""
-    counts = -(-sizes // _UNIT)
-    units = np.empty(int(counts.sum()), UNIT)
-    units["row"] = np.repeat(np.arange(len(sizes)), counts)
-    units["place"] = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return units
+def _chunks(sizes: np.ndarray) -> np.ndarray:
+    """The rows, each in chunks of ``nvrtc.CHUNK_SIZE`` elements."""
+    counts = -(-sizes // nvrtc.CHUNK_SIZE)
+    chunks = np.empty(int(counts.sum()), CHUNK)
+    chunks["row"] = np.repeat(np.arange(len(sizes)), counts)
+    chunks["chunk_index"] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return chunks
+
+
+def _supports(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> str | None:
+    return cuda.supports_device(rows[0].param.device) or native_table.supports(rows, grads)
+
+
+registry.register("update", "cuda", CudaStepTable, backend="cuda", supports=_supports)

@@ -1,7 +1,8 @@
-"""Update rules by number: the struct in ``csrc/common/rules.h`` and the same in plain PyTorch.
+"""Update rules by number, in plain PyTorch.
 
-The plain one is the oracle of the tests, and the fallback for dtypes and devices without a kernel.
-It stands with the optimizer that uses it: ``fastmp.optim``.
+A rule is the oracle of the tests, and the fallback for dtypes and devices without a kernel. It
+stands with the optimizer that uses it, in ``fastmp.optim``; ``csrc/common/rules.h`` has the rules
+of the same numbers for the kernels.
 """
 
 from __future__ import annotations
@@ -31,30 +32,20 @@ class Hyperparameters(NamedTuple):
 
 assert Hyperparameters._fields == HYPER_FIELDS
 
-#: (master, gradient, states, number of the step, hyperparameters) -> the new master.
-Reference = Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyperparameters], Tensor]
-_Function = TypeVar("_Function", bound=Reference)
-
-
-class Rule(NamedTuple):
-    """An update rule: its struct in ``csrc/common/rules.h``, and its step in plain PyTorch."""
-
-    struct: str
-    reference: Reference
-
+#: (master, gradient, states, number of the step, hyperparameters) -> the new master. The states
+#: are changed in place.
+Rule = Callable[[Tensor, Tensor, Sequence[Tensor], float, Hyperparameters], Tensor]
+_Function = TypeVar("_Function", bound=Rule)
 
 RULES: dict[int, Rule] = {}
 
 
-def rule(number: int, struct: str) -> Callable[[_Function], _Function]:
-    """Mark a function as the plain form of a rule; ``number`` and ``struct`` are those of rules.h.
+def rule(number: int) -> Callable[[_Function], _Function]:
+    """Mark a function as the rule of this number in ``csrc/common/rules.h``."""
 
-    The function returns the new value of a tensor and changes its states in place.
-    """
-
-    def register(reference: _Function) -> _Function:
-        assert number not in RULES, f"{struct} and {RULES[number].struct} are both rule {number}"
-        RULES[number] = Rule(struct, reference)
-        return reference
+    def register(function: _Function) -> _Function:
+        assert number not in RULES, f"two rules have the number {number}"
+        RULES[number] = function
+        return function
 
     return register

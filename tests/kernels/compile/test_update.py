@@ -20,7 +20,7 @@ STATES = {0: 2, 1: 3, 2: 0, 3: 1, 4: 1}  # of each rule
 
 def build(*cases):
     """The kernel for these (rule, param, grad, master), for every architecture."""
-    name = launch.kernel_name(tuple(case_of(RULES[r].struct, *kept) for r, *kept in cases))
+    name = launch.kernel_name(tuple(case_of(*kind) for kind in cases))
 
     def one(arch):
         image = nvrtc.compile("cuda/update.cu", name, f"sm_{arch}")

@@ -132,9 +132,9 @@ static int32_t fuzz_update(Input& in) {
   args.group_count = groups;
   fastmp_request& request = args.request;
   if (in.one_in(2)) request.grad_scale = in.floats(1);
-  if (in.one_in(3)) request.found_inf = in.floats(1);
+  if (in.one_in(3)) request.external_found_inf = in.floats(1);
   request.max_grad_norm = in.one_in(2) ? -1.0 : static_cast<double>(in.number());
-  request.unchecked = in.below(2);
+  request.skip_nonfinite_check = in.below(2);
   if (in.one_in(3)) {
     request.schedule_rows = in.extent(3);
     request.schedule = static_cast<double*>(in.buffer(product(request.schedule_rows, 3), 8));

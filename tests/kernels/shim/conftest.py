@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmp.backends import cuda
-from fastmp.backends.abi import Work
-from fastmp.backends.cuda import launch, update
-from fastmp.ops.update import step_table
+from fastmp.backends import native_table, registry
+from fastmp.backends.abi import StepArgs
+from fastmp.backends.cuda import launch, nvrtc, update
 
 SOURCE = Path(__file__).parent / "shim.cpp"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wall"]
+FLAGS += [f"-DFASTMP_CHUNK_SIZE={nvrtc.CHUNK_SIZE}"]
 
 
 def build(target, *flags):
@@ -30,24 +30,24 @@ def build(target, *flags):
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     library = build(tmp_path_factory.mktemp("shim") / "libshim.so")
-    library.shim_update.argtypes = [ctypes.c_int32, ctypes.POINTER(Work)]
-    library.shim_rule.restype = ctypes.c_char_p
+    library.shim_update.argtypes = [ctypes.c_int32, ctypes.POINTER(StepArgs)]
+    library.shim_has_rule.restype = ctypes.c_bool
     return library
 
 
 class Kernel:
-    """What ``driver.Kernel`` is on a GPU; counts what it is asked for."""
+    """In place of ``launch.Kernel``; counts its calls."""
 
-    most_blocks = 2
+    max_blocks = 2
     capturing = False
     launches = uploads = 0
 
     def __init__(self, library):
         self._library = library
 
-    def launch(self, blocks, work):
+    def launch(self, blocks, args):
         Kernel.launches += 1
-        self._library.shim_update(blocks, ctypes.byref(work))
+        self._library.shim_update(blocks, ctypes.byref(args))
 
     def is_capturing(self):
         return Kernel.capturing
@@ -60,16 +60,24 @@ class Kernel:
         target.copy_(source)
 
 
+@pytest.fixture
+def cpu_engine():
+    """The kernel of the CPU library, as it was registered before the CUDA kernel replaces it."""
+    return registry._kernels["update", "cpu"]
+
+
 @pytest.fixture(autouse=True)
-def kernel(library, monkeypatch):
-    """Tensors on the CPU are taken for tensors on a GPU."""
-    monkeypatch.setattr(step_table, "is_on_gpu", lambda device: device.type == "cpu")
-    monkeypatch.setattr(cuda, "load", lambda: (True, "the shim"))
-    monkeypatch.setattr(cuda, "supports_device", lambda device: None)
+def kernel(cpu_engine, library, monkeypatch):
+    """The CUDA kernel serves tensors in main memory."""
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    registry.mark_available("shim", "csrc/cuda/update.cu, compiled as C++")
+    supports = native_table.supports
+    registry.register("update", "cpu", update.CudaStepTable, backend="shim", supports=supports)
     monkeypatch.setattr(launch, "kernel", lambda cases, device: Kernel(library))
-    monkeypatch.setattr(update, "_SPANS", 5)  # 12 barriers each, of real threads
+    monkeypatch.setattr(update, "MAX_PARTIALS", 5)  # 12 barriers each, of real threads
     monkeypatch.setattr(Kernel, "launches", 0)
     monkeypatch.setattr(Kernel, "uploads", 0)
-    monkeypatch.setattr(Kernel, "most_blocks", 2)
+    monkeypatch.setattr(Kernel, "max_blocks", 2)
     monkeypatch.setattr(Kernel, "capturing", False)
     return Kernel

@@ -1,5 +1,5 @@
 /* csrc/cuda/update.cu on a CPU: a thread for every thread of the grid, a barrier for every barrier.
- * What device.h provides is given its other meaning here, and its include guard keeps it out. */
+ * The functions of device.h are defined here, and its include guard keeps it out. */
 #define FASTMP_DEVICE_H
 #include <barrier>
 #include <cstring>
@@ -47,7 +47,7 @@ FASTMP_DEVICE void sync_block() {
 }
 
 template <class T>
-FASTMP_DEVICE T from_lane_after(T value, int offset) {
+FASTMP_DEVICE T shuffle_down(T value, int offset) {
   std::barrier<>& warp = here.block->warp[here.thread / kWarp];
   std::memcpy(here.block->lanes[here.thread], &value, sizeof value);
   warp.arrive_and_wait();
@@ -58,10 +58,10 @@ FASTMP_DEVICE T from_lane_after(T value, int offset) {
   return value;
 }
 
-FASTMP_DEVICE uint32_t add_in_order(uint32_t* sum, uint32_t value) {
+FASTMP_DEVICE uint32_t atomic_add_acq_rel(uint32_t* sum, uint32_t value) {
   return __atomic_fetch_add(sum, value, __ATOMIC_SEQ_CST);
 }
-FASTMP_DEVICE uint32_t read_in_order(const uint32_t* sum) {
+FASTMP_DEVICE uint32_t load_acquire(const uint32_t* sum) {
   std::this_thread::yield();
   return __atomic_load_n(sum, __ATOMIC_SEQ_CST);
 }
@@ -79,11 +79,11 @@ FASTMP_DEVICE T read_only(const T* from) {
   return *from;
 }
 template <class T>
-FASTMP_DEVICE T read_past_caches(const T* from) {
+FASTMP_DEVICE T load_streaming(const T* from) {
   return read_only(from);
 }
 template <class T>
-FASTMP_DEVICE void write_past_caches(T value, T* to) {
+FASTMP_DEVICE void store_streaming(T value, T* to) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) __builtin_trap();
   *to = value;
 }
@@ -107,14 +107,14 @@ struct All {};
 typedef All<FASTMP_RULES(FASTMP_CASES) Case<LionRule, float, float, 99>> Every;
 
 template <class... Cases>
-static void launch(All<Cases...>, const fastmp_work& work) {
-  update<Cases...>(work);
+static void launch(All<Cases...>, const fastmp_step_args& args) {
+  update<Cases...>(args);
 }
 
 }  // namespace fastmp
 
-/* A grid whose threads wait for the next launch: to make them anew took 8 ms a launch. They end
- * with the process. */
+/* A grid whose threads wait for the next launch: new threads took 8 ms a launch. They end with the
+ * process. */
 struct Grid {
   explicit Grid(int32_t count) : gate(count * fastmp::kThreads + 1), blocks(count) {
     for (int32_t b = 0; b < count; ++b) {
@@ -123,7 +123,7 @@ struct Grid {
           fastmp::here = {t, b, static_cast<int32_t>(blocks.size()), &blocks[b]};
           for (;;) {
             gate.arrive_and_wait();
-            fastmp::launch(fastmp::Every(), *work);
+            fastmp::launch(fastmp::Every(), *args);
             gate.arrive_and_wait();
           }
         }).detach();
@@ -132,22 +132,21 @@ struct Grid {
   }
   std::barrier<> gate;
   std::vector<fastmp::Block> blocks;
-  const fastmp_work* work = nullptr;
+  const fastmp_step_args* args = nullptr;
 };
 
-extern "C" void shim_update(int32_t blocks, const fastmp_work* work) {
+extern "C" void shim_update(int32_t blocks, const fastmp_step_args* args) {
   static std::map<int32_t, Grid*> grids;
   Grid*& grid = grids[blocks];
   if (grid == nullptr) grid = new Grid(blocks);
-  grid->work = work;
+  grid->args = args;
   grid->gate.arrive_and_wait();
   grid->gate.arrive_and_wait();
 }
 
-/* The name of the rule with this number; NULL: there is none. */
-extern "C" const char* shim_rule(int32_t number) {
-#define FASTMP_NAME(Rule) \
-  if (number == fastmp::Rule::number) return #Rule;
-  FASTMP_RULES(FASTMP_NAME)
-  return nullptr;
+extern "C" bool shim_has_rule(int32_t number) {
+#define FASTMP_NUMBER(Rule) \
+  if (number == fastmp::Rule::number) return true;
+  FASTMP_RULES(FASTMP_NUMBER)
+  return false;
 }

@@ -1,0 +1,169 @@
+"""The multi-tensor table of an optimizer step, as the CPU library and the CUDA kernel read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request
+
+NO_CLIP = -1.0
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TensorRow(NamedTuple):
+    """The tensors of one parameter, without its gradient, which changes every step.
+
+    Attributes:
+        param: the weight.
+        master: None for fp32 and fp64 parameters, fp32 for fp16 ones, the int16 remainder that
+            completes the weight to an fp32 value for bf16 ones.
+        states: fp32, as many as the rule has; like ``master`` in the strides of the parameter.
+        step: 0-d fp32, the updates of this parameter so far.
+        group: row of the hyperparameters.
+        param_index: among all parameters of the optimizer.
+        rule: number of the group's rule.
+    """
+
+    param: Tensor
+    master: Tensor | None
+    states: tuple[Tensor, ...]
+    step: Tensor
+    group: int
+    param_index: int
+    rule: int
+
+
+class Options(NamedTuple):
+    """The options of a step; tensors are 0-d fp32 unless stated otherwise.
+
+    Attributes:
+        max_grad_norm: clip the global norm of the unscaled gradients to this; negative: no clip.
+        grad_scale: the loss scale that the gradients carry.
+        external_found_inf: non-zero skips the step: an overflow on another rank, say.
+        skip_nonfinite_check: no scan of the gradients unless another option needs one. Saves one
+            read; non-finite values reach the weights, as in torch.
+        schedule: float64 (steps, 3); lr, momentum and max_grad_norm of the step after k applied
+            ones in row k, NaN where unset. With an lr, the groups' own are factors of it.
+    """
+
+    max_grad_norm: float = NO_CLIP
+    grad_scale: Tensor | None = None
+    external_found_inf: Tensor | None = None
+    skip_nonfinite_check: bool = False
+    schedule: Tensor | None = None
+
+
+class NativeTable:
+    """Rows of the table, laid out once, with the addresses of new gradients every step."""
+
+    def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
+        self._params = [row.param for row in tensor_rows]
+        self._strides = [p.stride() for p in self._params]
+        self._dtypes = [grad.dtype for grad in grads]
+        self._param_ptrs = [p.data_ptr() for p in self._params]
+        self._grad_ptrs: list[int] = []
+        self.rows = _layout(tensor_rows, grads)
+        self.bind_gradients(grads)
+
+    def matches(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters are where they were when the table was laid out."""
+        return [p.data_ptr() for p in params] == self._param_ptrs
+
+    def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
+        """Use these gradients, one per row, in the next step; False: lay out another table."""
+        try:
+            grad_ptrs = [g.data_ptr() for g in grads]
+        except RuntimeError:  # sparse: there is no one address
+            return False
+        if grad_ptrs == self._grad_ptrs:
+            return True
+        if [g.dtype for g in grads] != self._dtypes:
+            return False
+        self._grads = list(grads)  # alive until the next step
+        if [g.stride() for g in grads] != self._strides:
+            # Another order of the same elements (a channels_last weight with a contiguous gradient,
+            # say): copied into the weight's order, a slower path with the same result.
+            for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
+                if grad.stride() != self._strides[i]:
+                    self._grads[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            grad_ptrs = [g.data_ptr() for g in self._grads]
+        self._grad_ptrs = grad_ptrs
+        self.rows["grad"] = grad_ptrs
+        return True
+
+
+def supports(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> str | None:
+    """None, or the reason why a table cannot hold these tensors."""
+    for row, grad in zip(rows, grads, strict=True):
+        if row.param.dtype not in _DTYPES or grad.dtype not in _DTYPES:
+            return f"no kernel for {row.param.dtype} parameters with {grad.dtype} gradients"
+        if row.param.numel() > 0 and not is_dense(row.param):
+            return f"parameter {row.param_index} is a strided view with gaps"
+    return None
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one contiguous range of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
+    table = np.zeros(len(rows), ROW)
+    table["param"] = [row.param.data_ptr() for row in rows]
+    table["master"] = [0 if row.master is None else row.master.data_ptr() for row in rows]
+    for i in range(3):
+        table[f"state{i}"] = [
+            row.states[i].data_ptr() if i < len(row.states) else 0 for row in rows
+        ]
+    table["step"] = [row.step.data_ptr() for row in rows]
+    table["numel"] = [row.param.numel() for row in rows]
+    table["param_index"] = [row.param_index for row in rows]
+    table["group"] = [row.group for row in rows]
+    table["param_dtype"] = [DTYPE_CODES[row.param.dtype] for row in rows]
+    table["grad_dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
+    table["rule"] = [row.rule for row in rows]
+    table["master_kind"] = [_master_kind(row.master) for row in rows]
+    return table
+
+
+def _master_kind(master: Tensor | None) -> Master:
+    if master is None:
+        return Master.SELF
+    return Master.SPLIT if master.dtype == torch.int16 else Master.FULL
+
+
+def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | None]]:
+    """The options as the kernels read them, and the tensors that the request points to."""
+    device = record.device
+    scale, found_inf = (_fp32(t, device) for t in (options.grad_scale, options.external_found_inf))
+    schedule = options.schedule
+    made = Request(
+        grad_scale=_address(scale),
+        external_found_inf=_address(found_inf),
+        max_grad_norm=options.max_grad_norm,
+        skip_nonfinite_check=options.skip_nonfinite_check,
+        schedule=_address(schedule),
+        schedule_rows=0 if schedule is None else len(schedule),
+        record=record.data_ptr(),
+    )
+    return made, [scale, found_inf, schedule, record]
+
+
+def _fp32(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.detach().to(device, torch.float32, non_blocking=True)
+
+
+def _address(value: Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr()
