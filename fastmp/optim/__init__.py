@@ -2,19 +2,19 @@
 
     optimizer = fastmp.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
 
-Parameters may be fp16 or bf16: each then has an fp32 master, kept in the optimizer's state beside
-the moments, which are fp32 whatever the parameter is. Every step unscales, looks for non-finite
-gradients, takes the global norm, clips, updates and rounds back in one call; if any gradient is not
-finite, nothing changes but the count of skipped steps.
+Parameters may be fp16 or bf16: each then has an fp32 master in the optimizer's state, beside the
+moments, which are fp32 for every dtype. One call unscales, checks for non-finite gradients, takes
+the global norm, clips, updates and rounds the weights; if any gradient is not finite, only the
+count of skipped steps changes.
 
 Differences from torch, each on purpose:
 
 - a non-finite gradient skips the step, with or without a GradScaler (``skip_nonfinite``);
-- gradients are left as they came: torch's fused step leaves them unscaled, one more write;
+- gradients stay as they are: torch's fused step unscales them in place, one more write;
 - ``differentiable=True`` is refused; ``foreach``, ``fused`` and ``capturable`` are accepted and
   have no effect: there is one implementation;
-- fp16 weights changed through ``.data`` behind autograd's back are not noticed (any other in-place
-  change is, and reaches the master): use ``with torch.no_grad()``.
+- fp16 weights changed through ``.data``, past autograd, do not reach the master (any other in-place
+  change does): use ``with torch.no_grad()``.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             decoupled_weight_decay: as in torch.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
-        skip_nonfinite: False trusts the gradients as torch does: without a scaler and without
-            clipping they are then not looked at before they are used, 28 bytes a parameter instead
-            of 32 for fp32 weights, and one that is not finite goes into the weights.
+        skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
+            bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
+            weights, as in torch.
 
     Raises:
-        ValueError: what torch refuses, a negative ``max_grad_norm``, ``differentiable=True``, or a
+        ValueError: as torch, or a negative ``max_grad_norm``, ``differentiable=True``, or a
             sparse, complex or integer parameter.
     """
 

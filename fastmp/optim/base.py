@@ -1,4 +1,4 @@
-"""The step that the fused optimizers share: options, run, record; state saved and loaded."""
+"""The base of the fused optimizers: the step in five parts, the schedule, saving and loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class FusedOptimizer(RecordedOptimizer):
-    """State, step and decisions of the fused optimizers.
+    """Step and state of the fused optimizers.
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
     group's options stand for (``_hyper``).
@@ -53,9 +53,6 @@ class FusedOptimizer(RecordedOptimizer):
             raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._init_step()
-
-    def _init_step(self) -> None:
         self.step_context = StepContext()
         self._tables = TableCache()
 
@@ -89,8 +86,8 @@ class FusedOptimizer(RecordedOptimizer):
 
     # ---- the step ----
 
-    # One kernel: a compiled training loop calls it as it is. torch.compiler.disable, the public
-    # name, would import the compiler with fastmp; this one does so at the first call.
+    # One kernel: there is nothing to compile. torch.compiler.disable, the public name, would import
+    # the compiler with fastmp; this one does so at the first call.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,14 +110,8 @@ class FusedOptimizer(RecordedOptimizer):
         hypers = [self._hyper(group) for group in self.param_groups]
         rules = [h.rule for h in hypers]
         table = self._tables.bind(params, grads, rules, self.state, self._rows)
-        device = params[0].device
-        options, reduced = self._decide_options(device), None
-        if self.step_context.reduce_step is not None:
-            indices = [row.param_index for row in table.rows]
-            reduced = self.step_context.reduce_step(grads, indices, options)
-            options = reduced.options
-        lrs = [] if self._schedule is not None else self._device_lrs()
-        update.run(table, np.array(hypers, np.float64), self._record_on(device), options, lrs)
+        options, reduced = self._decide_options(table, grads)
+        self._run(table, hypers, options)
         self._record_step(table, reduced)
         return loss
 
@@ -150,26 +141,38 @@ class FusedOptimizer(RecordedOptimizer):
                 param_index += 1
         return rows
 
-    def _decide_options(self, device: torch.device) -> Options:
-        return Options(
+    def _decide_options(
+        self, table: StepTable, grads: list[Tensor]
+    ) -> tuple[Options, ReducedStep | None]:
+        """The options of the step, after an exchange with other ranks if there is a reducer."""
+        context = self.step_context
+        options = Options(
             update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
-            self.step_context.grad_scale,
-            self.step_context.found_inf,
+            context.grad_scale,
+            context.found_inf,
             not self.skip_nonfinite,
-            self._schedule_on(device),
+            self._schedule_on(grads[0].device),
         )
+        if context.reduce_step is None:
+            return options, None
+        indices = [row.param_index for row in table.rows]
+        reduced = context.reduce_step(grads, indices, options)
+        return reduced.options, reduced
 
-    def _device_lrs(self) -> list[tuple[int, Tensor]]:
-        """The groups whose lr is in device memory: read there when the step runs, not here."""
-        lrs = [(i, group["lr"]) for i, group in enumerate(self.param_groups)]
-        return [(i, lr) for i, lr in lrs if isinstance(lr, Tensor) and not on_host(lr)]
+    def _run(self, table: StepTable, hypers: list[Hyperparameters], options: Options) -> None:
+        lrs = []
+        if self._schedule is None:  # an lr in device memory is read when the step runs, not here
+            lrs = [(i, group["lr"]) for i, group in enumerate(self.param_groups)]
+            lrs = [(i, lr) for i, lr in lrs if isinstance(lr, Tensor) and not on_host(lr)]
+        record = self._record_on(table.params[0].device)
+        update.run(table, np.array(hypers, np.float64), record, options, lrs)
 
     def _record_step(self, table: StepTable, reduced: ReducedStep | None) -> None:
         if reduced is not None:  # the kernel has seen the gradients of this rank only
             self.grad_norm.copy_(reduced.grad_norm)
             first = reduced.first_nonfinite
             self.first_nonfinite.copy_(torch.where(first < 0, self.first_nonfinite, first))
-        # the kernel wrote behind autograd's back: a backward through the old weights must raise
+        # autograd has not seen the kernel's writes: a backward through the old weights must raise
         torch.autograd.graph.increment_version(table.params)
 
     def has_gradients_on(self, device: torch.device) -> bool:
@@ -180,10 +183,10 @@ class FusedOptimizer(RecordedOptimizer):
 
     @property
     def grad_scale(self) -> Tensor:
-        """The loss scale that the gradients carry; absent unless a scaler, or a caller, set it."""
+        """The loss scale that the gradients carry; absent unless a scaler, or the user, set it."""
         scale = self.step_context.grad_scale
         if scale is None:
-            raise AttributeError("grad_scale is there only while a scaler steps the optimizer")
+            raise AttributeError("grad_scale is set during a step with a scaler only")
         return scale
 
     @grad_scale.setter
@@ -219,11 +222,11 @@ class FusedOptimizer(RecordedOptimizer):
         Args:
             schedule: (lr, momentum) of the number of applied steps.
             steps: length of the table, from applied step 0 on; later steps have its last values.
-                None: the schedule's own, which ``Cyclic`` and plain functions have not.
+                None: the schedule's own; ``Cyclic`` and plain functions have none.
 
         Raises:
             ValueError: no ``steps`` for a schedule without a length, or below 1; or a momentum that
-                is None at some steps only, or that a group has no use for.
+                is None at some steps only, or that a group cannot use.
         """
         self.set_schedule(*schedule_table.tabulate(schedule, steps))
 
@@ -235,10 +238,10 @@ class FusedOptimizer(RecordedOptimizer):
     ) -> None:
         """Take hyperparameters from a table, by the number of applied steps.
 
-        The step after k applied ones takes entry k; past the end, the last one. The table lies
-        where the parameters do, so a skipped step does not shift it and a CUDA graph follows it
-        when it is replayed. While there is a table, ``lr`` of the groups is not read: every group
-        has the table's, times its ``lr_scale`` if it has one. Capture graphs after this call.
+        The step after k applied ones takes entry k; past the end, the last one. The table lies in
+        the memory of the parameters' device: skipped steps do not shift it, and a replayed CUDA
+        graph follows it. ``lr`` of the groups is then not read: every group takes the table's,
+        times its ``lr_scale`` if it has one. Capture graphs after this call.
 
         Args:
             lr: one for each step.
@@ -247,7 +250,7 @@ class FusedOptimizer(RecordedOptimizer):
 
         Raises:
             ValueError: an empty table, columns of several lengths, a negative number or one that is
-                not finite, or a momentum that a group has no use for.
+                not finite, or a momentum that a group cannot use.
         """
         built = schedule_table.build(lr, momentum, max_grad_norm)
         if momentum is not None:
@@ -271,8 +274,9 @@ class FusedOptimizer(RecordedOptimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, restored: dict[str, Any]) -> None:
-        super().__setstate__(restored)
-        self._init_step()
+        super().__setstate__(restored)  # by load_state_dict too, which leaves the context alone
+        self.__dict__.setdefault("step_context", StepContext())
+        self._tables = TableCache()
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state:
@@ -293,7 +297,7 @@ class FusedOptimizer(RecordedOptimizer):
                 of another shape than its parameter. Nothing has changed then.
         """
 
-        # The last pre-hook, so that it sees what the caller's own hooks made of the state.
+        # The last pre-hook: after the caller's own, which may change the state.
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: state.shield_from_cast(loaded, self._params())
         )

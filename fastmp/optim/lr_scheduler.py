@@ -1,4 +1,4 @@
-"""A schedule in the groups of any torch optimizer: torch's interface, and a single step of it."""
+"""A schedule written into the groups of any torch optimizer: torch's interface, and one step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastmp.schedule import Schedule
 class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     """Writes ``schedule`` into the groups of any torch optimizer, with torch's own interface.
 
-    After construction the groups hold the values of step ``last_epoch + 1``. Every ``step()`` goes
-    on by one, and what it writes depends on nothing but that count: groups added later get the
-    same, times their ``lr_scale`` if they have one, and steps past the end keep the last value.
+    After construction the groups hold the values of step ``last_epoch + 1``. Every ``step()``
+    advances by one. The values depend on that count alone: groups added later get the same, times
+    their ``lr_scale`` if they have one, and steps past the end keep the last value.
 
-    With a fastmp optimizer it goes on by the steps that were *applied* since construction, so a
-    step skipped for a non-finite gradient does not count. To know that, ``step()`` reads the
-    device, which on a GPU waits for it; ``schedule.bind(optimizer)`` does not.
+    With a fastmp optimizer the count is that of the steps *applied* since construction: a step
+    skipped for a non-finite gradient does not count. ``step()`` then reads the device, which on a
+    GPU waits for it; ``schedule.bind(optimizer)`` does not.
 
     Args:
         optimizer: any torch optimizer.
         schedule: (lr, momentum) of the number of steps; a momentum of None is left alone.
-        last_epoch: the steps already taken, less one; -1 starts at the beginning.
+        last_epoch: number of steps taken before, minus one; -1 starts at the beginning.
 
     Raises:
-        TypeError: what is not an optimizer.
+        TypeError: not an optimizer.
         ValueError: a momentum for an optimizer that has none, or ``last_epoch`` below -1.
     """
 
@@ -40,35 +40,33 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self.schedule = schedule
         self._first = self._start(optimizer, last_epoch + 1)
         for group in getattr(optimizer, "param_groups", ()):
-            # torch asks for it with last_epoch >= 0; nothing here is computed from it
+            # torch requires it with last_epoch >= 0; it is not used here
             group.setdefault("initial_lr", _copy(group["lr"]))
         super().__init__(optimizer, last_epoch)
 
     @staticmethod
     def _start(optimizer: torch.optim.Optimizer, position: int) -> int | None:
-        """How many steps a fastmp optimizer had applied at step 0, if it is at ``position`` now."""
-        return (
-            int(optimizer.applied_steps) - position
-            if isinstance(optimizer, FusedOptimizer)
-            else None
-        )
+        """The applied steps of a fastmp optimizer at step 0, if it is at ``position`` now."""
+        if not isinstance(optimizer, FusedOptimizer):
+            return None
+        return int(optimizer.applied_steps) - position
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on to the next step, with a fastmp optimizer to its number of applied ones.
+        """Advance to the next step, with a fastmp optimizer to the number of applied ones.
 
         Args:
-            epoch: go to this step instead, and on from there.
+            epoch: the step to go to instead.
 
         Raises:
             ValueError: a momentum for an optimizer that has none, or a negative ``epoch``.
         """
-        # Not super().step(): it warns of a missing optimizer.step() where a gradient scaler
-        # rightly skipped the first one, and after unpickling.
+        # Not super().step(): it warns of a missing optimizer.step() where a gradient scaler skipped
+        # the first one, and after unpickling.
         self._step_count += 1
         self._update_lr(epoch)
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        """What torch's ``SequentialLR`` calls besides ``step``."""
+        """As ``step``; torch's ``SequentialLR`` calls it."""
         if epoch is not None:
             self._first = self._start(self.optimizer, epoch)
             self.last_epoch = epoch
@@ -94,7 +92,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from ``state_dict``, and write the values of its step into the groups.
+        """Restore the step of ``state_dict``, and write its values into the groups.
 
         The optimizer's own state may be loaded before or after. The state may come from a run with
         another kind of optimizer.

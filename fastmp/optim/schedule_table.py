@@ -68,7 +68,7 @@ def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tenso
 
 
 def check_momentum(groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse a momentum for groups that have no use for one.
+    """Refuse a momentum for groups that keep none.
 
     Raises:
         ValueError: a group with neither betas nor a momentum above 0.

@@ -37,12 +37,12 @@ class RecordedOptimizer(torch.optim.Optimizer):
 
     @property
     def applied_steps(self) -> Tensor:
-        """How many steps changed the parameters, 0-d int64."""
+        """Number of steps that changed the parameters, 0-d int64."""
         return self._read("applied")
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped for a non-finite gradient, 0-d int64."""
+        """Number of steps that were skipped, 0-d int64."""
         return self._read("skipped")
 
     @property

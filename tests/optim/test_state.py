@@ -93,6 +93,16 @@ def test_loading_does_not_share_memory_with_the_saved_state():
         assert same_bits(values.values(), saved["state"][key].values())
 
 
+def test_loading_leaves_the_context_of_the_step_alone():
+    """Shards stay attached when a checkpoint is loaded into their optimizer."""
+    optimizer = adam_w(parameters())
+    optimizer.step_context.reduce_step = reducer = object()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.step_context.reduce_step is reducer
+    copied = pickle.loads(pickle.dumps(adam_w(parameters())))
+    assert copied.step_context.reduce_step is None
+
+
 def test_state_hooks_see_and_may_change_the_state():
     params = parameters()
     optimizer = adam_w(params)

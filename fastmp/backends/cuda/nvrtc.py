@@ -1,8 +1,8 @@
 """NVRTC: CUDA source to machine code, kept on disk.
 
-An entry of the cache is found by everything that made it: sources, options, architecture, kernel
-and the version of NVRTC. It is written aside and renamed, so that a reader sees all of it or none,
-and it is read only if it is ours and its checksum is right; else it is made anew.
+The key of a cache entry is a digest of its inputs: sources, options, architecture, kernel and the
+version of NVRTC. An entry is written atomically. It is read only if it belongs to this user and its
+checksum is right; otherwise the kernel is compiled again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def version() -> tuple[int, int]:
     """NVRTC's version.
 
     Raises:
-        RuntimeError: there is no NVRTC to be found.
+        RuntimeError: NVRTC is not installed.
     """
     from cuda.bindings import nvrtc
 
@@ -97,11 +97,10 @@ def _sources() -> dict[str, bytes]:
 
 
 def build(file: str, kernel: str, architecture: str) -> Image:
-    """The machine code of ``kernel``, a C++ name with its template arguments, from the cache if it
-    is there.
+    """The machine code of ``kernel``, a C++ name with its template arguments; cached.
 
     Raises:
-        RuntimeError: it does not compile; what NVRTC said.
+        RuntimeError: it does not compile; with NVRTC's log.
     """
     entry = _entry(file, kernel, architecture)
     image = _read(entry)
@@ -121,8 +120,8 @@ def compile(file: str, kernel: str, architecture: str) -> Image:
     try:
         name = kernel.encode()
         _check(nvrtc.nvrtcAddNameExpression(program, name))
-        place = f"--include-path={(folder / file).parent}"
-        options = [o.encode() for o in (*_OPTIONS, f"--gpu-architecture={architecture}", place)]
+        include = f"--include-path={(folder / file).parent}"
+        options = [o.encode() for o in (*_OPTIONS, f"--gpu-architecture={architecture}", include)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
@@ -151,13 +150,13 @@ def _digest(parts: Sequence[bytes]) -> str:
 
 
 def _entry(file: str, kernel: str, architecture: str) -> Path:
-    made_by = [file, kernel, architecture, *_OPTIONS, str(version()), str(_FORMAT)]
+    inputs = [file, kernel, architecture, *_OPTIONS, str(version()), str(_FORMAT)]
     sources = [part for name, text in _sources().items() for part in (name.encode(), text)]
-    return files.cache_dir() / f"{_digest([m.encode() for m in made_by] + sources)}.cubin"
+    return files.cache_dir() / f"{_digest([m.encode() for m in inputs] + sources)}.cubin"
 
 
 def _read(entry: Path) -> Image | None:
-    """What the entry holds; None if there is none, or not a whole one, or somebody else's."""
+    """The image of a cache entry; None: no entry, not a whole one, or another user's."""
     try:
         with entry.open("rb") as file:
             if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid != os.geteuid():
@@ -179,7 +178,7 @@ def _write(entry: Path, image: Image) -> None:
         files.atomic_write(entry, head + b"\n" + image.code)
     except OSError as error:
         warnings.warn(
-            f"fastmp compiles its kernel anew in every process: {error}. "
+            f"fastmp compiles its kernel again in every process: {error}. "
             "Set FASTMP_CACHE to a folder that can be written to.",
             RuntimeWarning,
             stacklevel=2,
