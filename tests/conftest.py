@@ -1,4 +1,4 @@
-"""One seed, one hypothesis profile: every run of the suite on a machine tries the same cases."""
+"""One seed, one hypothesis profile, the threads of a worker process and the order of the tests."""
 
 import os
 from pathlib import Path
@@ -21,12 +21,25 @@ if another := os.environ.get("FASTMP_TEST_LIBRARY"):
     cpu.load.cache_clear()
     assert cpu.load()[0]._name == another
 
+# pytest-xdist starts one worker per core: each has its share of the threads, as do its children.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, torch.get_num_threads() // WORKERS)
+if WORKERS > 1:
+    torch.set_num_threads(THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
 # On a GPU each new shape is a compilation of a second.
 EXAMPLES = 8 if torch.cuda.is_available() else 60
 hypothesis.settings.register_profile(
     "fastmp", derandomize=True, deadline=None, max_examples=EXAMPLES
 )
 hypothesis.settings.load_profile("fastmp")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers slow tests come first, so that none is left when the rest has ended."""
+    if WORKERS > 1:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

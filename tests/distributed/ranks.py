@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` runs on two ranks: each check leaves what its rank saw in a file.
+"""Script for torchrun: the cases of the distributed tests, results of each rank in a file.
 
 torchrun --nproc-per-node=2 tests/distributed/ranks.py FOLDER
 """
@@ -82,7 +82,7 @@ def overflow_on_one_rank(world):
     """In the third step the gradients of rank 1 are infinite."""
     model = model_in(torch.float16)
     trainer = trainer_for(model, scaler=amp.GradScaler("cpu", init_scale=256.0))
-    seen = []
+    steps = []
     for number, batch in enumerate(batches(5, 2 * BATCH, torch.float16)):
         images, labels = half(batch, world.rank)
         handle = None
@@ -93,17 +93,17 @@ def overflow_on_one_rank(world):
         if handle is not None:
             handle.remove()
         optimizer = trainer.optimizer
-        seen.append(
+        steps.append(
             {
                 "unchanged": digest(model) == before,
                 "scale": trainer.scaler.get_scale(),
                 "skipped": int(optimizer.skipped_steps),
                 "applied": int(optimizer.applied_steps),
-                "offender": optimizer.nonfinite_param(),
+                "first_nonfinite": optimizer.nonfinite_param(),
                 "digest": digest(model),
             }
         )
-    return seen
+    return steps
 
 
 def accumulation(world, dtype=torch.bfloat16):
@@ -122,13 +122,12 @@ def accumulation(world, dtype=torch.bfloat16):
 
 
 def evaluation(world):
-    """Each rank has its share, one of them an odd one; both report the whole."""
+    """Unequal numbers of batches on the ranks; both report the mean over all batches."""
     data = batches(3, 2 * BATCH)
     trainer = trainer_for(model_in(norm=True))
     for batch in data:
         trainer.train_step([half(batch, world.rank)])
-    share = data if world.rank == 0 else data[:1]
-    together = trainer.evaluate(share)
+    together = trainer.evaluate(data if world.rank == 0 else data[:1])
     alone = trainer_for(model_in(norm=True), world=World())
     alone.model.load_state_dict(trainer.model.state_dict())
     whole = alone.evaluate([*data, data[0]])
@@ -136,7 +135,7 @@ def evaluation(world):
 
 
 def terminated(world, folder):
-    """SIGTERM comes to rank 1 alone, in its fourth step."""
+    """SIGTERM to rank 1 alone, in its fourth step."""
 
     def loader():
         for number, batch in enumerate(batches(40, 2 * BATCH)):
@@ -153,7 +152,7 @@ def terminated(world, folder):
 
 
 def in_shards(model, dtype=torch.float32, **options):
-    if rendezvous.current().rank == 1:  # the first rank's weights are those that count
+    if rendezvous.current().rank == 1:  # rank 0's weights are broadcast
         for param in model.parameters():
             param.data += 1
     shards = fsdp.shard(model, dtype)
@@ -163,21 +162,21 @@ def in_shards(model, dtype=torch.float32, **options):
 
 
 def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None):
-    """Each rank with its part of the weights, against one rank with everything."""
+    """Shards on two ranks against the whole model on one."""
     data = batches(STEPS, 2 * BATCH, dtype)
     split = in_shards(model_in(norm=norm), dtype, accumulate=accumulate, scaler=scaler)
-    # BatchNorm takes the statistics of what a rank sees: both then see the same
-    share = (lambda batch: batch) if norm else (lambda batch: half(batch, world.rank))
+    # BatchNorm statistics are those of a rank's own batch: both ranks get the same batch
+    of_rank = (lambda batch: batch) if norm else (lambda batch: half(batch, world.rank))
     alone = trainer_for(model_in(dtype, norm=norm), accumulate=accumulate, world=World())
     norms = []
     for start in range(0, STEPS, accumulate):
         group = data[start : start + accumulate]
-        split.train_step([share(batch) for batch in group])
+        split.train_step([of_rank(batch) for batch in group])
         alone.train_step(group)
         norms.append([float(t.optimizer.grad_norm) for t in (split, alone)])
-    seen = []
+    activations = []
     handle = split.model[-2].register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].dtype)
+        lambda _, inputs: activations.append(inputs[0].dtype)
     )
     with torch.no_grad():
         split.model.eval()(data[0][0])
@@ -190,7 +189,7 @@ def sharded_equals_whole(world, dtype, *, accumulate=1, norm=False, scaler=None)
         "losses": [split.last_loss(), alone.last_loss()],
         "own": sum(p.numel() for _, p in split.shards.named_parameters()),
         "evaluation": together,
-        "activations": seen,
+        "activations": activations,
         "expected": in_whole(split, dtype, norm).evaluate([*data[:3], *data[:2]]),
     }
 
@@ -209,7 +208,7 @@ def _explode(module, inputs, output):
 def sharded_overflow(world):
     """In the third step the gradients of rank 1 are infinite."""
     trainer = in_shards(model_in(), torch.float16, scaler=amp.GradScaler("cpu", init_scale=256.0))
-    seen = []
+    steps = []
     for number, batch in enumerate(batches(5, 2 * BATCH, torch.float16)):
         images, labels = half(batch, world.rank)
         handle = None
@@ -220,19 +219,19 @@ def sharded_overflow(world):
         if handle is not None:
             handle.remove()
         after = trainer.state_dict()["model"]
-        seen.append(
+        steps.append(
             {
                 "unchanged": all(torch.equal(before[name], after[name]) for name in after),
                 "scale": trainer.scaler.get_scale(),
                 "skipped": int(trainer.optimizer.skipped_steps),
-                "offender": trainer.optimizer.nonfinite_param(),
+                "first_nonfinite": trainer.optimizer.nonfinite_param(),
             }
         )
-    return seen
+    return steps
 
 
 def sharded_resumes(world, folder):
-    """Saved half way, loaded into a new trainer, and into one that is not split."""
+    """Saved after half the steps, loaded into a new trainer and into one without shards."""
     data = batches(10, 2 * BATCH, torch.bfloat16)
 
     def train(trainer, part):
@@ -257,7 +256,7 @@ def sharded_resumes(world, folder):
 def main(folder):
     torch.set_num_threads(1)
     with rendezvous.torchrun_group(CPU) as world:
-        seen = {
+        results = {
             "world": world,
             "twice": equals_one_rank_with_twice_the_batch(world),
             "overflow": overflow_on_one_rank(world),
@@ -271,7 +270,7 @@ def main(folder):
             "sharded resumes": sharded_resumes(world, folder),
             "terminated": terminated(world, folder),
         }
-        torch.save(seen, folder / f"rank-{world.rank}.pt")
+        torch.save(results, folder / f"rank-{world.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from tests.distributed.test_distributed import torchrun
+from tests.distributed.launcher import torchrun
 
 pytest.importorskip("tyro", reason="tyro is not installed: no command line to resume with")
 

@@ -1,0 +1,84 @@
+"""Training with the model in shards (FSDP2) on two ranks."""
+
+import re
+
+import pytest
+import torch
+
+from fastmp.checkpoint.manager import Checkpoints
+from fastmp.distributed import fsdp
+from fastmp.recipe import ConfigError, TrainConfig
+from tests.distributed.launcher import torchrun
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+SHARDED = ["sharded", "sharded accumulation", "sharded norm", "sharded bf16 norm"]
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_train_as_the_whole_model(results, case):
+    one, two = (part[case] for part in results[:2])
+    total = sum(value.numel() for value in one["weights"].values() if value.is_floating_point())
+    statistics = 32 if "norm" in case else 0  # buffers are not split
+    assert one["own"] + two["own"] == total - statistics
+    assert max(one["own"], two["own"]) < 0.6 * total
+    assert one["activations"] == [torch.bfloat16 if "bf16" in case else torch.float32]
+    rtol = 2e-2 if "bf16" in case else 1e-5  # bf16 gradients, and Adam divides by them
+    for name, value in one["weights"].items():
+        assert torch.equal(value, two["weights"][name])
+        expected = one["alone"][name].double()
+        assert (value - expected).norm() <= rtol * expected.norm()
+    for (split, alone), (other, _) in zip(one["norms"], two["norms"], strict=True):
+        assert split == other
+        assert split == pytest.approx(alone, rel=rtol)
+    assert one["losses"][0] == pytest.approx(one["losses"][1], rel=rtol)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_are_evaluated_with_unequal_numbers_of_batches(results, case):
+    for part in results[:2]:
+        found, expected = part[case]["evaluation"], part[case]["expected"]
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.accuracy == pytest.approx(expected.accuracy)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results):
+    one, two = (part["sharded overflow"] for part in results[:2])
+    assert one == two
+    assert [step["unchanged"] for step in one] == [False, False, True, False, False]
+    assert [step["scale"] for step in one] == [256.0, 256.0, 128.0, 128.0, 128.0]
+    assert one[-1]["skipped"] == 1
+    assert one[-1]["first_nonfinite"] == "1.weight"
+
+
+def test_shards_resume_bitwise_and_without_shards(results):
+    one, two = (part["sharded resumes"] for part in results[:2])
+    torch.testing.assert_close(one["states"][0], one["states"][1], rtol=0, atol=0)
+    torch.testing.assert_close(one["states"], two["states"], rtol=0, atol=0)
+    assert one["step"] == 5
+    assert one["whole"][0]["exp_avg"].shape == (16, 12)
+
+
+def test_shards_need_several_processes():
+    with pytest.raises(RuntimeError, match="start with torchrun"):
+        fsdp.shard(torch.nn.Linear(2, 2), torch.bfloat16)
+    with pytest.raises(ConfigError, match="shard: expected several processes"):
+        TrainConfig(shard=True).resolved()
+    for other in ("ema", "cuda_graph", "telemetry", "unfreeze_every"):
+        value = 0.9 if other == "ema" else True
+        with pytest.raises(ConfigError, match=f"shard: expected none of .*{other}"):
+            TrainConfig(shard=True, **{other: value})
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_in_shards(tmp_path):
+    flags = ["--model", "convnet", "--epochs", "2", "--dtype", "bf16", "--threads", "1", "--shard"]
+    where = ["--out", tmp_path / "run"]
+    done = torchrun("-m", "fastmp", "train", *flags, *where)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(re.search(r"test accuracy +([\d.]+)%", done.stdout)[1]) > 80
+    state = Checkpoints(tmp_path / "run" / "checkpoints").load_newest()
+    assert state["model"]["0.weight"].shape == (32, 1, 3, 3)
+    again = torchrun("-m", "fastmp", "train", *where, "--resume", "--epochs", "3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resumed at step" in again.stdout
