@@ -1,6 +1,6 @@
-"""A run that was killed goes on, and ends with the weights of one that was not: bit for bit.
+"""Killed and resumed runs end with the bits of an uninterrupted run.
 
-The kills of ``make test`` are few; ``make soak`` has them all.
+``make test`` kills 3 times, ``make soak`` 20 times.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from fastmp import checkpoint
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.training import log
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
+
 KILLS = 20 if os.environ.get("FASTMP_SOAK") else 3
 
-# Dropout draws from the global generator, batch norm has running statistics; slow enough to be hit.
+# Dropout draws from the global generator, batch norm has running statistics. The sleep lets a kill
+# land within the run.
 MODEL = """
 import os, signal, time
 import torch
@@ -66,9 +69,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "slow_net.py").write_text(MODEL)
     finish(start(folder, folder / "run"))
     return folder / "run"
@@ -92,7 +95,7 @@ def lines_in(path):
 
 
 def flat(value, path=""):
-    """Every leaf of a state, by the path that leads to it."""
+    """Every leaf of a nested state, by its path."""
     if isinstance(value, dict):
         return {k: v for key in value for k, v in flat(value[key], f"{path}.{key}").items()}
     if isinstance(value, list | tuple):
@@ -101,9 +104,8 @@ def flat(value, path=""):
 
 
 def final_state(out):
-    """All of the last checkpoint but the seconds it took."""
-    state = checkpoint.load(Checkpoints(out / "checkpoints").newest())
-    return flat(state)
+    """Every leaf of the last checkpoint."""
+    return flat(checkpoint.load(Checkpoints(out / "checkpoints").newest()))
 
 
 def assert_same(one, two):
@@ -114,31 +116,31 @@ def assert_same(one, two):
         assert same, name
 
 
-def test_killed_at_random_steps_the_run_ends_as_if_it_had_not_been(folder, whole):
+def test_a_run_killed_at_random_steps_ends_with_the_same_bits(folder, uninterrupted):
     lines = folder / "cut" / "metrics.jsonl"
-    dice = random.Random(0)
+    rng = random.Random(0)
     killed = 0
     while killed < KILLS:
         process = start(folder, folder / "cut")
-        wanted = lines_in(lines) + dice.randrange(1, 12)
+        wanted = lines_in(lines) + rng.randrange(1, 12)
         while process.poll() is None and lines_in(lines) < wanted:
             time.sleep(0.001)
-        if process.poll() is not None:  # it got through: kill another run
+        if process.poll() is not None:  # finished before the kill: start another run
             finish(process)
-            assert_same(final_state(whole), final_state(folder / "cut"))
-            (folder / "cut").rename(folder / f"through-{killed}")
+            assert_same(final_state(uninterrupted), final_state(folder / "cut"))
+            (folder / "cut").rename(folder / f"finished-{killed}")
             continue
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += 1
     output = finish(start(folder, folder / "cut"))
     assert "resumed at step" in output
-    assert_same(final_state(whole), final_state(folder / "cut"))
-    steps = [log.read(out / "metrics.jsonl", "step") for out in (whole, folder / "cut")]
-    assert steps[0] == steps[1]  # no step is missing, none is there twice
+    assert_same(final_state(uninterrupted), final_state(folder / "cut"))
+    steps = [log.read(out / "metrics.jsonl", "step") for out in (uninterrupted, folder / "cut")]
+    assert steps[0] == steps[1]  # no step is missing or repeated
 
 
-def test_sigterm_saves_and_exits(folder, whole):
+def test_sigterm_saves_and_exits(folder, uninterrupted):
     out = folder / "run"
     process = start(folder, out)
     while lines_in(out / "metrics.jsonl") < 12:
@@ -155,14 +157,14 @@ def test_sigterm_saves_and_exits(folder, whole):
     assert (out / "report.html").exists()
 
     finish(start(folder, out))
-    assert_same(final_state(whole), final_state(out))
+    assert_same(final_state(uninterrupted), final_state(out))
     assert "nothing left to train" in finish(start(folder, out))
 
 
 def test_torchrun_restarts_a_killed_worker(folder, monkeypatch):
-    """The whole job starts again from the newest checkpoint, and ends as the undisturbed one."""
+    """The restarted job resumes from the newest checkpoint and ends with the same bits."""
     results = []
-    for kill in ("nobody", "1"):
+    for kill in ("none", "1"):
         monkeypatch.setenv("KILL_RANK", kill)
         out = folder / f"killed-{kill}"
         flags = ["--max-restarts=3", "-m", "fastmp", *RECIPE, "--out", out, "--resume"]
@@ -171,6 +173,6 @@ def test_torchrun_restarts_a_killed_worker(folder, monkeypatch):
         assert ("resumed at step" in done.stdout) == (kill == "1")
         results.append(final_state(out))
     assert_same(*results)
-    epochs = [log.read(folder / f"killed-{k}" / "metrics.jsonl", "epoch") for k in ("nobody", "1")]
+    epochs = [log.read(folder / f"killed-{k}" / "metrics.jsonl", "epoch") for k in ("none", "1")]
     losses = [[(row["train_loss"], row["val_loss"]) for row in rows] for rows in epochs]
     assert losses[0] == losses[1]

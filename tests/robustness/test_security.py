@@ -1,4 +1,4 @@
-"""What fastmp never does: unpickle a file, start a shell, write where nobody asked it to."""
+"""fastmp unpickles no file, starts no shell and writes into its own folders only."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ SOURCES = sorted(
     [*Path(fastmp.__file__).parent.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
 )
 
-# Whatever turns the bytes of a file, or words of a user, into code.
+# Modules and calls that run code from a file or from user input.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "pty"}
 CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "torch.jit.load", "torch.hub.load",
          "subprocess.getoutput", "subprocess.getstatusoutput"}  # fmt: skip
@@ -35,7 +35,7 @@ def keyword(call, name):
 
 
 def faults(tree):
-    """(line, what) of everything that must not be there."""
+    """(line, name) of every forbidden import and call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
@@ -71,7 +71,7 @@ def test_nothing_is_unpickled_and_no_shell_is_started(path):
         "subprocess.run(word, shell=True)",
     ],
 )
-def test_the_search_finds_what_it_looks_for(line):
+def test_the_search_finds_every_kind(line):
     assert len(list(faults(ast.parse(line)))) == 1
 
 
@@ -98,7 +98,7 @@ sys.exit(code)
 
 
 def written(arguments, home, where):
-    """Every path that the command wrote to, made, or renamed to."""
+    """Every path that the command wrote, created or renamed to."""
     environment = {
         **os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"),
         "FASTMP_CACHE": str(home / "cache"), "MPLCONFIGDIR": str(home / "matplotlib"),
@@ -115,6 +115,7 @@ def written(arguments, home, where):
     return [Path(p) for p in json.loads(line.removeprefix("WRITTEN "))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize(
     "arguments",
@@ -127,7 +128,7 @@ def written(arguments, home, where):
     ids=lambda a: a[0],
 )
 def test_commands_write_only_into_their_folders(arguments, tmp_path):
-    """The run's folder, the cache, the folders for temporary files of fastmp's libraries."""
+    """The folder of the run, the cache and the temporary folders of fastmp's dependencies."""
     home, out, here = tmp_path / "home", tmp_path / "run", tmp_path / "here"
     here.mkdir()
     given = [a.replace("OUT", str(out)) for a in arguments]
