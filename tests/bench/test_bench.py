@@ -225,6 +225,8 @@ def test_time_to_an_accuracy():
         train._seconds_to(0.5, [(1.0, 0.3), (2.0, 0.4)], "fp32")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_scaling_compares_two_processes_with_one():
     one, two = scaling.case("mlp", [1, 2], "cpu", 3)
     assert (one.case, two.case) == (
@@ -345,6 +347,7 @@ def test_a_benchmark_that_fails_is_an_error_and_the_rest_is_written(tmp_path, mo
     assert len(list(tmp_path.glob("*/loss.md"))) == 1
 
 
+@pytest.mark.slow
 def test_quick_writes_nothing(tmp_path):
     command = [sys.executable, "-m", "fastmp", "bench", "optimizer", "--quick", "--threads", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

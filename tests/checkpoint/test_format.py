@@ -151,6 +151,8 @@ def test_saving_again_replaces_and_leaves_no_litter(tmp_path):
         assert sorted(p.suffix for p in (tmp_path / "c").iterdir()) == [".json", ".safetensors"]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists on POSIX systems only")
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
     program = (

@@ -159,6 +159,8 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     assert folder.name.startswith("digits-mine_for_test.net-")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process on POSIX systems only")
 def test_an_interrupt_keeps_what_there_is(tmp_path):
     command = [sys.executable, "-m", "fastmp", "train", *FAST, "--epochs", "9999", "--out", "out"]

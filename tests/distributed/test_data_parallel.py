@@ -8,7 +8,7 @@ from fastmp.checkpoint.manager import Checkpoints
 from fastmp.distributed import data_parallel
 from tests.distributed import ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(results):

@@ -10,7 +10,7 @@ from fastmp.distributed import fsdp
 from fastmp.recipe import ConfigError, TrainConfig
 from tests.distributed.launcher import torchrun
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.xdist_group("processes")
 
 SHARDED = ["sharded", "sharded accumulation", "sharded norm", "sharded bf16 norm"]
 

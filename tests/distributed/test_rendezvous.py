@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from fastmp.distributed import rendezvous
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 def test_the_world_of_a_torchrun_job(results):

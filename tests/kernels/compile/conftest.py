@@ -1,13 +1,16 @@
-"""Two processes that compile, and a table of what they made."""
+"""Processes that compile, and a table of the kernels.
+
+The table needs one process: ``pytest -n 0 tests/kernels/compile``.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 
 from tests.kernels.compile.harness import (
     ARCHITECTURES,
@@ -25,7 +28,9 @@ _made = []
 def _pool():
     # Processes of their own: this one may have loaded Triton as an interpreter.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=without_interpreter) as pool:
+    with ProcessPoolExecutor(
+        torch.get_num_threads(), spawn, initializer=without_interpreter
+    ) as pool:
         yield pool
 
 

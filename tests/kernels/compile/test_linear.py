@@ -11,6 +11,8 @@ from fastmp.backends.triton.kernels.activation import activation_backward
 from fastmp.backends.triton.kernels.linear import linear
 from fastmp.backends.triton.tiles import linear_tile
 
+pytestmark = pytest.mark.slow
+
 # Of each architecture's matrix instructions, and its copies from global to shared memory.
 MATRIX = {80: r"HMMA\..*", 90: r"HGMMA\..*", 100: r"UTCHMMA.*", 120: r"HMMA\..*"}
 COPY = {80: r"LDGSTS\..*\.128", 90: r"UTMALDG\..*", 100: r"UTMALDG\..*", 120: r"LDGSTS\..*\.128"}

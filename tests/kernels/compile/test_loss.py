@@ -5,6 +5,8 @@ import torch
 
 from fastmp.backends.triton.tiles import loss_tile
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # One for each tile: packed rows, one to sixteen warps, blocks; and odd ones with edges.
 CLASSES = [10, 100, 512, 1000, 1001, 2048, 4096, 8192, 16384, 32000, 50257, 128256]

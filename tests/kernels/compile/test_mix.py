@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 U8, F16, BF16, F32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
 KINDS = ["mixup", "cutmix", "plain"]
 

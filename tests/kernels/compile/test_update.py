@@ -1,9 +1,9 @@
 """update.cu, compiled by NVRTC for every architecture as on a user's machine: what came out."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from tests.kernels.compile.harness import ARCHITECTURES, look_at
 
@@ -12,6 +12,8 @@ pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed: no 
 from fastmp.backends.cuda import launch, nvrtc
 from fastmp.backends.cuda.update import case_of
 from fastmp.ops.update.rules import RULES
+
+pytestmark = pytest.mark.slow
 
 F32, F16, BF16 = range(3)
 KEPT = {"fp32": (F32, F32, 0), "fp16": (F16, F16, 1), "bf16 split": (BF16, BF16, 2)}
@@ -26,7 +28,9 @@ def build(*cases):
         image = nvrtc.compile("cuda/update.cu", name, f"sm_{arch}")
         return look_at("update", arch, image.code, 8, 0)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC does not hold the interpreter's lock
+    with ThreadPoolExecutor(
+        torch.get_num_threads()
+    ) as pool:  # NVRTC does not hold the interpreter's lock
         kernels = list(pool.map(one, ARCHITECTURES))
     for kernel in kernels:
         where = f"sm_{kernel.arch}, {kernel.registers} registers"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fuzzer")]  # one build of it
+
 ROOT = Path(__file__).parents[3]
 FLAGS = [
     "-std=c++17", "-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow",

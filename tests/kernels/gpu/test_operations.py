@@ -354,19 +354,20 @@ def test_an_index_out_of_range_is_loud(kind, value):
 
 
 @pytest.fixture
-def room():
-    """40 GB of memory; what was there before the test is there afterwards."""
+def free_40_gb():
+    """40 GB of free memory, which the cache gives back after the test."""
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < 40:
-        pytest.skip(f"needs 40 GB of free GPU memory, there are {free:.0f}")
+        pytest.skip(f"needs 40 GB of free GPU memory, got {free:.0f}")
     yield
     gc.collect()
     torch.cuda.empty_cache()
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.xdist_group("gpu-memory")
+@pytest.mark.usefixtures("free_40_gb")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_loss_of_more_than_2_31_logits(reduction):
     """With none the gradient is computed in the backward, with sum in the forward."""
@@ -383,7 +384,8 @@ def test_loss_of_more_than_2_31_logits(reduction):
     torch.testing.assert_close(grad[rows].double(), ref_grad, rtol=2**-10, atol=1e-7)
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.xdist_group("gpu-memory")
+@pytest.mark.usefixtures("free_40_gb")
 def test_linear_of_more_than_2_31_results():
     x = torch.randn(524296, 64, device=DEVICE).half()
     w = (torch.randn(4104, 64, device=DEVICE) / 8).half()
@@ -408,7 +410,8 @@ def test_linear_of_more_than_2_31_results():
         assert (ours.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.xdist_group("gpu-memory")
+@pytest.mark.usefixtures("free_40_gb")
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mix_of_more_than_2_31_bytes(kind):
     x = torch.randint(256, (10930, 3, 256, 256), device=DEVICE, dtype=torch.uint8)

@@ -132,6 +132,7 @@ def test_a_step_never_waits_for_the_gpu():
     assert optimizer.applied_steps == 3
 
 
+@pytest.mark.xdist_group("gpu-memory")
 def test_more_than_2_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("less than 24 GiB of free GPU memory")

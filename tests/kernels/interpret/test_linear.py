@@ -95,6 +95,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile_and_rest(architecture, shape):
     check(*problem(*shape, torch.float16), "gelu", save=True)
