@@ -1,4 +1,4 @@
-"""The layers: imports point only downwards, and importing the library drags in nothing heavy."""
+"""The layers: imports point downwards only, and the library imports no heavy package."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import fastmp
 
 PACKAGE = Path(fastmp.__file__).parent
 
-# What people call -> operation -> device. A module may import from lower layers and from its own.
+# Public names -> operations -> devices. A module may import from lower layers and its own.
 LAYERS = [
     ["backends", "files", "schedule"],
     ["ops"],
@@ -56,11 +56,11 @@ def test_imports_point_downwards(path):
     here = LAYER[layer_name(path)]
     for name in imported(path):
         there = LAYER.get(name, LAYER["__init__"])  # a public name: it comes from __init__
-        assert there <= here, f"{layer_name(path)} imports {name}, which stands above it"
+        assert there <= here, f"{layer_name(path)} imports {name}, a higher layer"
 
 
-def test_importing_the_library_needs_nothing_of_the_trainer():
-    """The drop-ins need torch and numpy; progress bars, plots and data sets come with the CLI."""
+def test_importing_the_library_imports_no_package_of_the_trainer():
+    """The drop-ins need torch and numpy; progress bars, plots and data sets belong to the CLI."""
     heavy = ["tyro", "matplotlib", "sklearn", "safetensors", "triton"]
     code = "import sys, fastmp; print([m for m in %r if m in sys.modules])" % heavy  # noqa: UP031
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The pages, tried: code runs, commands parse, links lead somewhere, docstrings are whole."""
+"""The pages: code runs, commands parse, links resolve, docstrings are complete."""
 
 import ast
 import inspect
@@ -25,7 +25,7 @@ def blocks(page, language):
 
 
 def playground():
-    """The names that examples take for granted."""
+    """The names that examples use without definition."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     images = torch.randint(256, (8, 1, 3, 4), dtype=torch.uint8)
@@ -51,7 +51,7 @@ def side(diff, sign):
 
 @pytest.mark.parametrize("sign", ["-", "+"])
 def test_both_sides_of_the_swap_train(sign):
-    """The README's diff in the loop that it is about."""
+    """The README's diff in a training step."""
     (diff,) = blocks(ROOT / "README.md", "diff")
     names = playground()
     dtype = torch.float16 if sign == "+" else torch.float32
@@ -61,7 +61,7 @@ def test_both_sides_of_the_swap_train(sign):
     x, y = torch.randn(8, 1, 3, 4, dtype=dtype), torch.randint(3, (8,))
     loss = names["criterion"](names["model"](x), y)
     names["optimizer"].zero_grad()
-    if sign == "-":  # torch's scaler is for a GPU unless told otherwise; on a CPU it is disabled
+    if sign == "-":  # torch's scaler defaults to CUDA; on a CPU it is disabled
         assert not names["scaler"].is_enabled() or torch.cuda.is_available()
     loss.backward()
     names["optimizer"].step()
@@ -89,7 +89,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILI
 
 @pytest.mark.parametrize("line", list(commands()))
 def test_commands_on_the_pages_parse(line, monkeypatch):
-    """fastmp's own parser takes them; nothing is run."""
+    """fastmp's parser accepts them; no command runs."""
     words = shlex.split(line.replace("...", ""))
     if words[0] == "make":
         assert words[1] in TARGETS
@@ -97,13 +97,13 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
     from fastmp.cli.main import COMMANDS, main
 
     assert words[1] in COMMANDS
-    asked = []
+    parsed = []
     real = tyro.cli
 
     def parse(*arguments, **options):
         options["args"] = list(options.get("args") or [])
-        asked.append(real(*arguments, **options))
-        raise KeyboardInterrupt  # parsed: that is all
+        parsed.append(real(*arguments, **options))
+        raise KeyboardInterrupt  # instead of running it
 
     monkeypatch.setattr(tyro, "cli", parse)
     names = {"DIR": "run", "FOLDER": "folder"}
@@ -117,14 +117,14 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
         main(arguments)
     except SystemExit as stop:
         pytest.fail(f"{line!r} is refused: {stop.code}")
-    assert asked or words[1] == "doctor"
+    assert parsed or words[1] == "doctor"
 
 
 # ---- links ----
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -134,16 +134,16 @@ def test_links_lead_somewhere(page):
 
 
 def public():
-    """Functions and classes that a person calls, by their full name."""
-    rooms = [fastmp, amp, data, functional, nn, optim, schedule, lr_scheduler, transfer]
-    for room in rooms:
-        listed = getattr(room, "__all__", None)
-        for name in listed or [n for n in vars(room) if not n.startswith("_")]:
-            thing = getattr(room, name)
-            home = getattr(thing, "__module__", "")
-            ours = home.startswith("fastmp") if listed else home == room.__name__
+    """Public functions and classes, by full name."""
+    modules = [fastmp, amp, data, functional, nn, optim, schedule, lr_scheduler, transfer]
+    for module in modules:
+        listed = getattr(module, "__all__", None)
+        for name in listed or [n for n in vars(module) if not n.startswith("_")]:
+            thing = getattr(module, name)
+            defined_in = getattr(thing, "__module__", "")
+            ours = defined_in.startswith("fastmp") if listed else defined_in == module.__name__
             if ours and (inspect.isfunction(thing) or inspect.isclass(thing)):
-                yield pytest.param(thing, id=f"{room.__name__}.{name}")
+                yield pytest.param(thing, id=f"{module.__name__}.{name}")
 
 
 every_public = pytest.mark.parametrize("thing", list(public()))
@@ -155,22 +155,22 @@ DTYPE = re.compile(r"fp16|bf16|fp32|int64|uint8|bool|dtype|in torch")
 
 
 def callables(thing):
-    """(name, function, docstring): of a function, or of how a class is made and its methods."""
+    """(name, function, docstring) of a function, or of a class's constructor and methods."""
     text = inspect.getdoc(thing) or ""
     if not inspect.isclass(thing):
         return [(thing.__name__, thing, text)]
-    made = ("__init__", "__post_init__", "__call__")
+    constructors = ("__init__", "__post_init__", "__call__")
     return [
         (name, method, f"{text}\n{inspect.getdoc(method)}")
         for name, method in vars(thing).items()
-        if inspect.isfunction(method) and (name in made or not name.startswith("_"))
-        if inspect.getsourcefile(method) == inspect.getsourcefile(thing)  # not a dataclass's own
+        if inspect.isfunction(method) and (name in constructors or not name.startswith("_"))
+        if inspect.getsourcefile(method) == inspect.getsourcefile(thing)  # not dataclass's
     ]
 
 
 @every_public
 def test_docstrings_name_every_argument(thing):
-    """What each argument is, in the function's docstring or the class's."""
+    """In the docstring of the function or the class."""
     text = inspect.getdoc(thing) or ""
     assert len(text) > 40
     if inspect.isclass(thing) and issubclass(thing, BaseException):
@@ -194,7 +194,7 @@ def test_docstrings_of_tensors_give_shape_and_dtype(thing):
 
 @every_public
 def test_docstrings_name_the_errors_that_are_raised(thing):
-    """Those in the function's own lines; what it calls has docstrings of its own."""
+    """Errors raised in the function's own lines, not in functions that it calls."""
     for name, function, text in callables(thing):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -218,7 +218,7 @@ FORMULA_FREE = {"Bindable", "Constant", "LRScheduler", "Schedule", "bind", "appl
     [p for p in public() if p.id.split(".")[1] in ("functional", "nn", "optim", "schedule")],
 )
 def test_docstrings_give_the_source_of_the_formula(thing):
-    """A paper, or the function of torch whose values these are."""
+    """A paper, or the function of torch with equal values."""
     text = inspect.getdoc(thing) or ""
     known = thing.__name__ in FORMULA_FREE | {"MixedTarget"}
     assert known or re.search(r"\d{4}\.\d{5}|``torch\.|et al|[A-Z]\w+ (&|and) [A-Z]", text)

@@ -1,4 +1,4 @@
-"""The models by name, and the door for those from elsewhere."""
+"""Built-in models by name, and models by package.module:factory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmp.models import ModelError
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (3, 17, 5), (1, 1, 1)])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_every_model_gives_logits_and_gradients_for_every_shape(name, shape, dtype):
+def test_logits_and_gradients_of_every_shape(name, shape, dtype):
     model = models.build(name, shape, 7).to(dtype)
     logits = model(torch.randn(3, *shape).to(dtype))
     assert logits.shape == (3, 7)
@@ -27,7 +27,7 @@ def test_every_model_gives_logits_and_gradients_for_every_shape(name, shape, dty
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_samples_do_not_see_each_other_in_evaluation(name):
+def test_samples_are_independent_in_evaluation(name):
     torch.manual_seed(0)
     model = models.build(name, (1, 8, 8), 10).eval()
     x = torch.randn(4, 1, 8, 8)
@@ -56,11 +56,11 @@ def test_convnet_filters_are_channels_last():
     assert not filters.is_contiguous()
 
 
-def test_vit_tells_positions_apart():
+def test_vit_depends_on_positions():
     torch.manual_seed(0)
     model = models.vit((1, 8, 8), 10).eval()
     x = torch.randn(1, 1, 8, 8)
-    moved = torch.roll(x, 2, dims=3)  # the same patches elsewhere
+    moved = torch.roll(x, 2, dims=3)  # the same patches at other positions
     assert not torch.allclose(model(x), model(moved), atol=1e-4)
 
 
@@ -110,6 +110,6 @@ def test_a_factory_in_the_current_folder_is_found():
         ("own_models_for_test:nothing", "must return a torch.nn.Module, got NoneType"),
     ],
 )
-def test_names_that_lead_nowhere(name, message):
+def test_bad_names(name, message):
     with pytest.raises(ModelError, match=message):
         models.build(name, (1, 8, 8), 10)

@@ -1,4 +1,4 @@
-"""The modules in the place of torch's; test_linear.py has the values of the linear layer."""
+"""fastmp.nn against torch.nn; functional/test_linear.py has the values of the linear layer."""
 
 import inspect
 
@@ -60,15 +60,15 @@ def test_state_dict_is_torchs():
 
 
 def test_works_with_torchs_scaler():
-    """The loss is told the scale in advance, and the scaler multiplies it as ever."""
+    """With grad_scale, while the scaler multiplies the loss as usual."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 5), torch.randint(3, (8,))
     grads = []
-    for announce in (False, True):
+    for passed in (False, True):
         torch.manual_seed(1)
         model = torch.nn.Linear(5, 3)
         scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-        scale = scaler.get_scale() if announce else None
+        scale = scaler.get_scale() if passed else None
         scaler.scale(CrossEntropyLoss()(model(x), y, grad_scale=scale)).backward()
         grads.append(model.weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
@@ -90,8 +90,8 @@ def test_linear_takes_nested_tensors():
         torch.testing.assert_close(got, layer(part))
 
 
-def test_small_problems_of_fast_dtypes_are_left_to_torch(monkeypatch):
-    """A call costs more than there is to gain; fp16, where torch is slow, always comes here."""
+def test_small_problems_of_fast_dtypes_go_to_torch(monkeypatch):
+    """There a call costs more than it gains; fp16, slow in torch, never goes to torch."""
     called = []
     monkeypatch.setattr(torch.ops.fastmp, "linear", lambda x, *_: called.append(x.dtype) or [x])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Transfer learning: what is loaded, what trains, and at which rate."""
+"""Transfer learning: loaded weights, new heads, frozen layers, layer-wise rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def net(classes=3, seed=0, norm=False):
 
 
 def written(kind, model, path):
-    """``model`` in a file of some kind, or as something else that weights come in."""
+    """The weights of ``model`` as a source of this kind."""
     state = model.state_dict()
     if kind == "safetensors":
         save_file(state, path / "w.safetensors")
@@ -54,7 +54,7 @@ def test_every_kind_of_source(tmp_path, kind, dtype):
         assert torch.equal(value, source.state_dict()[name].to(dtype))
 
 
-def test_the_report_names_what_did_not_fit():
+def test_the_report_names_entries_that_do_not_fit():
     source = {"backbone." + n: v for n, v in net(classes=8, seed=1).state_dict().items()}
     source["backbone.extra"] = torch.zeros(1)
     del source["backbone.2.bias"]
@@ -141,7 +141,7 @@ def test_frozen_norms_keep_their_statistics():
     assert not torch.equal(model[1].running_mean, before)
 
 
-def test_rates_fall_from_the_head_down_and_schedules_keep_the_ratio():
+def test_rates_decay_from_the_head_down_and_schedules_keep_the_ratio():
     model = net()
     groups = layerwise_lr(model, 0.1, 0.5, weight_decay=0.3)
     shown = {

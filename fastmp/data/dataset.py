@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images with labels, by index: the interface of a data set."""
+    """uint8 images and int64 labels by index, in memory or decoded on access."""
 
     @property
     def labels(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the loops of others train here: a small classifier on points, easy enough to be learnt."""
+"""A small classifier on points in clusters, trained by the loops of other libraries."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def accuracy(model, points):
 
 
 def assert_learnt_over_overflows(model, optimizer, points):
-    """Of 30 steps the first ones were skipped, until the scaler had found its scale."""
+    """Of 30 steps the first are skipped, until the scale is low enough."""
     applied, skipped = int(optimizer.applied_steps), int(optimizer.skipped_steps)
     assert applied + skipped == 30
     assert 5 <= skipped < 15

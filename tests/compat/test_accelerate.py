@@ -27,13 +27,13 @@ def test_a_loop_with_accumulation_and_clipping(model, optimizer, points):
                 wrapped.step()
                 schedule.step()
     assert int(optimizer.applied_steps) == 6 * 10 / 2
-    assert float(optimizer.grad_norm) <= 0.5 * 1.01  # ours comes after theirs
+    assert float(optimizer.grad_norm) <= 0.5 * 1.01  # our clipping follows theirs
     assert accuracy(model, points) > 0.95
 
 
 @pytest.fixture
 def runner(scaler):
-    """fp16 as on a GPU, with our scaler; the state that all of its runners share starts anew."""
+    """fp16 as on a GPU, with our scaler; the state shared by all Accelerators is reset."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     made = accelerate.Accelerator(cpu=True, mixed_precision="fp16", gradient_accumulation_steps=2)
     made.native_amp, made.scaler = True, scaler
@@ -43,7 +43,7 @@ def runner(scaler):
 
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_fp16_with_our_scaler(runner, model, optimizer, points, scaler, tmp_path):
-    """It does not see that a step of a fused optimizer was skipped; our schedule does."""
+    """accelerate does not see skipped steps of a fused optimizer; our schedule does."""
     loader = torch.utils.data.DataLoader(points, 24, shuffle=True)
     plan = fastmp.schedule.OneCycle(0.01, 30)
     schedule = fastmp.optim.lr_scheduler.LRScheduler(optimizer, plan)
@@ -66,7 +66,7 @@ def test_fp16_with_our_scaler(runner, model, optimizer, points, scaler, tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_its_clipping_of_fp16_gradients(runner, model, optimizer, points):
-    """torch's scaler would refuse to unscale them; ours says what that costs."""
+    """torch's scaler refuses to unscale them; ours warns of the lost precision."""
     loader = torch.utils.data.DataLoader(points, 24, shuffle=True)
     prepared, wrapped, loader = runner.prepare(model, optimizer, loader)
 

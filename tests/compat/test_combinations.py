@@ -1,5 +1,7 @@
-"""Everything with everything: our pieces under torch.compile, CUDA graphs, autocast, channels_last,
-DDP and FSDP2. Each cell trains as the plain loop does, or is refused in words."""
+"""Combinations of torch.compile, autocast, channels_last, DDP and FSDP2; CUDA graphs.
+
+Each combination trains as the plain loop does, or is refused with an error.
+"""
 
 import copy
 import itertools
@@ -24,7 +26,7 @@ class Net(nn.Sequential):
 
 
 def batch(dtype, *, channels_last=False):
-    """One for all steps, so that the loss falls and a step or a clip left out shows in it."""
+    """One batch for all steps: the loss falls, and a missing step or clip changes it."""
     generator = torch.Generator().manual_seed(0)
     kind = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(8, 3, 6, 6, generator=generator).to(dtype)
@@ -41,7 +43,7 @@ def net(dtype, *, channels_last=False):
 
 
 def losses(model, dtype, *, shards=None, step=None, autocast=False, channels_last=False):
-    """A plain loop of ours: loss, scaler where there is one, clip inside the step."""
+    """Losses of a plain loop: our loss, scaler in fp16, clipping inside the step."""
     trained = shards or model
     optimizer = fastmp.optim.SGD(trained.named_parameters(), LR, momentum=0.9, max_grad_norm=CLIP)
     if shards:
@@ -54,7 +56,7 @@ def losses(model, dtype, *, shards=None, step=None, autocast=False, channels_las
             return criterion(model(images), target)
 
     forward = step(loss_of) if step else loss_of
-    seen = []
+    values = []
     images, target = batch(dtype, channels_last=channels_last)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -62,9 +64,9 @@ def losses(model, dtype, *, shards=None, step=None, autocast=False, channels_las
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        seen.append(loss.item())
+        values.append(loss.item())
     assert int(optimizer.applied_steps) == STEPS
-    return seen
+    return values
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ CELLS = [
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for count in range(len(KINDS))
     for kinds in itertools.combinations(KINDS, count)
-    if count < 2 or dtype == torch.bfloat16  # all of them together in one dtype
+    if count < 2 or dtype == torch.bfloat16  # combinations of two and more in one dtype
     if not {"ddp", "fsdp2"} <= {*kinds}
 ]
 
@@ -89,7 +91,7 @@ CELLS = [
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(("dtype", "kinds"), CELLS)
 def test_cell(dtype, kinds):
-    torch.compiler.reset()  # or the ninth cell would be one recompilation too many, and run eagerly
+    torch.compiler.reset()  # the ninth recompilation would fall back to eager mode
     expected = losses(net(dtype), dtype)
     last, split = "channels_last" in kinds, "fsdp2" in kinds
     model = net(torch.float32 if split else dtype, channels_last=last)
@@ -118,7 +120,7 @@ def test_graphs_without_a_gpu():
 
 @pytest.mark.usefixtures("group")
 def test_fsdp2():
-    """torch's own fully_shard: the optimizer names ours, which test_distributed trains with."""
+    """torch's own fully_shard: the optimizer's error names ours, fsdp.shard."""
     from torch.distributed.fsdp import fully_shard
 
     model = net(torch.float32)

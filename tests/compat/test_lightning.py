@@ -65,7 +65,7 @@ def test_the_trainer_clips_too(fit, model, optimizer, points):
 
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_fp16_with_our_scaler(fit, model, optimizer, points, scaler):
-    """With a scaler it leaves clipping to a fused optimizer; ours does it in the step."""
+    """With a scaler Lightning refuses to clip for a fused optimizer; ours clips in the step."""
     precision = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(plugins=precision, gradient_clip_val=0.25)

@@ -1,8 +1,8 @@
 """torch's own operator cases: its samples of ``linear`` and ``cross_entropy`` in every dtype.
 
 They come from ``torch.testing._internal.common_methods_invocations.op_db``. Values and gradients
-are held against fp64 and torch in the same dtype; where torch refuses a dtype, so must ours.
-test_torch_optimizers has the table of what is left out.
+are compared with fp64 and torch in the same dtype; ours refuses the dtypes that torch refuses.
+test_torch_optimizers lists the cases that are left out.
 """
 
 from functools import cache

@@ -1,8 +1,8 @@
 """torch's own optimizer cases on ours: inputs, error inputs, schedulers of its own tests.
 
 They come from ``torch.testing._internal.common_optimizers.optim_db``, for CPU and CUDA, in every
-dtype that trains; torch's optimizer on the same parameters and gradients is what is compared with,
-in fp32 where parameters are 16-bit, as ours have fp32 masters.
+dtype that trains. The reference is torch's optimizer on the same parameters and gradients, in fp32
+for 16-bit parameters, as ours have fp32 masters.
 """
 
 import copy
@@ -27,14 +27,14 @@ common = pytest.importorskip(
 INFOS = {info.name: info for info in common.optim_db if info.name in ("Adam", "AdamW", "SGD")}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
-# What of torch's cases, these and those of test_torch_operators, is not run or not as it is: why,
-# and the test that shows it. Short, and to stay so.
+# Cases of torch, here and in test_torch_operators, that are left out or changed: the reason and
+# the test that covers it.
 SKIPPED = {
     "foreach, fused": ("torch's choices among its own: taken, no effect", "test_steps_are_torchs"),
     "capturable on a CPU": ("torch refuses it: compared without", "test_steps_are_torchs"),
-    "sparse": ("refused in words", "test_sparse_gradients_are_refused_before_anything_changes"),
-    "complex, differentiable": ("refused in words", "test_errors_of_our_own"),
-    "second derivatives of cross_entropy": ("refused in words", "test_double_backward_says_no"),
+    "sparse": ("an error", "test_sparse_gradients_are_refused_before_anything_changes"),
+    "complex, differentiable": ("an error", "test_errors_of_our_own"),
+    "second derivatives of cross_entropy": ("an error", "test_double_backward_says_no"),
     "torch.jit.script of an operator": ("deprecated by torch; it can be traced", "test_jit"),
 }
 
@@ -64,7 +64,7 @@ def ours(name, params, options):
 
 
 def torchs(name, params, options):
-    # a CPU has no use for capturable, and torch refuses it there; tensor betas are for it
+    # torch refuses capturable on a CPU, and tensor betas without it
     plain = {k: v for k, v in copy.deepcopy(options).items() if k != "capturable"}
     if "betas" in plain:
         plain["betas"] = tuple(float(beta) for beta in plain["betas"])
@@ -91,7 +91,7 @@ def run(optimizer, params, steps, dtype):
 
 
 def values(optimizer, params):
-    """What the weights stand for: the masters of 16-bit ones."""
+    """The fp32 values of the weights: masters of 16-bit ones."""
     found = []
     for p in params:
         state = optimizer.state[p]
@@ -125,7 +125,7 @@ def test_steps_are_torchs(name, options, dtype):
 
 @every_case
 def test_state_goes_to_torch_and_back(name, options):
-    """Three steps, torch takes over for three, then ours again: as nine of torch's."""
+    """Three steps of ours, three of torch's, three of ours equal nine of torch's."""
     mine, a, theirs, b = pair(name, options, torch.float32)
     run(b, theirs, range(9), torch.float32)
     run(a, mine, range(3), torch.float32)

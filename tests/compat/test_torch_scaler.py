@@ -1,4 +1,4 @@
-"""Our scaler beside torch's over thousands of random steps: the same scale all the way."""
+"""Our scaler against torch's over thousands of random steps: equal scales at every step."""
 
 import random
 
@@ -13,7 +13,7 @@ OPTIONS = {"init_scale": 2.0**13, "growth_factor": 2.0, "backoff_factor": 0.5, "
 
 
 def made(kind):
-    """A scaler of ours or of torch's with an optimizer of the same house, one fp32 parameter."""
+    """Our scaler and optimizer, or torch's, with one fp32 parameter."""
     p = torch.full((3,), 1.0).requires_grad_()
     if kind == "ours":
         return p, fastmp.optim.SGD([p], lr=1e-3), fastmp.amp.GradScaler("cpu", **OPTIONS)
@@ -21,7 +21,7 @@ def made(kind):
 
 
 def walk(seed):
-    """What each step does: its gradient, an overflow in one of eight, misuse in one of ten."""
+    """Per step: gradient (overflow in one of eight), unscale_ or not, misuse (one in ten)."""
     generator = random.Random(seed)
     for _ in range(STEPS):
         bad = generator.random() < 0.125
@@ -32,8 +32,8 @@ def walk(seed):
 
 
 def one(p, optimizer, scaler, grad, unscale, misuse):
-    """A step of a training loop; the errors in words, and what the scaler then is."""
-    said = []
+    """A training step; its error messages, the scale, the growth counter, the parameter."""
+    errors = []
     scaler.scale(torch.ones(()))  # a loss, whose gradient is
     p.grad = grad * scaler.get_scale()
     try:
@@ -46,14 +46,14 @@ def one(p, optimizer, scaler, grad, unscale, misuse):
         if misuse == "late":
             scaler.step(optimizer)
     except RuntimeError as error:
-        said.append(str(error))
+        errors.append(str(error))
     scaler.update()
-    return said, scaler.get_scale(), scaler._get_growth_tracker(), p.detach().clone()
+    return errors, scaler.get_scale(), scaler._get_growth_tracker(), p.detach().clone()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scales_counters_skips_and_errors_are_torchs(seed):
-    """Every hundred steps the state is saved by one and loaded by the other, either way."""
+    """Every hundred steps each scaler loads the other's state."""
     ours, theirs = made("ours"), made("torch")
     skipped, errors = 0, 0
     for number, (grad, unscale, misuse) in enumerate(walk(seed)):

@@ -1,4 +1,4 @@
-"""torch's schedulers, all of them, on our optimizers as on torch's; states change hands midway."""
+"""All of torch's schedulers on our optimizers and on torch's, with states exchanged midway."""
 
 import copy
 from functools import partial
@@ -43,25 +43,25 @@ OPTIMIZERS = [
 ]
 
 
-def test_no_scheduler_is_forgotten():
-    """A torch with one more makes this fail."""
+def test_no_scheduler_is_missing():
+    """Fails on a torch with a new scheduler."""
     assert {*SCHEDULERS} == {*torchs.__all__, "SWALR"} - {"LRScheduler"}
 
 
 class Run:
     """Two groups at different rates, the scheduler under test, gradients by the step's number."""
 
-    def __init__(self, room, name, options, scheduler):
+    def __init__(self, module, name, options, scheduler):
         # A fresh tensor for each: schedulers write into it.
         options = {k: v.clone() if torch.is_tensor(v) else v for k, v in options.items()}
         self.params = [torch.linspace(-1, 1, n, requires_grad=True) for n in (33, 7, 1)]
         slow = {"params": self.params[1:], "lr": options["lr"] / 10}
         groups = [{"params": self.params[:1]}, slow]
-        self.optimizer = getattr(room, name)(groups, **options)
+        self.optimizer = getattr(module, name)(groups, **options)
         self.scheduler = SCHEDULERS[scheduler](self.optimizer)
 
     def train(self, steps):
-        """The rates and momenta that were used, a row for each step."""
+        """The lr and momenta of each group, a row per step."""
         rows = []
         for step in steps:
             generator = torch.Generator().manual_seed(step)
@@ -74,7 +74,7 @@ class Run:
             self.scheduler.step(1.0) if plateau else self.scheduler.step()
         return rows
 
-    def take_over(self, other):
+    def load(self, other):
         with torch.no_grad():
             for p, q in zip(self.params, other.params, strict=True):
                 p.copy_(q)
@@ -86,18 +86,20 @@ class Run:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(("name", "options"), OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:.*epoch parameter")
-def test_rates_are_torchs_to_the_bit_and_states_change_hands(name, options, scheduler):
-    ours, theirs = (Run(room, name, options, scheduler) for room in (fastmp.optim, torch.optim))
+def test_rates_equal_torchs_bitwise_across_exchanged_states(name, options, scheduler):
+    ours, theirs = (Run(m, name, options, scheduler) for m in (fastmp.optim, torch.optim))
     half = range(STEPS // 2)
     rates = theirs.train(half)
     assert ours.train(half) == rates
-    assert len({row[0] for row in rates}) > 1  # it did something
+    assert len({row[0] for row in rates}) > 1  # the schedule changes the rate
     torch.testing.assert_close(ours.params, theirs.params, rtol=1e-5, atol=1e-6)
-    heir, torch_heir = (Run(room, name, options, scheduler) for room in (fastmp.optim, torch.optim))
-    heir.take_over(theirs)
-    torch_heir.take_over(ours)
+    ours_loaded, torch_loaded = (
+        Run(m, name, options, scheduler) for m in (fastmp.optim, torch.optim)
+    )
+    ours_loaded.load(theirs)
+    torch_loaded.load(ours)
     rest = range(STEPS // 2, STEPS)
     rates = theirs.train(rest)
-    assert ours.train(rest) == heir.train(rest) == torch_heir.train(rest) == rates
-    for run in (ours, heir, torch_heir):
+    assert ours.train(rest) == ours_loaded.train(rest) == torch_loaded.train(rest) == rates
+    for run in (ours, ours_loaded, torch_loaded):
         torch.testing.assert_close(run.params, theirs.params, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ transformers = pytest.importorskip(
 
 
 class Labelled(nn.Module):
-    """As its Trainer wants it: named inputs, loss and logits come back."""
+    """The interface of its Trainer: named inputs, loss and logits as output."""
 
     def __init__(self, model):
         super().__init__()

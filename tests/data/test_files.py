@@ -1,4 +1,4 @@
-"""Images in files: what is found, how it is cut, and that nothing random is left to chance."""
+"""Image files and Hugging Face data sets: splits, crops, random numbers, errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from fastmp import data
 from fastmp.data import DataError
 
-Image = pytest.importorskip("PIL.Image", reason="pillow is not installed: no images in files")
+Image = pytest.importorskip("PIL.Image", reason="pillow is not installed: no image files")
 
 
 def picture(seed, size=(24, 16), mode="RGB"):
-    """Noise of its own, so that no two crops are alike."""
+    """Random pixels, so that no two crops are equal."""
     shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -25,10 +25,10 @@ def picture(seed, size=(24, 16), mode="RGB"):
 
 def write(folder, parts, per_class=4, **options):
     for number, (part, name) in enumerate((p, c) for p in parts for c in ("cat", "dog")):
-        place = folder / part / name
-        place.mkdir(parents=True)
+        target = folder / part / name
+        target.mkdir(parents=True)
         for i in range(per_class):
-            picture(100 * number + i, **options).save(place / f"{i:03}.png")
+            picture(100 * number + i, **options).save(target / f"{i:03}.png")
     return folder
 
 
@@ -36,7 +36,7 @@ def test_a_folder_with_training_and_validation(tmp_path):
     dataset = data.load(str(write(tmp_path, ("train", "val"))))
     assert dataset.classes == ("cat", "dog")
     assert (len(dataset.train), len(dataset.test)) == (8, 8)
-    assert dataset.shape == (3, 16, 16)  # the shorter side of the first
+    assert dataset.shape == (3, 16, 16)  # the shorter side of the first image
     images, labels = dataset.test.batch([0, 7])
     assert labels.tolist() == [0, 1]
     middle = np.asarray(picture(200))[:, 4:20]
@@ -63,7 +63,7 @@ def test_crops_are_a_function_of_seed_and_index(tmp_path):
     source = data.load(str(write(tmp_path, ("train", "val")))).train
     one, _ = source.batch([3, 5], seed=1)
     two, _ = source.batch([5], seed=1)
-    assert torch.equal(one[1], two[0])  # whatever else is in the batch
+    assert torch.equal(one[1], two[0])  # independent of the rest of the batch
     assert not torch.equal(one, source.batch([3, 5], seed=2)[0])
     assert not torch.equal(one, source.batch([3, 5])[0])
 
@@ -84,7 +84,7 @@ def test_worker_processes_change_nothing(tmp_path):
     assert torch.equal(one[1], two[1])
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
+def test_a_file_that_is_no_image(tmp_path):
     write(tmp_path, ("train", "val"))
     bad = tmp_path / "train" / "dog" / "003.png"
     bad.write_bytes(b"no image")
@@ -98,8 +98,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 
 @pytest.mark.parametrize("side", [12_000, 20_000])
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_an_image_that_unpacks_to_gigabytes_is_refused_before_it_is_decoded(tmp_path, side):
-    """A PNG of a few bytes that claims so many pixels; pillow itself refuses the larger one."""
+def test_an_image_that_decodes_to_gigabytes_is_refused_before_decoding(tmp_path, side):
+    """A PNG header with side x side pixels; pillow itself refuses the larger one."""
     write(tmp_path, ("train", "val"))
     bad = tmp_path / "train" / "dog" / "003.png"
     head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
@@ -152,7 +152,7 @@ def test_hugging_face_without_the_columns(tmp_path):
         data.load(f"hf:{tmp_path}/d")
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_packages_are_named(tmp_path, monkeypatch):
     write(tmp_path, ("train", "val"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'fastmp\[data\]'"):

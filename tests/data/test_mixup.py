@@ -1,4 +1,4 @@
-"""fastmp.data.mixup.Mixup: what it draws, and that it can be resumed."""
+"""fastmp.data.Mixup: distributions, results, resuming."""
 
 import math
 
@@ -15,7 +15,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_mixup_is_what_the_target_says(per_sample, n):
+def test_mixup_agrees_with_its_target(per_sample, n):
     x, y = torch.randn(n, 3, 6, 5), torch.arange(n)
     for _ in range(5):
         out, target = Mixup(1.0, per_sample=per_sample, generator=generator())(x, y)
@@ -23,16 +23,16 @@ def test_mixup_is_what_the_target_says(per_sample, n):
         assert target.lam.shape == ((n,) if per_sample else ())
         assert torch.equal(target.a, y)
         assert sorted(target.b.tolist()) == y.tolist()
-        share = target.lam.reshape(-1, 1, 1, 1)
-        torch.testing.assert_close(out, share * x + (1 - share) * x[target.b])
+        lam = target.lam.reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(out, lam * x + (1 - lam) * x[target.b])
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_cutmix_share_is_the_area_of_the_clipped_box(per_sample):
+def test_cutmix_lam_is_the_area_outside_the_clipped_box(per_sample):
     n, height, width = 9, 8, 11
     x = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 2, height, width)
     mixup = Mixup(0.0, cutmix_alpha=1.0, per_sample=per_sample, generator=generator())
-    shares = set()
+    lams = set()
     for _ in range(40):
         out, (a, b, lam) = mixup(x, torch.arange(n))
         assert torch.equal((out == a[:, None, None, None]) | (out == b[:, None, None, None]),
@@ -40,8 +40,8 @@ def test_cutmix_share_is_the_area_of_the_clipped_box(per_sample):
         moved = a != b
         own = (out == a[:, None, None, None])[:, 0].flatten(1).float().mean(1)
         torch.testing.assert_close(own[moved], lam.expand(n)[moved])
-        shares.update(lam.reshape(-1).tolist())
-    assert len(shares) > 10
+        lams.update(lam.reshape(-1).tolist())
+    assert len(lams) > 10
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.2, 1.0, 8.0])
@@ -82,11 +82,11 @@ def test_normalises_and_casts_in_the_same_pass():
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_seed_of_torch_decides():
+def test_the_global_seed_makes_it_reproducible():
     def draws():
         torch.manual_seed(3)
         mixup = Mixup(1.0)
-        torch.rand(5)  # other consumers do not disturb it
+        torch.rand(5)  # other users of the global generator
         return [mixup(torch.randn(4, 2), torch.arange(4))[1] for _ in range(3)]
 
     for first, second in zip(draws(), draws(), strict=True):

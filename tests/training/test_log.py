@@ -75,8 +75,10 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         log.read(path, "step")
 
 
-def test_nothing_is_written_without_a_folder():
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     writer = log.Log(None)
     writer.write("step", **step_row(1))
     writer.rewind(0)
     writer.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Data sets and loaders; every way a file can be wrong is named."""
+"""Fashion-MNIST: IDX files, their folders, the download; errors of broken files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(path, contents, packed=False):
 def test_idx_files_plain_and_packed(tmp_path, array, name):
     got = read(tmp_path / name, idx_bytes(array), packed=name.endswith(".gz"))
     assert got.dtype == np.uint8
-    assert got.flags.writeable  # or torch warns
+    assert got.flags.writeable  # torch warns of read-only arrays
     np.testing.assert_array_equal(got, array)
 
 
@@ -63,7 +63,7 @@ def test_malformed_idx_files(tmp_path, array, name, change, message):
     assert "delete the file" in str(error.value)
 
 
-def test_a_changed_pixel_is_noticed(tmp_path, array):
+def test_a_changed_pixel_is_detected(tmp_path, array):
     path = tmp_path / "images"
     contents = idx_bytes(array)
     path.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
@@ -71,7 +71,7 @@ def test_a_changed_pixel_is_noticed(tmp_path, array):
         data.read_idx(path, SHAPE, hashlib.sha256(contents).hexdigest())
 
 
-def test_a_truncated_or_foreign_archive_is_named(tmp_path, array):
+def test_a_truncated_or_foreign_archive(tmp_path, array):
     packed = gzip.compress(idx_bytes(array))
     for contents in (packed[: len(packed) // 2], b"not gzip at all", packed[:40] + b"\0" * 40):
         path = tmp_path / "images.gz"
@@ -80,7 +80,7 @@ def test_a_truncated_or_foreign_archive_is_named(tmp_path, array):
             data.read_idx(path, SHAPE, "")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         data.read_idx(tmp_path / "images", SHAPE, "")
 
@@ -102,47 +102,14 @@ def peak_unpacked() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def test_unknown_data_set():
-    with pytest.raises(
-        DataError, match=r"unknown data set 'mnist'; expected digits, fashion-mnist"
-    ):
-        data.load("mnist")
-
-
-# ---- digits ----
-
-
-def test_digits():
-    digits = data.load("digits")
-    assert digits.shape == (1, 8, 8)
-    assert digits.train.images.dtype == torch.uint8
-    assert digits.train.labels.dtype == torch.int64
-    assert len(digits.train.images) + len(digits.test.images) == 1797
-    assert (int(digits.train.images.min()), int(digits.train.images.max())) == (0, 255)
-    pixels = digits.train.images.double() / 255
-    assert digits.mean == pytest.approx([float(pixels.mean())])
-    assert digits.std == pytest.approx([float(pixels.std(correction=0))])
-    assert digits.classes == tuple("0123456789")
-
-
-def test_digits_are_split_evenly_and_always_alike():
-    one, two = data.load("digits"), data.load("digits")
-    assert torch.equal(one.test.images, two.test.images)
-    test, train = (torch.bincount(labels) for labels in (one.test.labels, one.train.labels))
-    assert torch.equal(test, torch.ceil((test + train) / 5).long())
-    # no image is on both sides
-    rows = {bytes(image.numpy().tobytes()) for image in one.train.images}
-    assert not rows & {bytes(image.numpy().tobytes()) for image in one.test.images}
-
-
 # ---- Fashion-MNIST ----
 
 
 @pytest.fixture
 def miniature(tmp_path, monkeypatch):
-    """A few fake images in place of Fashion-MNIST, packed, in a folder of their own."""
+    """A few random images in place of Fashion-MNIST, as .gz files in a folder."""
     random = np.random.default_rng(1)
-    files, folder = {}, tmp_path / "shelf" / "fashion-mnist"
+    files, folder = {}, tmp_path / "data" / "fashion-mnist"
     folder.mkdir(parents=True)
     for part, file in fashion._FASHION_FILES.items():
         shape = (6, *file.shape[1:])
@@ -164,7 +131,7 @@ def test_fastmp_data_is_read(miniature, monkeypatch):
     assert len(clothes.classes) == 10
 
 
-def test_fastmp_data_without_the_files_says_what_is_missing(miniature, monkeypatch):
+def test_files_missing_in_fastmp_data_are_named(miniature, monkeypatch):
     monkeypatch.setenv("FASTMP_DATA", str(miniature))
     with pytest.raises(DataError, match=r"FASTMP_DATA=.* there is no folder"):
         data.load("fashion-mnist")
@@ -184,7 +151,7 @@ def test_the_system_folder_is_read_unpacked_too(miniature, monkeypatch):
 
 @pytest.fixture
 def server(miniature):
-    """Serves the miniature over HTTP; the addresses to fetch it from, one of them dead."""
+    """The miniature over HTTP: two URLs, the first of them 404, and the requests."""
     requests = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -202,8 +169,8 @@ def server(miniature):
 
 
 def test_the_files_are_downloaded_once_and_checked(server, miniature, monkeypatch, tmp_path):
-    addresses, requests = server
-    monkeypatch.setattr(fashion, "_FASHION_URLS", addresses)
+    urls, requests = server
+    monkeypatch.setattr(fashion, "_FASHION_URLS", urls)
     first = data.load("fashion-mnist")
     cached = tmp_path / "cache" / "fastmp" / "fashion-mnist"
     assert sorted(p.name for p in cached.iterdir()) == sorted(p.name for p in miniature.iterdir())
@@ -212,7 +179,7 @@ def test_the_files_are_downloaded_once_and_checked(server, miniature, monkeypatc
     assert len(requests) == count
 
 
-def test_a_bad_download_leaves_nothing_behind(server, miniature, monkeypatch, tmp_path):
+def test_a_bad_download_leaves_no_file(server, miniature, monkeypatch, tmp_path):
     monkeypatch.setattr(fashion, "_FASHION_URLS", server[0])
     name = "train-images-idx3-ubyte"
     (miniature / f"{name}.gz").write_bytes(gzip.compress(b"something else"))
@@ -225,10 +192,10 @@ def test_a_bad_download_leaves_nothing_behind(server, miniature, monkeypatch, tm
 
 
 def test_the_real_files(monkeypatch):
-    shelf = os.environ.get("FASTMP_DATA") or Path(__file__).parents[3] / "shared" / "data"
-    if not (Path(shelf) / "fashion-mnist").is_dir():
-        pytest.skip("Fashion-MNIST is not here: point FASTMP_DATA at the folder that holds it")
-    monkeypatch.setenv("FASTMP_DATA", str(shelf))
+    folder = os.environ.get("FASTMP_DATA") or Path(__file__).parents[3] / "shared" / "data"
+    if not (Path(folder) / "fashion-mnist").is_dir():
+        pytest.skip("no Fashion-MNIST: set FASTMP_DATA to the folder with fashion-mnist/")
+    monkeypatch.setenv("FASTMP_DATA", str(folder))
     clothes = data.load("fashion-mnist")
     assert clothes.train.images.shape == (60000, 1, 28, 28)
     assert torch.bincount(clothes.train.labels).tolist() == [6000] * 10
