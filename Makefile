@@ -1,5 +1,5 @@
-# The commands to remember: make train, make test, make test-fast, make soak, make sanitize, make bench, make gpu-check,
-# make lint.
+# The commands to remember: make train, make test, make test-fast, make soak, make sanitize, make bench,
+# make gpu-check, make lint.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=

@@ -55,6 +55,7 @@ def test_a_stop_is_over_when_the_block_ends(stop_signal):
     with stop_signal.deferred():
         signal.raise_signal(signal.SIGINT)
     stop_signal.poll()
+    assert stop_signal.received == 0
 
 
 def test_another_handler_stays(stop_signal):
