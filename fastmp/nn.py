@@ -73,7 +73,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         Args:
             input: logits, (C), (N, C) or (N, C, d1, ...).
             target: class indices, class probabilities, or a ``MixedTarget``.
-            grad_scale: the incoming gradient to expect, e.g. the loss scale; changes no result.
+            grad_scale: the gradient of the loss in the backward, e.g. the loss scale; changes no
+                result.
         """
         return cross_entropy(
             input,

@@ -60,15 +60,15 @@ def test_state_dict_is_torchs():
 
 
 def test_works_with_torchs_scaler():
-    """With grad_scale, while the scaler multiplies the loss as usual."""
+    """grad_scale or not, the scaler multiplies the loss and the gradients are the same."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 5), torch.randint(3, (8,))
     grads = []
-    for passed in (False, True):
+    for with_grad_scale in (False, True):
         torch.manual_seed(1)
         model = torch.nn.Linear(5, 3)
         scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-        scale = scaler.get_scale() if passed else None
+        scale = scaler.get_scale() if with_grad_scale else None
         scaler.scale(CrossEntropyLoss()(model(x), y, grad_scale=scale)).backward()
         grads.append(model.weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-6, atol=0)

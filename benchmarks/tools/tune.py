@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends import triton as devices
-from fastmp.backends.triton import loss
-from fastmp.backends.triton.kernels import linear
+from fastmp.backends.abi import LossSpec, Reduction
+from fastmp.backends.triton.kernels import linear, loss
 from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
 from fastmp.bench.clocks import Measure, Run, kernel_clock
 from fastmp.bench.harness import interleave
@@ -196,15 +196,14 @@ def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Check]:
     torch.manual_seed(0)
     logits = torch.randn(rows, classes, device=device, dtype=_dtype(device))
     target = torch.randint(classes, (rows,), device=device)
+    spec = LossSpec(target, None, None, None, -100, Reduction.MEAN, 0.1)
     scale = torch.ones((), device=device)
 
     def check(result: tuple[Tensor, Tensor, Tensor]) -> None:
         exact = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
         torch.testing.assert_close(result[0], exact, rtol=1e-4, atol=1e-5)
 
-    return (
-        lambda: loss.forward(logits, target, None, None, None, -100, 1, 0.1, scale, True)
-    ), check
+    return lambda: loss.forward(logits, scale, True, spec), check
 
 
 def tune_loss(device: str, small: bool, deadline: float) -> Iterator[Finding]:

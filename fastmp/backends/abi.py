@@ -1,10 +1,10 @@
-"""The layouts of ``csrc/common/table.h``, as Python reads and writes them."""
+"""What crosses the boundary of an operation: codes, layouts of ``csrc/common/table.h``, a spec."""
 
 from __future__ import annotations
 
 from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,44 @@ class Activation(IntEnum):
 
 
 ACTIVATION_CODES = {activation.name.lower(): int(activation) for activation in Activation}
+
+
+class Reduction(IntEnum):
+    """``fastmp_reduction``: what becomes of the losses of the rows."""
+
+    NONE = 0
+    MEAN = 1
+    SUM = 2
+
+
+class LossSpec(NamedTuple):
+    """What defines the loss of logits (N, C), beside the logits.
+
+    Attributes:
+        target_a: (N), int64.
+        target_b: (N), int64, or None.
+        lam: () or (N), weight of ``target_a``; None without ``target_b``.
+        weight: (C), class weights, or None.
+        ignore_index: rows with this target add nothing, and their gradient is 0.
+        reduction: a ``Reduction``.
+        smoothing: ε.
+    """
+
+    target_a: torch.Tensor
+    target_b: torch.Tensor | None
+    lam: torch.Tensor | None
+    weight: torch.Tensor | None
+    ignore_index: int
+    reduction: int
+    smoothing: float
+
+    def target_error(self, row: int, value: int, classes: int) -> IndexError:
+        """The error for a target out of range: ``value``, in ``row``."""
+        name = "target" if int(self.target_a[row]) == value else "target_b"
+        return IndexError(
+            f"Target {value} is out of bounds: expected class indices in [0, {classes}) or "
+            f"ignore_index ({self.ignore_index}), got {value} in row {row} of {name}"
+        )
 
 
 #: ``fastmp_row``: one parameter tensor.

@@ -39,12 +39,22 @@ class TorchOp(NamedTuple):
         reference: the operation in plain PyTorch, for any device.
         fake: shapes and dtypes of its results.
         check: raises where a value is wrong; called before a kernel. The reference calls it itself.
+        spec: a NamedTuple of the schema's last arguments. Kernels and the functions above take it
+            in their place.
     """
 
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     check: Callable[..., None] | None = None
+    spec: Any = None
+
+    def packed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with the arguments of the schema."""
+        if self.spec is None:
+            return function
+        spec, count = self.spec, len(self.spec._fields)
+        return lambda *args: function(*args[:-count], spec(*args[-count:]))
 
 
 class _Kernel(NamedTuple):
@@ -80,8 +90,8 @@ def define(operation: str, *torch_ops: TorchOp) -> None:
     for op in torch_ops:
         name = op.schema.partition("(")[0]
         _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, op.reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastmp::{name}", op.fake, lib=_library)
+        _library.impl(name, op.packed(op.reference), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastmp::{name}", op.packed(op.fake), lib=_library)
         _torch_ops[name] = op
     names = tuple(op.schema.partition("(")[0] for op in torch_ops)
     _operations[operation] = names or (operation,)
@@ -124,23 +134,29 @@ def register(
     for name, decide in policies.items():
         _policies[op, name, device] = decide
     if available and op in _torch_ops:
-        serve = _with_fallback(_torch_ops[op], kernel, supports)
-        torch.library.impl(f"fastmp::{op}", device, serve, lib=_library)
+        torch.library.impl(f"fastmp::{op}", device, serve(op, kernel, supports), lib=_library)
 
 
-def _with_fallback(
-    op: TorchOp, kernel: Callable[..., Any], supports: Callable[..., str | None]
+def serve(
+    op: str, kernel: Callable[..., Any], supports: Callable[..., str | None]
 ) -> Callable[..., Any]:
-    reference, check = op.reference, op.check
+    """The implementation of a torch operation: the kernel, or the reference where unsupported.
 
-    def serve(*args: Any) -> Any:
+    Args:
+        op: the name of an entry point.
+        kernel, supports: as in ``register``.
+    """
+    entry = _torch_ops[op]
+    reference, check = entry.reference, entry.check
+
+    def call(*args: Any) -> Any:
         if supports(*args) is not None:
             return reference(*args)
         if check is not None:
             check(*args)
         return kernel(*args)
 
-    return serve
+    return entry.packed(call)
 
 
 def select(op: str, device: torch.device, *args: Any) -> tuple[Callable[..., Any] | None, str]:
@@ -174,7 +190,7 @@ def ask(op: str, policy: str, device: torch.device, *args: Any, default: bool) -
 
 def on_host(tensor: torch.Tensor) -> bool:
     """Whether values can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def announce(operation: str, device: str, backend: str) -> bool:

@@ -7,63 +7,60 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.ops.checks import check_device, lam_of_rows, transformed, wide_dtype
-from fastmp.ops.loss import REDUCTIONS, MixedTarget, forward_reference, writes_ahead
+from fastmp.ops.loss import MixedTarget, forward_reference, precomputes_grad
+
+# Plain integers: the dispatcher takes 3 us longer for an IntEnum.
+_REDUCTIONS = {reduction.name.lower(): reduction.value for reduction in Reduction}
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is written by the forward where the incoming gradient can be foretold."""
+    """The forward writes the gradient where the backend precomputes it."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        target_b: Tensor | None,
-        lam: Tensor | None,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: int,
-        smoothing: float,
-        grad_scale: Tensor | None,
+        ctx: Any, logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, *spec: Any
     ) -> Tensor:
-        ahead = writes_ahead(logits, reduction, grad_scale)
         loss, stats, grad = torch.ops.fastmp.loss_forward(
-            logits, target, target_b, lam, weight, ignore_index, reduction, smoothing,
-            grad_scale, ahead,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, target, target_b, lam, weight, stats, grad_scale)
-        ctx.options = (ignore_index, reduction, smoothing)
-        ctx.ahead = grad if ahead else None
+            logits, assumed_grad_output, compute_grad, *spec
+        )
+        ctx.save_for_backward(logits, stats, assumed_grad_output, *spec[:4])
+        ctx.options = spec[4:]
+        ctx.grad = grad if compute_grad else None
         return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
             grad = _CrossEntropy.gradient(ctx, grad_output)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
-            grad = _OnlyOnce.apply(grad, ctx.saved_tensors[0])  # type: ignore[no-untyped-call]
-        return (grad, *[None] * 8)
+        else:  # create_graph=True
+            with torch.no_grad():
+                grad = _CrossEntropy.gradient(ctx, grad_output)
+            if not torch.compiler.is_compiling():
+                grad = _FirstOrderOnly.apply(  # type: ignore[no-untyped-call]
+                    grad, ctx.saved_tensors[0]
+                )
+        return (grad, *[None] * 9)
 
     @staticmethod
     def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-        *arguments, expected = ctx.saved_tensors
-        ahead = ctx.ahead
-        # Under vmap one gradient comes in for many; nothing is then written in place.
-        if ahead is None or transformed(grad_output):
-            return cast(
-                Tensor, torch.ops.fastmp.loss_backward(grad_output, *arguments, *ctx.options)
-            )
-        ctx.ahead = None  # given away once: autograd may then keep it without a copy
-        torch.ops.fastmp.loss_settle_(ahead, expected, grad_output, *arguments, *ctx.options)
-        return cast(Tensor, ahead)
+        logits, stats, assumed_grad_output, *tensors = ctx.saved_tensors
+        arguments = (grad_output, logits, stats, *tensors, *ctx.options)
+        grad = ctx.grad
+        # Under vmap many grad_outputs share one gradient: nothing is written in place.
+        if grad is None or transformed(grad_output):
+            return cast(Tensor, torch.ops.fastmp.loss_backward(*arguments))
+        ctx.grad = None  # given away once: autograd may then keep it without a copy
+        torch.ops.fastmp.loss_ensure_grad_(grad, assumed_grad_output, *arguments)
+        return cast(Tensor, grad)
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """Passes the gradient on, and refuses to be differentiated.
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on the gradient; raises where it is differentiated.
 
-    ``once_differentiable`` is not enough: it lets a gradient whose incoming gradient is constant
-    pass for a constant, and a gradient penalty would silently be wrong.
+    ``once_differentiable`` is not enough: where ``grad_output`` is a constant it makes the gradient
+    one too, and a gradient penalty would silently be wrong.
     """
 
     @staticmethod
@@ -101,15 +98,15 @@ def cross_entropy(
         input: logits, (C), (N, C) or (N, C, d1, ...), fp32, bf16, fp16 or fp64.
         target: class indices int64 or uint8, (), (N) or (N, d1, ...); or a ``MixedTarget``.
         weight: class weights (C), in the dtype of ``input`` or fp32.
-        ignore_index: rows with this target count for nothing; their gradient is 0.
+        ignore_index: rows with this target add nothing; their gradient is 0.
         reduction: "none", "mean" or "sum".
         label_smoothing: ε in [0, 1].
         target_b: the second target, shaped as the first.
         lam: weight of the first target in [0, 1]: a number, a 0-d tensor, (N), or shaped as
             ``target``.
-        grad_scale: the incoming gradient to expect in the backward, e.g. the loss scale. It changes
-            no result; the backward is faster when it was foretold. Default: 1 (on a GPU for fp16:
-            none, for a scale will come).
+        grad_scale: the gradient of the loss that the backward will get, e.g. the loss scale. It
+            changes no result; the backward is faster where it was right. Default: 1 (on a GPU for
+            fp16: none, because a loss scale is likely).
 
     Returns:
         The loss, not scaled, in fp32 (fp64 for fp64 logits).
@@ -118,12 +115,7 @@ def cross_entropy(
         IndexError: a target is out of range (CPU; on a GPU loss and gradient of its row are NaN).
         ValueError, TypeError, RuntimeError: as torch's, and for a ``lam`` outside [0, 1].
     """
-    if isinstance(target, MixedTarget):
-        if target_b is not None or lam is not None:
-            raise ValueError("target is a MixedTarget already: leave out target_b and lam")
-        target, target_b, lam = target
-    if (target_b is None) != (lam is None):
-        raise ValueError("target_b and lam belong together: give both or neither")
+    target, target_b, lam = _unpack(target, target_b, lam)
     if target.shape == input.shape and input.dim() > 0:
         if target_b is not None:
             raise TypeError(
@@ -140,33 +132,47 @@ def cross_entropy(
         targets.append(_check_target(input, target_b, "target_b"))
     wide = wide_dtype(input.dtype)
     logits = _as_rows(input)
-    arguments = (
-        logits,
-        targets[0].reshape(-1),
-        None if target_b is None else targets[1].reshape(-1),
+    spec = LossSpec(
+        targets[0].flatten(),
+        None if target_b is None else targets[1].flatten(),
         None if lam is None else lam_of_rows(lam, targets[0], logits.device, wide),
         weight,
         ignore_index,
-        REDUCTIONS[reduction],
+        _REDUCTIONS[reduction],
         float(label_smoothing),
-        _expected_gradient(grad_scale, logits.device, wide),
     )
+    assumed_grad_output = _assumed_grad_output(grad_scale, logits.device, wide)
     loss: Tensor
     if transformed():
-        loss = forward_reference(*arguments, False)[0]
+        loss = forward_reference(logits, assumed_grad_output, False, spec)[0]
     elif torch.is_grad_enabled() and logits.requires_grad:
-        loss = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+        compute_grad = precomputes_grad(logits, spec.reduction, assumed_grad_output)
+        loss = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            logits, assumed_grad_output, compute_grad, *spec
+        )
     else:
-        loss = torch.ops.fastmp.loss_forward(*arguments, False)[0]
+        loss = torch.ops.fastmp.loss_forward(logits, assumed_grad_output, False, *spec)[0]
     if reduction != "none":
         return loss
     return loss.reshape(() if input.dim() == 1 else input.shape[:1] + input.shape[2:])
 
 
+def _unpack(
+    target: Tensor | MixedTarget, target_b: Tensor | None, lam: Tensor | float | None
+) -> tuple[Tensor, Tensor | None, Tensor | float | None]:
+    if isinstance(target, MixedTarget):
+        if target_b is not None or lam is not None:
+            raise ValueError("target is a MixedTarget already: leave out target_b and lam")
+        return target
+    if (target_b is None) != (lam is None):
+        raise ValueError("target_b and lam belong together: give both or neither")
+    return target, target_b, lam
+
+
 def _check_options(
     input: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> None:
-    if reduction not in REDUCTIONS:
+    if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{reduction} is not a valid value for reduction: expected none, mean or sum"
         )
@@ -223,7 +229,7 @@ def _check_target(input: Tensor, target: Tensor, name: str) -> Tensor:
                 f"Expected {name} size {list(expected)}, got {list(target.shape)} "
                 f"for an input of shape {list(input.shape)}"
             )
-    return target.to(torch.int64)
+    return target if target.dtype == torch.int64 else target.long()
 
 
 def _as_rows(input: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ def _as_rows(input: Tensor) -> Tensor:
     return input.movedim(1, -1).reshape(rows, input.shape[1])
 
 
-def _expected_gradient(
+def _assumed_grad_output(
     grad_scale: Tensor | float | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
     if grad_scale is None:

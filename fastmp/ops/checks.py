@@ -8,16 +8,16 @@ from torch import Tensor
 from fastmp.backends.registry import on_host
 
 
-def transformed(incoming: Tensor | None = None) -> bool:
+def transformed(grad_output: Tensor | None = None) -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode differentiation is at work.
 
     They have rules for torch's own operations only: ours must then be composed of those. The older
-    vmap of ``torch.autograd.functional`` and ``is_grads_batched`` shows in the incoming gradient.
+    vmap of ``torch.autograd.functional`` and ``is_grads_batched`` shows in grad_output.
     """
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or (incoming is not None and torch._C._functorch.is_legacy_batchedtensor(incoming))
+        or (grad_output is not None and torch._C._functorch.is_legacy_batchedtensor(grad_output))
     )
 
 

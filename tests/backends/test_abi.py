@@ -20,11 +20,11 @@ from fastmp.backends.abi import (
     ROW,
     Activation,
     Master,
+    Reduction,
     Request,
     StepArgs,
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
-from fastmp.ops.loss import REDUCTIONS
 from fastmp.ops.update.rules import Hyperparameters
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -103,7 +103,7 @@ def test_codes_and_version_agree():
     activations = {name: int(code) for name, code in Activation.__members__.items()}
     activations["IDENTITY"] = activations.pop("NONE")
     assert c_enum("fastmp_activation") == activations
-    reductions = {name.upper(): code for name, code in REDUCTIONS.items()}
+    reductions = {name: int(code) for name, code in Reduction.__members__.items()}
     assert c_enum("fastmp_reduction") == reductions
     assert f"#define FASTMP_ABI_VERSION {ABI_VERSION}\n" in HEADERS
 

@@ -76,7 +76,7 @@ def test_values_and_gradients(name, dtype):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
                 continue
             error, torch_error = ((t - reference).abs().max() for t in (a, b))
-            # the incoming gradient is 2 out: one more rounding of out, half an ulp of its largest
+            # grad_output is 2 out: one more rounding of out, half an ulp of its largest
             slack = reference.abs().max() * torch.finfo(dtype).eps
             assert error <= 2 * torch_error + slack, (sample, error, torch_error)
 

@@ -32,8 +32,8 @@ def pair(z, a, b, lam, weight, ignore_index, reduction, smoothing):
 def value_and_grad(fn, z, seed_grad):
     z = z.detach().requires_grad_()
     loss = fn(z)
-    incoming = torch.full_like(loss, seed_grad)
-    return loss.detach(), torch.autograd.grad(loss, z, incoming)[0]
+    grad_output = torch.full_like(loss, seed_grad)
+    return loss.detach(), torch.autograd.grad(loss, z, grad_output)[0]
 
 
 def assert_close(out, ref, same_dtype, dtype, unit, factor=2.0):
@@ -60,7 +60,7 @@ def assert_close(out, ref, same_dtype, dtype, unit, factor=2.0):
 
 @st.composite
 def problems(draw):
-    """Everything there is to vary: shapes, layouts, targets, options, incoming gradient."""
+    """Shapes, layouts, targets, options and grad_output, all varied."""
     dtype = draw(st.sampled_from(DTYPES))
     rows = draw(st.sampled_from([0, 1, 2, 7, 13]))
     classes = draw(st.sampled_from([1, 2, 10, 16, 31, 64, 101, 1000, 2048, 2049, 4099]))
@@ -98,13 +98,13 @@ def problems(draw):
     weight = None if weight is None else weight.to(dtype)
     reduction = draw(st.sampled_from(["none", "mean", "sum"]))
     smoothing = draw(st.sampled_from([0.0, 0.1, 1.0]))
-    incoming = draw(st.sampled_from([1.0, 512.0, 0.3125]))
-    return z, targets[0], b, lam, weight, ignore_index, reduction, smoothing, incoming
+    grad_output = draw(st.sampled_from([1.0, 512.0, 0.3125]))
+    return z, targets[0], b, lam, weight, ignore_index, reduction, smoothing, grad_output
 
 
 def check(problem, scales, device="cpu"):
-    """cross_entropy against torch in fp64, for each announced scale."""
-    z, a, b, lam, weight, ignore_index, reduction, smoothing, incoming = problem
+    """cross_entropy against torch in fp64, for each grad_scale."""
+    z, a, b, lam, weight, ignore_index, reduction, smoothing, grad_output = problem
     dtype = z.dtype
     z = z.to(device)  # keeps the layout
     a, b, lam, weight = (None if t is None else t.to(device) for t in (a, b, lam, weight))
@@ -116,13 +116,13 @@ def check(problem, scales, device="cpu"):
             lambda z: pair(
                 z.to(wide), a, b, lam_wide, weight_wide, ignore_index, reduction, smoothing
             ),
-            z, incoming,
+            z, grad_output,
         )  # fmt: skip
 
     z64 = z.detach().double().requires_grad_()
     lam64, weight64 = (None if t is None else t.double() for t in (lam, weight))
     ref = pair(z64, a, b, lam64, weight64, ignore_index, reduction, smoothing)
-    (ref_grad,) = torch.autograd.grad(ref, z64, torch.full_like(ref, incoming))
+    (ref_grad,) = torch.autograd.grad(ref, z64, torch.full_like(ref, grad_output))
     ref = ref.detach()
     # The smoothed sum runs over logits of this size; without it the largest cancels exactly.
     unit = 1.0 + smoothing * (float(z.double().abs().max()) if z.numel() else 0.0)
@@ -133,7 +133,7 @@ def check(problem, scales, device="cpu"):
                 z, a, weight, ignore_index, reduction, smoothing,
                 target_b=b, lam=lam, grad_scale=scale,
             ),
-            z, incoming,
+            z, grad_output,
         )  # fmt: skip
         assert out.dtype == torch.float32
         assert grad.dtype == dtype
@@ -143,7 +143,7 @@ def check(problem, scales, device="cpu"):
 
 def _largest_pull(problem):
     """What the softmax of a row is multiplied with, at most: the unit of a gradient's error."""
-    _z, a, b, _lam, weight, ignore_index, reduction, _smoothing, incoming = problem
+    _z, a, b, _lam, weight, ignore_index, reduction, _smoothing, grad_output = problem
     divisor = 1.0
     if reduction == "mean":
         sums = []
@@ -152,4 +152,4 @@ def _largest_pull(problem):
             w = torch.ones_like(counted, dtype=torch.float64) if weight is None else weight[counted]
             sums.append(float(w.double().sum()))
         divisor = min([s for s in sums if s > 0], default=1.0)
-    return incoming / divisor * (1.0 if weight is None else float(weight.max()))
+    return grad_output / divisor * (1.0 if weight is None else float(weight.max()))

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 
 from fastmp import backends
 from fastmp.backends import cpu
+from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.cpu.structs import LossArgs, Status
 from fastmp.functional import MixedTarget, cross_entropy
-from fastmp.ops import loss as loss_op
+from fastmp.ops.loss import forward_reference
 from tests.functional.loss_cases import DTYPES, check, pair, problems, value_and_grad
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True)
@@ -20,8 +21,8 @@ FAST = settings(max_examples=150, deadline=None, derandomize=True)
 @FAST
 @given(problems())
 def test_values_and_gradients_match_torch(problem):
-    incoming = problem[-1]
-    check(problem, scales=(None, incoming))  # foretold wrongly (for most), and rightly
+    grad_output = problem[-1]
+    check(problem, scales=(None, grad_output))  # the assumption wrong (for most), and right
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,10 +36,12 @@ def test_large_logits_lose_no_digits(dtype, reduction, classes):
     z[3, ::2] = -6e4
     z = z.to(dtype)
     y = torch.tensor([0, 1, 0, 1])
-    for incoming in (1.0, 8.0):
-        out, grad = value_and_grad(lambda z: cross_entropy(z, y, reduction=reduction), z, incoming)
+    for grad_output in (1.0, 8.0):
+        out, grad = value_and_grad(
+            lambda z: cross_entropy(z, y, reduction=reduction), z, grad_output
+        )
         ref, ref_grad = value_and_grad(
-            lambda z: F.cross_entropy(z, y, reduction=reduction), z.double(), incoming
+            lambda z: F.cross_entropy(z, y, reduction=reduction), z.double(), grad_output
         )
         torch.testing.assert_close(out.double(), ref, rtol=1e-6, atol=0)
         tolerance = max(torch.finfo(dtype).eps, 1e-6)
@@ -112,11 +115,11 @@ def test_values_that_are_not_finite_behave_as_torchs(dtype, smoothing, classes):
     z[5, : classes - 1] = -inf
     z[6, 0], z[6, classes - 1] = inf, -inf
     y = torch.tensor([1, 1, 1, 0, 1, classes - 1, 0, 1])
-    for incoming, reduction in itertools.product((1.0, 2.0), ("none", "sum")):
+    for grad_output, reduction in itertools.product((1.0, 2.0), ("none", "sum")):
         options = {"reduction": reduction, "label_smoothing": smoothing}
-        ours, grad = value_and_grad(lambda z, o=options: cross_entropy(z, y, **o), z, incoming)
+        ours, grad = value_and_grad(lambda z, o=options: cross_entropy(z, y, **o), z, grad_output)
         ref, ref_grad = value_and_grad(
-            lambda z, o=options: F.cross_entropy(z, y, **o), z.double(), incoming
+            lambda z, o=options: F.cross_entropy(z, y, **o), z.double(), grad_output
         )
         torch.testing.assert_close(ours.double(), ref, rtol=1e-5, atol=1e-5, equal_nan=True)
         torch.testing.assert_close(grad.double(), ref_grad, rtol=1e-2, atol=1e-5, equal_nan=True)
@@ -134,18 +137,18 @@ def test_the_same_bits_for_any_number_of_threads(dtype, shape):
     weight, lam = torch.rand(shape[1]), torch.rand(shape[0])
     before = torch.get_num_threads()
 
-    def run(threads, incoming):
+    def run(threads, grad_output):
         torch.set_num_threads(threads)
         return value_and_grad(
             lambda z: cross_entropy(z, MixedTarget(a, b, lam), weight, label_smoothing=0.1),
-            z, incoming,
+            z, grad_output,
         )  # fmt: skip
 
     try:
-        for incoming in (1.0, 3.0):
-            first = run(1, incoming)
+        for grad_output in (1.0, 3.0):
+            first = run(1, grad_output)
             for threads in (1, 2, 3):
-                again = run(threads, incoming)
+                again = run(threads, grad_output)
                 assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(before)
@@ -155,8 +158,8 @@ def test_the_same_bits_for_any_number_of_threads(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_announced_scale_changes_no_result(dtype):
-    """Written ahead for the scale, or computed for what came: the same gradient."""
+def test_grad_scale_changes_no_result(dtype):
+    """Precomputed for the scale, or computed for grad_output: the same gradient."""
     torch.manual_seed(0)
     z = torch.randn(5, 40).to(dtype)
     y = torch.randint(40, (5,))
@@ -173,7 +176,7 @@ def test_an_announced_scale_changes_no_result(dtype):
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
 @pytest.mark.parametrize("classes", [2, 4, 32])
 def test_gradients_are_rounded_to_nearest_even(dtype, bits, classes):
-    """Every softmax is 1 / classes, so the gradient is any value one likes: here a tie."""
+    """Every softmax is 1 / classes, so that grad_output decides the gradient: here a tie."""
     z = torch.zeros(1, classes, dtype=dtype)
     for odd in (1, 3):
         tie = 1 + odd * 2.0**-bits
@@ -253,8 +256,11 @@ def test_compiles_into_one_graph(dtype, reduction, backend):
         )
 
     compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    for incoming in (1.0, 4.0):
-        ours, expected = value_and_grad(compiled, z, incoming), value_and_grad(fn, z, incoming)
+    for grad_output in (1.0, 4.0):
+        ours, expected = (
+            value_and_grad(compiled, z, grad_output),
+            value_and_grad(fn, z, grad_output),
+        )
         torch.testing.assert_close(ours, expected)
 
 
@@ -266,38 +272,43 @@ def op_arguments(dtype, reduction, with_b):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     lam = torch.rand(rows, dtype=wide)
     weight = torch.rand(classes).to(dtype)
-    return (z, a, b if with_b else None, lam if with_b else None, weight), (-100, reduction, 0.1)
+    b, lam = (b, lam) if with_b else (None, None)
+    return z, LossSpec(a, b, lam, weight, -100, reduction, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("reduction", list(Reduction))
 @pytest.mark.parametrize("with_b", [False, True])
 def test_opcheck(opcheck, dtype, reduction, with_b):
-    tensors, options = op_arguments(dtype, reduction, with_b)
+    z, spec = op_arguments(dtype, reduction, with_b)
     scale = torch.tensor(2.0)
-    for with_grad in (False, True):
-        opcheck(torch.ops.fastmp.loss_forward, (*tensors, *options, scale, with_grad))
-    loss, stats, ahead = torch.ops.fastmp.loss_forward(*tensors, *options, scale, True)
-    saved = (*tensors, stats, *options)
-    opcheck(torch.ops.fastmp.loss_backward, (torch.ones_like(loss), *saved))
-    if reduction == 0:
-        return  # never written ahead
-    for expected, came in ((scale, scale), (scale, torch.tensor(8.0)), (None, torch.ones(()))):
-        opcheck(torch.ops.fastmp.loss_settle_, (ahead.clone(), expected, came, *saved))
+    for compute_grad in (False, True):
+        opcheck(torch.ops.fastmp.loss_forward, (z, scale, compute_grad, *spec))
+    loss, stats, grad = torch.ops.fastmp.loss_forward(z, scale, True, *spec)
+    opcheck(torch.ops.fastmp.loss_backward, (torch.ones_like(loss), z, stats, *spec))
+    if reduction == Reduction.NONE:
+        return  # never precomputed
+    for assumed, grad_output in (
+        (scale, scale),
+        (scale, torch.tensor(8.0)),
+        (None, torch.ones(())),
+    ):
+        arguments = (grad.clone(), assumed, grad_output, z, stats, *spec)
+        opcheck(torch.ops.fastmp.loss_ensure_grad_, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("reduction", list(Reduction))
 def test_the_reference_is_the_kernel(dtype, reduction):
-    tensors, options = op_arguments(dtype, reduction, True)
+    z, spec = op_arguments(dtype, reduction, True)
     scale = torch.tensor(2.0)
-    ours = torch.ops.fastmp.loss_forward(*tensors, *options, scale, True)
-    theirs = loss_op.forward_reference(*tensors, *options, scale, True)
+    ours = torch.ops.fastmp.loss_forward(z, scale, True, *spec)
+    theirs = forward_reference(z, scale, True, spec)
     tolerance = {"rtol": max(torch.finfo(dtype).eps, 1e-5), "atol": 1e-6}
     torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_who_serves_is_on_record():
+def test_the_report_names_the_backend():
     native, reason = cpu.load()
     served = {(s.op, s.device): s for s in backends.report()}["loss", "cpu"]
     assert served.backend == ("reference" if native is None else "cpu")

@@ -28,7 +28,7 @@ def test_double_backward_says_no(reduction):
     "kind", ["jacrev", "jacfwd", "hessian", "jvp", "dual", "vmap", "batched", "vector"]
 )
 def test_functional_transforms(kind, dtype, with_pair, reduction):
-    """torch.func, forward mode, and many incoming gradients at once; fp32 has a native kernel."""
+    """torch.func, forward mode, and many grad_outputs at once; fp32 has a native kernel."""
     z, a = torch.randn(5, 7, dtype=dtype), torch.tensor([0, 2, 1, 6, 3])
     b, lam = (a.flip(0), torch.linspace(0, 1, 5).to(dtype)) if with_pair else (None, None)
     weight = torch.linspace(0.5, 2, 7, dtype=dtype)
@@ -42,8 +42,8 @@ def test_functional_transforms(kind, dtype, with_pair, reduction):
     def batched(f):
         x = z.clone().requires_grad_()
         rows = f(x)
-        incoming = torch.eye(rows.numel(), dtype=dtype).reshape(-1, *rows.shape)
-        return torch.autograd.grad(rows, x, incoming, is_grads_batched=True)
+        grad_output = torch.eye(rows.numel(), dtype=dtype).reshape(-1, *rows.shape)
+        return torch.autograd.grad(rows, x, grad_output, is_grads_batched=True)
 
     def dual(f):
         with forward_ad.dual_level():

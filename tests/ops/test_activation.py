@@ -48,7 +48,7 @@ def exact(z, activation):
 
 
 def alone(fn, z, activation):
-    """Value and derivative; the incoming gradient and the weight are 1."""
+    """Value and derivative; grad_output and the weight are 1."""
     one = torch.ones(1, 1, dtype=z.dtype)
     y, dz, _ = value_and_grads(lambda x, w: fn(x, w, None, activation), (z, one), one.expand_as(z))
     return y, dz

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.triton.tiles import loss_tile
 
 pytestmark = pytest.mark.slow
@@ -12,34 +13,41 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CLASSES = [10, 100, 512, 1000, 1001, 2048, 4096, 8192, 16384, 32000, 50257, 128256]
 
 
-def forward(classes, dtype, weighted=False, reduction=1, pair=True, offset=0, stride=None, rows=64):
+def forward(
+    classes,
+    dtype,
+    weighted=False,
+    reduction=Reduction.MEAN,
+    pair=True,
+    offset=0,
+    stride=None,
+    rows=64,
+):
     """Launches what a training step does; the memory is never touched."""
-    from fastmp.backends.triton import loss
+    from fastmp.backends.triton.kernels import loss
 
     stride = stride or classes
     logits = torch.empty(rows * stride + offset, dtype=dtype)[offset:]
     logits = logits.view(rows, stride)[:, :classes]
     target = torch.zeros(rows, dtype=torch.int64)
-    lam = torch.zeros(rows)
-    loss.forward(
-        logits, target, target if pair else None, lam if pair else None,
-        torch.ones(classes, dtype=dtype) if weighted else None, -100, reduction, 0.1,
-        torch.ones(()), True,
-    )  # fmt: skip
+    weight = torch.ones(classes, dtype=dtype) if weighted else None
+    b, lam = (target, torch.zeros(rows)) if pair else (None, None)
+    spec = LossSpec(target, b, lam, weight, -100, reduction, 0.1)
+    loss.forward(logits, torch.ones(()), True, spec)
 
 
-def settle(classes, dtype):
-    from fastmp.backends.triton import loss
+def ensure_grad(classes, dtype):
+    from fastmp.backends.triton.kernels import loss
 
     logits = torch.empty(64, classes, dtype=dtype)
     target = torch.zeros(64, dtype=torch.int64)
     one = torch.ones(())
-    stats = torch.ones(64, 2)
-    loss.settle(logits, one, one, logits, target, target, one, None, stats, -100, 1, 0.1)
+    spec = LossSpec(target, target, one, None, -100, Reduction.MEAN, 0.1)
+    loss.ensure_grad(logits, one, one, logits, torch.ones(64, 2), spec)
 
 
 def main_kernels(kernels):
-    return [kernel for kernel in kernels if kernel.name == "_loss_kernel"]
+    return [kernel for kernel in kernels if kernel.name != "_divisor_kernel"]
 
 
 def accesses(kernel, width):
@@ -68,24 +76,24 @@ def test_class_weights(compiled, classes):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 50257])
-def test_settling(compiled, classes):
-    compiled(settle, classes, torch.float16)
+def test_ensure_grad(compiled, classes):
+    compiled(ensure_grad, classes, torch.float16)
 
 
 @pytest.mark.parametrize("classes", [1, 10, 1000])
 def test_one_row(compiled, classes):
     """Triton turns arguments that are 1 into constants, with other types than a tensor's."""
-    compiled(forward, classes, torch.float32, False, 1, True, 0, None, 1)
+    compiled(forward, classes, torch.float32, False, Reduction.MEAN, True, 0, None, 1)
 
 
 def test_a_single_target(compiled):
-    for kernel in main_kernels(compiled(forward, 1000, torch.float16, False, 2, False)):
+    for kernel in main_kernels(compiled(forward, 1000, torch.float16, False, Reduction.SUM, False)):
         assert accesses(kernel, 128) == (4, 4)
 
 
 @pytest.mark.parametrize(("offset", "stride"), [(1, 1000), (0, 1001)])
 def test_rows_that_are_aligned_nowhere_are_not_read_as_if_they_were(compiled, offset, stride):
-    arguments = (forward, 1000, torch.float16, False, 1, True, offset, stride)
+    arguments = (forward, 1000, torch.float16, False, Reduction.MEAN, True, offset, stride)
     for kernel in main_kernels(compiled(*arguments)):
         assert accesses(kernel, 128) == (0, 0)
 

@@ -49,18 +49,18 @@ class Case(NamedTuple):
 
     forward: Any
     leaves: int  # so many tensors come first and get a gradient
-    tensors: list[torch.Tensor]  # the last one: the incoming gradient
+    tensors: list[torch.Tensor]  # the last one: grad_output
     slack: float = 1e-6  # of the largest value: by so much may two runs differ
 
 
 def results(case, forward=None):
     """The value, and the gradients of the leaves."""
-    *inputs, incoming = case.tensors
+    *inputs, grad_output = case.tensors
     leaves = [t.detach().requires_grad_() for t in inputs[: case.leaves]]
     out = (forward or case.forward)(*leaves, *inputs[case.leaves :])
     if not leaves:
         return [out]
-    return [out.detach(), *torch.autograd.grad(out, leaves, incoming)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_output)]
 
 
 def assert_same(ours, theirs, slack):
@@ -69,23 +69,23 @@ def assert_same(ours, theirs, slack):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
-def loss_case(announced, dtype, seed):
-    """Rows that stay on the chip in fp16, rows in blocks in bf16. A foretold scale if seed is 0."""
+def loss_case(kind, dtype, seed):
+    """Rows in registers for fp16, in blocks for bf16; grad_scale is right if seed is 0."""
     torch.manual_seed(seed)
     rows, classes = (130, 1001) if dtype == torch.float16 else (70, 33003)
     z = (3 * torch.randn(rows, classes)).to(dtype)
     a, b = torch.randint(classes, (2, rows))
     a[1] = -100
     lam, scale = torch.rand(rows), torch.tensor(1024.0 * (1 + seed))
-    incoming = torch.rand(rows) if announced == "each row" else scale / (1 + seed % 2)
+    grad_output = torch.rand(rows) if kind == "each row" else scale / (1 + seed % 2)
 
     def forward(z, a, b, lam, scale):
-        given = {"number": 1024.0, "tensor": scale}.get(announced)
-        reduction = "none" if announced == "each row" else "mean"
+        given = {"number": 1024.0, "tensor": scale}.get(kind)
+        reduction = "none" if kind == "each row" else "mean"
         options = {"reduction": reduction, "label_smoothing": 0.1, "grad_scale": given}
         return cross_entropy(z, MixedTarget(a, b, lam), **options)
 
-    return Case(forward, 1, [t.to(DEVICE) for t in (z, a, b, lam, scale, incoming)])
+    return Case(forward, 1, [t.to(DEVICE) for t in (z, a, b, lam, scale, grad_output)])
 
 
 def linear_case(activation, dtype, seed):
@@ -149,7 +149,7 @@ def test_a_cuda_graph_replays_what_eager_computes(build):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = results(case)
-    for seed in (1, 2):  # another scale than foretold, then the right one
+    for seed in (1, 2):  # grad_scale wrong, then right
         fresh = build(seed)
         for static, new in zip(case.tensors, fresh.tensors, strict=True):
             static.copy_(new)
@@ -254,7 +254,7 @@ def test_loss_at_any_address(classes, layout, dtype):
 
 
 def test_the_sum_of_a_loss_for_each_row():
-    """Its incoming gradient is one number again and again, with stride 0."""
+    """grad_output is one number with stride 0."""
     z, y = torch.randn(99, 10, device=DEVICE).half(), torch.randint(10, (99,), device=DEVICE)
     z.requires_grad_()
     (each,) = torch.autograd.grad((cross_entropy(z, y, reduction="none") * 2).sum(), z)

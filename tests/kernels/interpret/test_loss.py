@@ -4,23 +4,38 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from fastmp.backends.cpu import loss as cpu_loss
-from fastmp.backends.triton import loss as kernels
+from fastmp.backends import registry
+from fastmp.backends.abi import LossSpec, Reduction
+from fastmp.backends.triton import loss as backend
+from fastmp.backends.triton.kernels import loss as kernels
 from fastmp.functional import cross_entropy
-from fastmp.ops.loss import forward_reference, settle_cuda
+from fastmp.ops.loss import forward_reference
 from tests.functional.loss_cases import check, problems
 from tests.kernels.interpret.conftest import DEVICE
 
-# numpy, where the interpreter meets NaN and inf
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    # numpy, where the interpreter meets NaN and inf
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
-def _on_triton(monkeypatch):
+def _on_triton():
     """On the CPU the operation calls the interpreted kernels in place of the native library."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(cpu_loss, "forward", kernels.forward)
-        monkeypatch.setattr(cpu_loss, "backward", kernels.backward)
+    if DEVICE != "cpu":
+        yield
+        return
+    served = {
+        "loss_forward": backend.forward,
+        "loss_backward": backend.backward,
+        "loss_ensure_grad_": backend.ensure_grad,
+    }
+    with torch.library._scoped_library("fastmp", "IMPL") as library:
+        for name, kernel in served.items():
+            serve = registry.serve(name, kernel, registry._kernels[name, "cuda"].supports)
+            library.impl(name, serve, "CPU", allow_override=True)
+        yield
 
 
 @settings(
@@ -28,8 +43,8 @@ def _on_triton(monkeypatch):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(problems())
-def test_values_and_gradients_match_torch(problem):
-    check(problem, scales=(None, problem[-1]) if DEVICE == "cuda" else (None,), device=DEVICE)
+def test_values_and_gradients_match_torch(case):
+    check(case, scales=(None, case[-1]) if DEVICE == "cuda" else (None,), device=DEVICE)
 
 
 # Kept in registers up to 16,384 classes, longer rows in blocks; odd ones with edges.
@@ -46,47 +61,44 @@ def test_rows_of_every_length(classes, dtype, weighted):
     check((z, a, b, lam, weight, -100, "mean", 0.1, 512.0), scales=(512.0,), device=DEVICE)
 
 
-def arguments(rows=5, classes=1001, dtype=torch.float16):
+def problem(rows=5, classes=1001, dtype=torch.float16, reduction=Reduction.SUM):
     z = torch.randn(rows, classes).to(DEVICE, dtype)
     a, b = torch.randint(classes, (2, rows)).to(DEVICE)
-    return z, a, b, torch.tensor(0.25, device=DEVICE), None, -100, 2, 0.1
+    return z, LossSpec(a, b, torch.tensor(0.25, device=DEVICE), None, -100, reduction, 0.1)
 
 
-@pytest.mark.parametrize("expected", [None, 8.0])
-@pytest.mark.parametrize("came", [1.0, 8.0, 0.5])
-def test_a_gradient_written_ahead_is_settled(expected, came):
-    z, *others = arguments()
-    expected = None if expected is None else torch.tensor(expected, device=DEVICE)
-    came = torch.tensor(came, device=DEVICE)
-    _, stats, grad = kernels.forward(z, *others, expected, True)
-    saved = (*others[:4], stats, *others[4:])
-    foretold = came == (1.0 if expected is None else expected)
-    if foretold:
+@pytest.mark.parametrize("assumed", [None, 8.0])
+@pytest.mark.parametrize("grad_output", [1.0, 8.0, 0.5])
+def test_ensure_grad_replaces_the_gradient_of_a_wrong_assumption(assumed, grad_output):
+    z, spec = problem()
+    assumed = None if assumed is None else torch.tensor(assumed, device=DEVICE)
+    grad_output = torch.tensor(grad_output, device=DEVICE)
+    _, stats, grad = kernels.forward(z, assumed, True, spec)
+    correct = grad_output == (1.0 if assumed is None else assumed)
+    if correct:
         grad.fill_(7.0)  # to see that it is left alone
-    settle_cuda(grad, expected, came, z, *saved)
-    right = torch.full_like(grad, 7.0) if foretold else kernels.backward(came, z, *saved)
+    kernels.ensure_grad(grad, assumed, grad_output, z, stats, spec)
+    right = torch.full_like(grad, 7.0) if correct else kernels.backward(grad_output, z, stats, spec)
     assert torch.equal(grad, right)
 
 
 def test_forward_and_backward_write_the_same_gradient():
     for classes in (10, 1001, 4096, 20011):
-        z, *others = arguments(classes=classes)
-        _, stats, ahead = kernels.forward(z, *others, None, True)
-        one = torch.ones((), device=DEVICE)
-        grad = kernels.backward(one, z, *others[:4], stats, *others[4:])
-        reference = forward_reference(z.double(), *others, None, True)[2]
-        assert (ahead - reference).abs().max() <= 1e-3
-        assert (ahead.float() - grad.float()).abs().max() <= 2**-10 * reference.abs().max()
+        z, spec = problem(classes=classes)
+        _, stats, precomputed = kernels.forward(z, None, True, spec)
+        grad = kernels.backward(torch.ones((), device=DEVICE), z, stats, spec)
+        reference = forward_reference(z.double(), None, True, spec)[2]
+        assert (precomputed - reference).abs().max() <= 1e-3
+        difference = (precomputed.float() - grad.float()).abs().max()
+        assert difference <= 2**-10 * reference.abs().max()
 
 
 @pytest.mark.parametrize("value", [-1, 1001, 2**40])
-@pytest.mark.parametrize("which", ["target", "target_b"])
+@pytest.mark.parametrize("which", ["target_a", "target_b"])
 def test_a_target_out_of_range_makes_its_row_nan(value, which):
-    z, a, b, lam, weight, ignore_index, _, smoothing = arguments()
-    (a if which == "target" else b)[2] = value
-    loss, _, grad = kernels.forward(
-        z, a, b, lam, weight, ignore_index, 0, smoothing, None, True
-    )  # fmt: skip
+    z, spec = problem(reduction=Reduction.NONE)
+    getattr(spec, which)[2] = value
+    loss, _, grad = kernels.forward(z, None, True, spec)
     bad = torch.tensor([False, False, True, False, False], device=DEVICE)
     assert torch.equal(loss.isnan(), bad)
     assert torch.equal(grad.isnan().all(1), bad)
@@ -94,30 +106,31 @@ def test_a_target_out_of_range_makes_its_row_nan(value, which):
 
 
 def test_an_ignored_row_may_hold_anything():
-    z, a, b, lam, *_ = arguments()
+    z, spec = problem()
     z[1] = float("nan")
-    a[1] = b[1] = -100
+    spec.target_a[1] = spec.target_b[1] = -100
     z = z.requires_grad_()
-    loss = cross_entropy(z, a, target_b=b, lam=lam)
+    loss = cross_entropy(z, spec.target_a, target_b=spec.target_b, lam=spec.lam)
     loss.backward()
     assert loss.isfinite()
     assert (z.grad[1] == 0).all()
     assert z.grad.isfinite().all()
 
 
-def test_values_for_the_rows_may_lie_anywhere():
-    z, a, b, _, *rest = arguments()
-    lam = torch.rand(5, 3, device=DEVICE)[:, 1]
+def test_values_of_the_rows_may_have_any_stride():
+    z, spec = problem(reduction=Reduction.NONE)
+    strided = torch.rand(5, 3, device=DEVICE)[:, 1]
     z = z.requires_grad_()
     grads = []
-    for share in (lam, lam.clone()):
-        loss = cross_entropy(z, a, target_b=b, lam=share, reduction="none")
-        grads += torch.autograd.grad(loss.sum(), z)  # an incoming gradient of stride 0
+    for lam in (strided, strided.clone()):
+        loss = cross_entropy(z, spec.target_a, target_b=spec.target_b, lam=lam, reduction="none")
+        grads += torch.autograd.grad(loss.sum(), z)  # a grad_output of stride 0
     assert torch.equal(*grads)
-    _, stats, _ = kernels.forward(z.detach(), a, b, lam, *rest, None, False)
-    incoming = torch.rand(5, 2, device=DEVICE)[:, 0]
-    args = (z.detach(), a, b, lam, None, stats, -100, 0, 0.1)
-    assert torch.equal(kernels.backward(incoming, *args), kernels.backward(incoming.clone(), *args))
+    z, spec = z.detach(), spec._replace(lam=strided)
+    _, stats, _ = kernels.forward(z, None, False, spec)
+    grad_output = torch.rand(5, 2, device=DEVICE)[:, 0]
+    grads = [kernels.backward(g, z, stats, spec) for g in (grad_output, grad_output.clone())]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 1), (1, 10), (3, 1), (1, 1000)])
@@ -128,7 +141,7 @@ def test_one_row_and_one_class(rows, classes):
 
 
 def test_two_runs_give_the_same_bits():
-    z, *others = arguments(rows=70, classes=10, dtype=torch.float32)
-    first, second = (kernels.forward(z, *others, None, True) for _ in range(2))
+    z, spec = problem(rows=70, classes=10, dtype=torch.float32)
+    first, second = (kernels.forward(z, None, True, spec) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)

@@ -1,0 +1,259 @@
+"""Rows of the loss: their targets, their online softmax and their gradient. Formulas: ``loss.py``.
+
+Offsets are o_, masks m_, loaded blocks b_; _n are the rows of a tile (BLOCK_N), _c classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastmp.backends.triton.kernels.numerics import exp
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix (N, C), whole 16-byte vectors of each apart from the rest."""
+
+    o_n: Any  # (BLOCK_N), int64
+    m_n: Any  # (BLOCK_N)
+    p_row: Any  # (BLOCK_N)
+    p_body: Any  # (BLOCK_N, 1): the first 16-byte boundary
+    prologue: Any  # (BLOCK_N): elements before it
+    body: Any  # (BLOCK_N): elements of the vector body
+
+
+class Block(NamedTuple):
+    """The vector bodies of rows that stay in registers."""
+
+    b_z: Any  # (BLOCK_N, BLOCK_C): logits, or their exponentials
+    b_w: Any  # (BLOCK_N, BLOCK_C): class weights, or 1
+    mask: Any  # (BLOCK_N, BLOCK_C)
+
+
+class Target(NamedTuple):
+    """One target of every row, each field (BLOCK_N)."""
+
+    y: Any
+    w: Any  # class weight
+    m: Any  # False: ignored
+    mix_weight: Any
+    z: Any  # the target's logit
+
+
+class Softmax(NamedTuple):
+    """Running sums over the logits read so far, each field (BLOCK_N)."""
+
+    row_max: Any
+    sum_exp: Any  # Σ exp(z - row_max)
+    smooth_sum: Any  # Σ w (row_max - z)
+    weight_sum: Any  # Σ w
+
+
+@triton.jit
+def locate(x, stride, o_n, m_n, C, VECTOR: tl.constexpr, PEEL: tl.constexpr):
+    """Rows of x. Offsets are multiples of VECTOR in their arithmetic: the compiler then knows.
+
+    With PEEL a row has elements before its first 16-byte boundary and after its last.
+    """
+    if PEEL:
+        start = o_n * stride
+        boundary = tl.cdiv(start, VECTOR) * VECTOR
+        body = (start + C - boundary).to(tl.int32) // VECTOR * VECTOR
+    else:
+        start = o_n * (stride // VECTOR * VECTOR)
+        boundary = start
+        body = tl.zeros_like(o_n).to(tl.int32) + C // VECTOR * VECTOR
+    p_row = x + start
+    p_body = x + boundary[:, None]
+    return Rows(o_n, m_n, p_row, p_body, (boundary - start).to(tl.int32), body)
+
+
+@triton.jit
+def peeled(rows, C, VECTOR: tl.constexpr):
+    """Offsets and mask of the classes in prologue and tail."""
+    lane = tl.arange(0, 2 * VECTOR)[None, :]
+    o_c = tl.where(lane < VECTOR, lane, (rows.prologue + rows.body)[:, None] + lane - VECTOR)
+    return o_c, o_c < tl.where(lane < VECTOR, rows.prologue[:, None], C)
+
+
+@triton.jit
+def _load_target(target, weight, rows, C, ignore_index):
+    """Class index, weight and mask. An index out of range weighs NaN: loud, and no crash."""
+    y = tl.load(target + rows.o_n, mask=rows.m_n, other=ignore_index)
+    m = y != ignore_index
+    m_valid = m & (y >= 0) & (y < C)
+    y = tl.where(m_valid, y, 0).to(tl.int32)
+    w = tl.where(m, 1.0, 0.0)
+    if weight is not None:
+        w = tl.load(weight + y, mask=m_valid, other=0.0).to(tl.float32)
+    return y, tl.where(m & ~m_valid, float("nan"), w), m
+
+
+@triton.jit
+def load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows, C,
+                 ignore_index):  # fmt: skip
+    """Both targets; without target_b the second is the first with mix_weight 0."""
+    y_a, w_a, m_a = _load_target(target_a, weight, rows, C, ignore_index)
+    if target_b is not None:
+        y_b, w_b, m_b = _load_target(target_b, weight, rows, C, ignore_index)
+        lam_n = tl.load(lam + rows.o_n * stride_lam, mask=rows.m_n, other=0.0)
+        mix_weight_a = lam_n / divisor_a
+        mix_weight_b = (1.0 - lam_n) / divisor_b
+    else:
+        y_b, w_b, m_b = y_a, w_a, m_a
+        mix_weight_a = tl.zeros_like(w_a) + 1.0 / divisor_a
+        mix_weight_b = tl.zeros_like(w_a)
+    z_a = tl.load(rows.p_row + y_a, mask=m_a, other=0.0).to(tl.float32)
+    z_b = z_a
+    if target_b is not None:
+        z_b = tl.load(rows.p_row + y_b, mask=m_b, other=0.0).to(tl.float32)
+    return Target(y_a, w_a, m_a, mix_weight_a, z_a), Target(y_b, w_b, m_b, mix_weight_b, z_b)
+
+
+@triton.jit
+def load_grad_output(grad_output, stride, rows):
+    """(BLOCK_N); 1 without grad_output."""
+    if grad_output is not None:
+        return tl.load(grad_output + rows.o_n * stride, mask=rows.m_n, other=0.0)
+    else:
+        return tl.where(rows.m_n, 1.0, 0.0)
+
+
+@triton.jit
+def _load_logits(p_z, mask):
+    """In fp32; -inf where masked, neutral to a maximum and to a sum of exponentials."""
+    return tl.load(p_z, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _load_class_weights(weight, o_c, mask):
+    """w of these classes; 1 without class weights."""
+    if weight is not None:
+        return tl.load(weight + o_c, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def load_block(rows, weight, BLOCK_C: tl.constexpr, ON_CHIP: tl.constexpr):
+    """The vector bodies of the rows, if they stay in registers, else None."""
+    if ON_CHIP:
+        o_c = tl.arange(0, BLOCK_C)[None, :]
+        mask = rows.m_n[:, None] & (o_c < rows.body[:, None])
+        b_z = _load_logits(rows.p_body + o_c, mask)
+        b_w = _load_class_weights(weight, rows.prologue[:, None] + o_c, mask)
+        return Block(b_z, b_w, mask)
+    else:
+        return None
+
+
+# ---- loss ----
+
+
+@triton.jit
+def online_softmax_update(s, b_z, b_w, mask, SMOOTH: tl.constexpr):
+    """The sums with these logits, and exp(z - row_max) (Milakov & Gimelshein 2018).
+
+    Every term of smooth_sum is positive: nothing cancels, however large the logits.
+    """
+    row_max = tl.maximum(s.row_max, tl.max(b_z, 1))
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    below = b_z - shift[:, None]
+    e = exp(below)
+    sum_exp = s.sum_exp * exp(s.row_max - shift) + tl.sum(e, 1)
+    smooth_sum = s.smooth_sum
+    weight_sum = s.weight_sum
+    if SMOOTH:
+        smooth_sum += tl.where(weight_sum > 0, weight_sum * (row_max - s.row_max), 0.0)
+        smooth_sum -= tl.sum(tl.where(mask, b_w * below, 0.0), 1)
+        weight_sum += tl.sum(tl.where(mask, b_w, 0.0), 1)
+    return Softmax(row_max, sum_exp, smooth_sum, weight_sum), e
+
+
+@triton.jit
+def load_and_update(s, p_z, weight, o_c, mask, SMOOTH: tl.constexpr):
+    """online_softmax_update with logits from memory."""
+    b_z = _load_logits(p_z, mask)
+    b_w = _load_class_weights(weight, o_c, mask)
+    s, _ = online_softmax_update(s, b_z, b_w, mask, SMOOTH)
+    return s
+
+
+@triton.jit
+def target_loss(t, row_max, log_sum_exp, smooth_loss, target_prob):
+    """One target's term of the loss; smooth_loss is the second line of the formula."""
+    target_nll = target_prob * t.w * (log_sum_exp - (t.z - row_max))
+    return t.mix_weight * tl.where(t.m, target_nll + smooth_loss, 0.0)
+
+
+# ---- gradient ----
+
+
+@triton.jit
+def _gradient(b_e, b_w, softmax_coef, smooth_coef, m_n, SMOOTH: tl.constexpr):
+    """The formula but for the targets; 0 in ignored rows, which may hold NaN."""
+    grad = b_e * softmax_coef[:, None]
+    if SMOOTH:
+        grad -= smooth_coef[:, None] * b_w
+    return tl.where(m_n[:, None], grad, 0.0)
+
+
+@triton.jit
+def _load_and_store_gradient(p_z, p_grad, weight, o_c, mask, row_max, softmax_coef, smooth_coef,
+                             m_n, SMOOTH: tl.constexpr):  # fmt: skip
+    b_e = exp(_load_logits(p_z, mask) - row_max[:, None])
+    b_w = _load_class_weights(weight, o_c, mask)
+    grad = _gradient(b_e, b_w, softmax_coef, smooth_coef, m_n, SMOOTH)
+    tl.store(p_grad, grad.to(p_grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fix_target_logit(p_row, t, target_coef, other, other_coef, row_max, softmax_coef, smooth_coef):
+    """The gradient of one target's logit, in full."""
+    target_coef += tl.where(t.y == other.y, other_coef, 0.0)
+    grad = exp(t.z - row_max) * softmax_coef - smooth_coef * t.w - target_coef
+    tl.store(p_row + t.y, grad.to(p_row.dtype.element_ty), mask=t.m)
+
+
+@triton.jit
+def store_gradient(
+    grad, rows, block, block_max, weight, weight_total, a, b, grad_output, row_max, sum_exp, C,
+    target_prob, smooth_prob, PAIR: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """grad (N, C) of these rows, from the block of their exp(z - block_max) or from memory."""
+    mix_a = tl.where(a.m, grad_output * a.mix_weight, 0.0)
+    mix_b = tl.where(b.m, grad_output * b.mix_weight, 0.0)
+    target_coef_a = mix_a * target_prob * a.w
+    target_coef_b = mix_b * target_prob * b.w
+    smooth_coef = (mix_a + mix_b) * smooth_prob
+    softmax_coef = (target_coef_a + target_coef_b + smooth_coef * weight_total) / sum_exp
+    m_n = a.m | b.m
+    out = locate(grad, C, rows.o_n, rows.m_n, C, VECTOR, PEEL)
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    if block is not None:
+        coef = softmax_coef * exp(block_max - row_max)
+        b_grad = _gradient(block.b_z, block.b_w, coef, smooth_coef, m_n, SMOOTH)
+        tl.store(out.p_body + lane, b_grad.to(grad.dtype.element_ty), mask=block.mask)
+    else:
+        blocks = tl.cdiv(C, BLOCK_C)
+        for i_c in tl.range(0, blocks, num_stages=3):
+            o_c = (blocks - 1 - i_c) * BLOCK_C + lane
+            _load_and_store_gradient(
+                rows.p_body + o_c, out.p_body + o_c, weight, rows.prologue[:, None] + o_c,
+                o_c < rows.body[:, None], row_max, softmax_coef, smooth_coef, m_n,
+                SMOOTH)  # fmt: skip
+    if PEEL:
+        o_c, mask = peeled(rows, C, VECTOR)
+        _load_and_store_gradient(rows.p_row[:, None] + o_c, out.p_row[:, None] + o_c, weight, o_c,
+                                 mask, row_max, softmax_coef, smooth_coef, m_n, SMOOTH)  # fmt: skip
+    # The targets' logits again: to find them among all the others takes three instructions a
+    # logit for each. The barrier orders stores of different threads to one address.
+    tl.debug_barrier()
+    _fix_target_logit(out.p_row, a, target_coef_a, b, target_coef_b, row_max, softmax_coef,
+                      smooth_coef)  # fmt: skip
+    if PAIR:
+        _fix_target_logit(out.p_row, b, target_coef_b, a, target_coef_a, row_max, softmax_coef,
+                          smooth_coef)  # fmt: skip
