@@ -31,3 +31,27 @@ def test_values_outside_the_range_are_refused(name):
             ConfigError, match=rf"^{name}: expected {re.escape(allowed.expected)}, got "
         ):
             dataclasses.replace(TrainConfig(), **{name: value})
+
+
+def test_bad_settings_are_refused_by_the_dataclass():
+    with pytest.raises(ConfigError, match="seed: expected a whole number from 0"):
+        TrainConfig(seed=-1)
+
+
+def test_defaults_that_depend_on_other_settings():
+    digits = TrainConfig().resolved()
+    assert (digits.epochs, digits.batch_size, digits.lr) == (15, 64, pytest.approx(2e-3))
+    large = TrainConfig(data="fashion-mnist", accumulate=4).resolved()
+    assert (large.epochs, large.batch_size, large.lr) == (8, 256, pytest.approx(8e-3))
+    kept = TrainConfig(epochs=1, batch_size=7, lr=0.0).resolved()
+    assert (kept.epochs, kept.batch_size, kept.lr) == (1, 7, 0.0)
+
+
+def test_a_rate_is_scaled_to_the_global_batch():
+    adam = TrainConfig(base_lr=1e-3, batch_size=256, accumulate=2)
+    assert adam.resolved(8).lr == pytest.approx(1e-3 * 4)  # the square root of 16
+    sgd = TrainConfig(optimizer="sgd", batch_size=256)
+    assert sgd.resolved(8).lr == pytest.approx(0.8)
+    assert TrainConfig(lr=0.5, batch_size=999).resolved(8).lr == 0.5
+    with pytest.raises(ConfigError, match=r"lr, base_lr: expected one of them, got 0.1 and"):
+        TrainConfig(lr=0.1, base_lr=0.2).resolved()

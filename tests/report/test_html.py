@@ -18,15 +18,16 @@ EPOCH = {
 
 
 class Page(html.parser.HTMLParser):
-    """Headings, the text, and whether every tag is closed."""
+    """Headings, text and links; every tag is closed."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.headings, self.text = [], [], ""
+        self.open, self.headings, self.links, self.text = [], [], [], ""
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -67,6 +68,20 @@ def test_everything_that_was_logged_is_shown(tmp_path):
                  "updates lost", 'model = "mlp"\nlr = 0.1', "a processor"):  # fmt: skip
         assert part in page.text
     assert all(name in page.text and value in page.text for name, value in FACTS.items())
+
+
+@pytest.mark.usefixtures("commands")
+def test_the_report_of_a_training_is_one_file(tmp_path):
+    from tests.cli.runs import run
+
+    out, _ = run(tmp_path, "--telemetry", "--model", "mlp", "--dtype", "fp16")
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    for part in ("mlp on digits, fp16", "test accuracy", "label_smoothing = 0.1", "updates lost"):
+        assert part in page.text
+    if not log.read(out / "metrics.jsonl", "overflow"):
+        assert "every gradient of every step was finite" in page.text
 
 
 def test_a_run_that_was_stopped_early(tmp_path):
