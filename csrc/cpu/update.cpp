@@ -49,7 +49,7 @@ struct Chunks {
 };
 
 /* n gradients from offset on as fp32: in place where they are fp32 already, else through buffer. */
-static const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
   switch (row.grad_dtype) {
     case FASTMP_F16:
       widen(static_cast<const f16*>(row.grad) + offset, buffer, n);
@@ -85,7 +85,7 @@ struct LaneScan {
 /* Reads as fast as memory delivers: 57 GB/s of fp32 on two cores that copy at 46. Four streams, a
  * quarter of the chunk each, were slower (41 GB/s). */
 template <class T>
-static ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
+ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
   constexpr int kStreams = 4; /* independent sums: an addition takes four cycles */
   const Vec factor = broadcast(unscale);
   LaneScan streams[kStreams];
@@ -105,7 +105,7 @@ static ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
   return result;
 }
 
-static ChunkScan scan_chunk(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
+ChunkScan scan_chunk(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
   const int64_t n = end - begin;
   switch (row.grad_dtype) {
     case FASTMP_F16:
@@ -123,7 +123,7 @@ struct ScanResult {
 };
 
 /* False if there is no memory for the partial results. */
-static bool scan_gradients(const Chunks& chunks, float unscale, ScanResult* result) {
+bool scan_gradients(const Chunks& chunks, float unscale, ScanResult* result) {
   const int64_t count = chunks.first_chunk[chunks.row_count];
   Scratch<ChunkScan> scans(count);
   if (scans.data == nullptr) return false;
@@ -147,7 +147,7 @@ static bool scan_gradients(const Chunks& chunks, float unscale, ScanResult* resu
 
 /* ---- phase 2 ---- */
 
-static float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
   if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
   if (row.master_kind == FASTMP_FULL) return static_cast<float*>(row.master) + offset;
   const bf16* weight = static_cast<const bf16*>(row.param) + offset;
@@ -157,8 +157,8 @@ static float* read_master(const fastmp_row& row, int64_t offset, int64_t n, floa
 }
 
 template <class T>
-static void round_weight(const fastmp_row& row, int64_t offset, int64_t n, const float* master,
-                         bool stream) {
+void round_weight(const fastmp_row& row, int64_t offset, int64_t n, const float* master,
+                  bool stream) {
   T* weight = static_cast<T*>(row.param) + offset;
   if (stream) {
     narrow_streaming(master, weight, n);
@@ -167,8 +167,8 @@ static void round_weight(const fastmp_row& row, int64_t offset, int64_t n, const
   }
 }
 
-static void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
-                         const float* __restrict master, bool stream) {
+void write_weight(const fastmp_row& row, int64_t offset, int64_t n, const float* __restrict master,
+                  bool stream) {
   if (row.master_kind == FASTMP_SELF) return;
   if (row.master_kind == FASTMP_SPLIT) {
     bf16* __restrict weight = static_cast<bf16*>(row.param) + offset;
@@ -182,9 +182,9 @@ static void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
 }
 
 template <class Rule>
-static void apply_block(float* __restrict p, const float* __restrict g, float* __restrict s0,
-                        float* __restrict s1, float* __restrict s2, int64_t n,
-                        const typename Rule::Coefficients& coefficients) {
+void apply_block(float* __restrict p, const float* __restrict g, float* __restrict s0,
+                 float* __restrict s1, float* __restrict s2, int64_t n,
+                 const typename Rule::Coefficients& coefficients) {
   const typename Rule::Coefficients k = coefficients; /* a copy: nothing below can alias it */
   for (int64_t i = 0; i < n; ++i) Rule::apply(p[i], g[i], s0[i], s1[i], s2[i], k);
 }
@@ -206,8 +206,8 @@ struct CoefficientCache {
 };
 
 template <class Rule>
-static typename Rule::Coefficients coefficients_of(const fastmp_row& row, const UpdateStep& step,
-                                                   CoefficientCache* cache) {
+typename Rule::Coefficients coefficients_of(const fastmp_row& row, const UpdateStep& step,
+                                            CoefficientCache* cache) {
   typename Rule::Coefficients k;
   static_assert(sizeof k <= sizeof cache->coefficients, "a rule with more coefficients");
   if (cache->group == row.group && cache->step == *row.step) {
@@ -223,8 +223,8 @@ static typename Rule::Coefficients coefficients_of(const fastmp_row& row, const 
 }
 
 template <class Rule>
-static void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, int64_t end,
-                         CoefficientCache* cache) {
+void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, int64_t end,
+                  CoefficientCache* cache) {
   const auto k = coefficients_of<Rule>(row, step, cache);
   alignas(64) float grads[kBlock], masters[kBlock];
   float unused[3][kBlock]; /* in place of states a rule does not have; never read or written */
@@ -239,7 +239,7 @@ static void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t 
   }
 }
 
-static void update_chunks(const Chunks& chunks, const UpdateStep& step) {
+void update_chunks(const Chunks& chunks, const UpdateStep& step) {
   parallel_for(chunks.first_chunk[chunks.row_count], 1, [&](int64_t begin, int64_t end) {
     int64_t row = chunks.row_of(end - 1);
     CoefficientCache cache;
@@ -262,7 +262,7 @@ static void update_chunks(const Chunks& chunks, const UpdateStep& step) {
 
 /* ---- the step ---- */
 
-static int states_of(const fastmp_hyper& hyper) {
+int states_of(const fastmp_hyper& hyper) {
   if (!(hyper.rule >= 0.0 && hyper.rule < 256.0)) return -1; /* NaN, or more than an int holds */
   switch (static_cast<int>(hyper.rule)) {
 #define FASTMP_CASE(Rule) \
@@ -275,14 +275,14 @@ static int states_of(const fastmp_hyper& hyper) {
   }
 }
 
-static bool is_valid(const fastmp_request& request) {
+bool is_valid(const fastmp_request& request) {
   if (request.record == nullptr || !is_aligned(8, request.record, request.schedule)) return false;
   if (request.schedule != nullptr && request.schedule_rows < 1) return false;
   if (!is_addressable(24, request.schedule_rows)) return false;
   return is_aligned(4, request.grad_scale, request.external_found_inf);
 }
 
-static bool is_valid(const fastmp_update_args& args) {
+bool is_valid(const fastmp_update_args& args) {
   if (!is_valid(args.request) || !is_aligned(8, args.rows, args.groups)) return false;
   if (!is_addressable(sizeof(fastmp_row), args.row_count)) return false;
   if (!is_addressable(sizeof(fastmp_hyper), args.group_count)) return false;

@@ -5,13 +5,13 @@
     shards.attach(optimizer)
     trainer = Trainer(model, optimizer, criterion, shards=shards)
 
-The shards are fp32: they are the masters. A layer is gathered in 16 bits when it runs and let go
-again, its gradients arrive as the fp32 shard of their mean, and the optimizer's kernels update the
-shards as plain tensors. With P parameters on N ranks each holds 16 P / N bytes for Adam, and one
-layer in 16 bits, where data parallel holds 16 P.
+The shards are fp32: they are the masters. A layer is gathered in 16 bits while it runs, its
+gradients arrive as the fp32 shard of their mean, and the optimizer's kernels update the shards as
+plain tensors. With P parameters on N ranks each holds 16 P / N bytes for Adam, and one layer in 16
+bits, where data parallel holds 16 P.
 
-One small exchange per step makes the step the same on all ranks: the squared norm of every
-gradient, summed. From it follow the global norm and whether anything is not finite.
+One all-reduce per step makes it the same on all ranks: the squared norm of every gradient. The
+global norm and the overflow check follow from it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered on its own, inner modules first: batch norms, and entries of containers."""
+    """The modules to gather one by one, inner ones first: batch norms, entries of containers."""
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Sequential | nn.ModuleList):
             yield from (m for m in module if _is_unit(m))
@@ -88,7 +88,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 class Shards:
-    """This rank's part of a model: what an optimizer updates, and the way to the whole and back."""
+    """This rank's shards of a model, for an optimizer to update; full state for checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -98,7 +98,7 @@ class Shards:
             own = nn.Parameter(param.to_local().detach(), requires_grad=param.requires_grad)
             self._own[name] = own
             if param.requires_grad:
-                param.register_post_accumulate_grad_hook(_hand_over(own))  # type: ignore[no-untyped-call]
+                param.register_post_accumulate_grad_hook(_move_grad_to(own))  # type: ignore[no-untyped-call]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The shards as plain fp32 tensors that share the model's memory, by name."""
@@ -111,37 +111,37 @@ class Shards:
         """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on."""
         optimizer.step_context.reduce_step = _reduce_step
 
-    # ---- the whole, for checkpoints; every rank must call these ----
+    # ---- full state, for checkpoints; every rank must call these ----
 
-    def whole_model(self) -> dict[str, Any]:
-        """The model's ``state_dict`` with whole tensors."""
+    def full_model_state(self) -> dict[str, Any]:
+        """The model's ``state_dict`` with full tensors."""
         state = self.model.state_dict()
         return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
 
-    def load_model(self, state: dict[str, Any]) -> None:
-        """The opposite: keep this rank's part of each."""
+    def load_full_model_state(self, state: dict[str, Any]) -> None:
+        """Load this rank's shard of each tensor."""
         held = self.model.state_dict()
-        parts = {k: _split(v, held[k]) if k in held else v for k, v in state.items()}
-        self.model.load_state_dict(parts)
+        shards = {k: _shard_of(v, held[k]) if k in held else v for k, v in state.items()}
+        self.model.load_state_dict(shards)
 
-    def whole_optimizer(self, optimizer: FusedOptimizer) -> dict[str, Any]:
-        """The optimizer's ``state_dict`` with whole tensors."""
-        return self._each_state(optimizer, optimizer.state_dict(), _gather)
+    def full_optimizer_state(self, optimizer: FusedOptimizer) -> dict[str, Any]:
+        """The optimizer's ``state_dict`` with full tensors."""
+        return self._map_state(optimizer, optimizer.state_dict(), _full_tensor)
 
-    def load_optimizer(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
-        """The opposite: keep this rank's part of each."""
-        own = self._each_state(optimizer, state, lambda v, p: _split(v, p).to_local())
+    def load_full_optimizer_state(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
+        """Load this rank's shard of each tensor."""
+        own = self._map_state(optimizer, state, lambda v, p: _shard_of(v, p).to_local())
         optimizer.load_state_dict(own)
 
-    def _each_state(
+    def _map_state(
         self,
         optimizer: FusedOptimizer,
         state: dict[str, Any],
         change: Callable[[Tensor, DTensor], Tensor],
     ) -> dict[str, Any]:
-        """``state`` with every tensor of a parameter's own shape changed."""
-        whole = {id(self._own[name]): p for name, p in self.model.named_parameters()}
-        params = [whole[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        """``state`` with ``change`` applied to every tensor of its parameter's shape."""
+        sharded = {id(self._own[name]): p for name, p in self.model.named_parameters()}
+        params = [sharded[id(p)] for group in optimizer.param_groups for p in group["params"]]
         changed = {
             i: {k: change(v, params[i]) if v.ndim else v for k, v in entry.items()}
             for i, entry in state["state"].items()
@@ -149,8 +149,8 @@ class Shards:
         return {**state, "state": changed}
 
 
-def _hand_over(own: nn.Parameter) -> Callable[[Tensor], None]:
-    """Give the gradient that the ranks have summed to the plain tensor, adding in fp32."""
+def _move_grad_to(own: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook: the reduced gradient goes to the plain tensor ``own``, accumulated in fp32."""
 
     def hook(param: Tensor) -> None:
         assert isinstance(param.grad, DTensor)
@@ -161,17 +161,17 @@ def _hand_over(own: nn.Parameter) -> Callable[[Tensor], None]:
     return hook
 
 
-def _split(value: Tensor, like: Any) -> Any:
-    """This rank's part of a whole tensor, without an exchange: every rank has the whole."""
+def _shard_of(value: Tensor, like: Any) -> Any:
+    """This rank's shard of a full tensor that every rank has; no exchange."""
     if not isinstance(like, DTensor):
         return value
     if value.shape != like.shape:
-        return value  # load_state_dict says what is wrong, naming it
+        return value  # load_state_dict raises, with the name
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _gather(own: Tensor, like: DTensor) -> Tensor:
+def _full_tensor(own: Tensor, like: DTensor) -> Tensor:
     mesh, placements = like.device_mesh, like.placements
     part = DTensor.from_local(own, mesh, placements, shape=like.shape, stride=like.stride())
     return part.full_tensor()

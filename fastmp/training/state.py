@@ -86,8 +86,10 @@ class TrainState:
             "loader": data_position.own_state(self._loader),
         }
         return {
-            "model": shards.whole_model() if shards else model.state_dict(),
-            "optimizer": shards.whole_optimizer(optimizer) if shards else optimizer.state_dict(),
+            "model": shards.full_model_state() if shards else model.state_dict(),
+            "optimizer": shards.full_optimizer_state(optimizer)
+            if shards
+            else optimizer.state_dict(),
             "scaler": settings.scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "progress": asdict(self.progress),
@@ -101,8 +103,8 @@ class TrainState:
             settings.model.load_state_dict(state["model"])
             settings.optimizer.load_state_dict(state["optimizer"])
         else:
-            settings.shards.load_model(state["model"])
-            settings.shards.load_optimizer(settings.optimizer, state["optimizer"])
+            settings.shards.load_full_model_state(state["model"])
+            settings.shards.load_full_optimizer_state(settings.optimizer, state["optimizer"])
         settings.scaler.load_state_dict(state["scaler"])
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict(state["ema"])

@@ -20,7 +20,7 @@ def model_and_optimizer(dtype, make=fastmp.optim.AdamW, **options):
 
 
 def train(scaler, model, optimizer, steps=24, unscale=False, start=0):
-    """Some steps with an overflow now and then; the scale and the verdict after each."""
+    """Some steps with an overflow now and then; the scale and its growth counter after each."""
     seen = []
     dtype = next(model.parameters()).dtype
     for step in range(start, start + steps):

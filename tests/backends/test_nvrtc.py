@@ -1,4 +1,4 @@
-"""What stands between the optimizer and a GPU: the compiler, its cache, the reasons given."""
+"""NVRTC: compilation, the cache, architectures, the reasons in the report."""
 
 import hashlib
 import os
@@ -47,7 +47,7 @@ def test_a_kernel_is_compiled_once(folder, compiled):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "renamed", "not ours"])
-def test_a_broken_or_foreign_entry_is_made_anew(folder, compiled, damage, monkeypatch):
+def test_a_broken_or_foreign_entry_is_compiled_again(folder, compiled, damage, monkeypatch):
     first = nvrtc.build(*BUILD)
     (entry,) = folder.iterdir()
     data = entry.read_bytes()
@@ -92,7 +92,7 @@ def test_a_cache_that_cannot_be_written_to_is_no_error(tmp_path, monkeypatch):
         assert nvrtc.build(*BUILD).code
 
 
-def test_an_error_in_the_source_is_told_with_its_line():
+def test_an_error_in_the_source_comes_with_its_line():
     with pytest.raises(RuntimeError, match=r"could not compile cuda/update.cu:\n.*NoSuchRule"):
         nvrtc.compile("cuda/update.cu", "fastmp::update<fastmp::NoSuchRule>", "sm_90")
 

@@ -1,4 +1,4 @@
-"""Optimizers and parameters to try them on, and what is behind the parameters."""
+"""Optimizers, parameters to try them on, and their masters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The optimizers' steps against torch's, and what they promise beyond them."""
+"""The optimizers' steps against torch's; clipping, overflow, strides, groups."""
 
 import pytest
 import torch
@@ -165,7 +165,7 @@ def test_overflow_anywhere_changes_nothing(dtype, bad):
     assert not same_bits(before, snapshot(optimizer, params))
 
 
-def test_an_overflow_that_somebody_else_saw_skips_the_step():
+def test_an_external_found_inf_skips_the_step():
     params = parameters()
     optimizer = adam_w(params)
     give_gradients(params)
@@ -178,7 +178,7 @@ def test_an_overflow_that_somebody_else_saw_skips_the_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_trusting_the_gradients_is_torchs_behaviour(dtype):
+def test_without_skip_nonfinite_the_step_is_torchs(dtype):
     ours, theirs = parameters(dtype), parameters(dtype)
     a, b = adam_w(ours, skip_nonfinite=False), torch.optim.AdamW(theirs)
     for step in range(3):
@@ -191,7 +191,7 @@ def test_trusting_the_gradients_is_torchs_behaviour(dtype):
     assert ours[0].isnan().sum() == 1
     assert a.grad_norm.isnan()
     assert (a.applied_steps, a.skipped_steps) == (3, 0)
-    # with a scale, or a norm to clip to, it looks all the same
+    # a scale or a norm to clip to needs the scan all the same
     before = [p.detach().clone() for p in ours]
     ours[1].grad[0] = torch.nan
     a.grad_scale = torch.tensor(2.0)

@@ -1,4 +1,4 @@
-"""What the CPU engine is put through, on the CUDA kernel: the same tests, unchanged."""
+"""The tests of the CPU engine, unchanged, on the CUDA kernel."""
 
 from tests.amp.test_grad_scaler import *  # noqa: F403
 from tests.optim.test_optimizers import *  # noqa: F403

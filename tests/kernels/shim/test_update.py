@@ -1,4 +1,4 @@
-"""What is the CUDA kernel's own: its grid, its table, its launches."""
+"""The CUDA kernel's grid, table and launches."""
 
 import pytest
 import torch
