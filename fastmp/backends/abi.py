@@ -49,6 +49,9 @@ class Reduction(IntEnum):
     SUM = 2
 
 
+REDUCTION_CODES = {reduction.name.lower(): int(reduction) for reduction in Reduction}
+
+
 class LossSpec(NamedTuple):
     """What defines the loss of logits (N, C), beside the logits.
 

@@ -102,16 +102,13 @@ def _divisors(partial, PAIR: tl.constexpr, PARTIALS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    logits,  # (N, C)
-    stride_logits,
+    logits, stride_logits,  # (N, C)
     target_a,  # (N)
     target_b,  # (N), None: one target
-    lam,  # (N), or () with stride 0
-    stride_lam,
+    lam, stride_lam,  # (N), or () with stride 0
     weight,  # (C), None: all 1
     weight_total,  # (): Σw, None without weight
-    grad_output,  # (), None: 1
-    stride_grad_output,
+    grad_output, stride_grad_output,  # (), None: 1
     partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
     loss,  # (N)
     stats,  # (N, 2): row_max, sum_exp
@@ -167,16 +164,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    logits,  # (N, C)
-    stride_logits,
+    logits, stride_logits,  # (N, C)
     target_a,  # (N)
     target_b,  # (N), None: one target
-    lam,  # (N), or () with stride 0
-    stride_lam,
+    lam, stride_lam,  # (N), or () with stride 0
     weight,  # (C), None: all 1
     weight_total,  # (): Σw, None without weight
-    grad_output,  # (N), or () with stride 0
-    stride_grad_output,
+    grad_output, stride_grad_output,  # (N), or () with stride 0
     assumed_grad_output,  # (), None: 1
     partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
     stats,  # (N, 2): row_max, sum_exp
