@@ -1,1 +1,1 @@
-"""The trainer, and what a training step is made of."""
+"""The trainer and its parts."""

@@ -28,7 +28,7 @@ from fastmp.training.step import Batch
 class TrainState:
     """The progress of a run, its position in the data, and its checkpoints.
 
-    Every rank must call the methods that save and load; ``Trainer`` says what they raise.
+    Every rank must call the methods that save and load; ``Trainer`` documents their errors.
     """
 
     def __init__(self, settings: Settings, ema: EMA | None) -> None:
@@ -72,6 +72,8 @@ class TrainState:
         batches = data_position.batches(self._loader, done, self._epoch_start, device)
         while group := list(islice(batches, self._settings.accumulate)):
             yield group
+        if self.progress.batch == 0:
+            raise ValueError("train_loader gave no batches; expected at least one")
 
     # ---- the state ----
 

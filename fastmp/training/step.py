@@ -213,13 +213,10 @@ class TrainStep:
         target: Tensor | MixedTarget = batch.labels
         if mixup is not None:
             inputs, target = mixup.apply(*batch)
-        logits = model(inputs)
-        loss: Tensor
-        if isinstance(criterion, CrossEntropyLoss):
-            # with the gradient of the loss known, the forward writes that of the logits
-            loss = criterion(logits, target, grad_scale=loss_scale)
-        else:
-            loss = criterion(logits, target)
+        known = {}
+        if isinstance(criterion, CrossEntropyLoss):  # its forward then writes the gradient too
+            known["grad_scale"] = loss_scale
+        loss: Tensor = criterion(model(inputs), target, **known)
         return loss
 
     def _update(self, loss: Tensor, scale: Tensor) -> StepOutput:

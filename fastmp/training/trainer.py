@@ -153,7 +153,7 @@ class Trainer:
 
         Raises:
             RunStopped: the loss turned non-finite, more than 20 steps in a row were skipped, or the
-                loss scale fell below 1. The state is saved first.
+                loss scale fell below 1. The state is saved first, on a GPU one step later.
             KeyboardInterrupt: likewise; ``signals.Terminated`` for SIGTERM.
             ValueError: a loader without batches.
         """
@@ -193,8 +193,6 @@ class Trainer:
             disable=None if self.progress else True,  # None: no bar unless on a terminal
         ) as bar:
             self._train_epoch(bar)
-        if self._state.progress.steps == 0:
-            raise ValueError("train_loader gave no batches; expected at least one")
         result = self._state.progress.result(self.evaluate(val_loader))
         self._state.progress = self._state.progress.next_epoch()
         self._log.write("epoch", step=self.step, **asdict(result))
