@@ -130,6 +130,12 @@ def test_links_resolve(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_tests_exist(page):
+    for name in re.findall(r"`(?:tests/)?((?:\w+/)*test_\w+)(?:\.py)?`", page.read_text()):
+        assert (ROOT / "tests" / f"{name}.py").exists(), name
+
+
 # ---- docstrings ----
 
 
