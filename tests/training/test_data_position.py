@@ -1,4 +1,4 @@
-"""Coming back to the middle of an epoch, with loaders that are not ours."""
+"""Resuming in the middle of an epoch, with loaders of torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loader_with(own_generator):
 @pytest.mark.parametrize("done", [0, 1, 7, 10])
 def test_the_rest_of_the_epoch_and_the_next_are_the_same(own_generator, done):
     def rest(loader, start, skip):
-        """Batches and a draw after each, from a place in the first epoch to the second's end."""
+        """Batches and a draw after each, from a position in the first epoch to the end of the second."""
         seen = []
         for epoch in (0, 1):
             if epoch:
@@ -73,7 +73,7 @@ def test_the_rest_of_the_epoch_and_the_next_are_the_same(own_generator, done):
         assert torch.equal(x, y)
 
 
-def test_all_generators_come_back():
+def test_all_generators_are_restored():
     state = rng.state(CPU)
     first = (torch.rand(3), random.random(), np.random.rand(3), np.random.randn())  # noqa: NPY002
     rng.restore(state, CPU)
@@ -84,7 +84,7 @@ def test_all_generators_come_back():
     assert first[3] == again[3]
 
 
-def test_a_distributed_sampler_is_told_the_epoch():
+def test_a_distributed_sampler_gets_the_epoch():
     data = TensorDataset(torch.arange(12))
     sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
     loader = DataLoader(data, 2, sampler=sampler)

@@ -1,4 +1,4 @@
-"""The log: lines on disk, TensorBoard's events beside them, a clean cut when a run resumes."""
+"""The log: lines on disk, TensorBoard events, and both cut at the step of a resumed run."""
 
 from __future__ import annotations
 

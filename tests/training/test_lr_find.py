@@ -1,4 +1,4 @@
-"""The range test: what it suggests, when it stops, and that it leaves no trace."""
+"""The range test: its curve, its end, its suggestion, and the restored trainer."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def tiny_model():
 
 
 class Plain:
-    """The least trainer that ``find`` can use: a real model, a real fastmp optimizer, a plain loop.
+    """A minimal trainer for ``find``: a real model, a real fastmp optimizer, a plain loop.
 
-    Its state shares memory with what it describes, as that of torch's modules does.
+    Its state shares memory with model and optimizer, as that of torch's modules does.
     """
 
     accumulate = 1
@@ -104,7 +104,7 @@ def full(**options):
 
 
 def everything(trainer):
-    """All that a test could change, as a copy."""
+    """A copy of everything that a test could change."""
     own = {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -125,7 +125,7 @@ def same(a, b):
     return a == b
 
 
-# ---- what it measures ----
+# ---- the curve ----
 
 
 def test_every_rate_once_from_low_to_high_with_the_momentum_left_alone():
@@ -136,7 +136,7 @@ def test_every_rate_once_from_low_to_high_with_the_momentum_left_alone():
     assert len(found.losses) == len(found.smoothed) == 9
 
 
-def test_a_skipped_step_does_not_hold_the_rate_up():
+def test_the_rate_rises_after_a_skipped_step():
     trainer = Plain(spoil=(2, 3, 5))
     found = lr_find.find(trainer, batches(), steps=12, high=1e-2)
     assert trainer.seen == [(lr, None) for lr in found.lrs]
@@ -162,7 +162,7 @@ def test_the_losses_are_those_of_a_plain_loop():
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_batches_are_walked_again_when_used_up_and_grouped_as_the_trainer_would(accumulate):
+def test_batches_are_repeated_and_grouped_as_the_trainer_would(accumulate):
     trainer = Plain()
     trainer.accumulate = accumulate
     given = batches()[:4]
@@ -172,7 +172,7 @@ def test_batches_are_walked_again_when_used_up_and_grouped_as_the_trainer_would(
     assert all(images is given[i % 4][0] for i, images in enumerate(seen))
 
 
-# ---- when it stops ----
+# ---- its end ----
 
 
 def test_stops_when_the_smoothed_loss_is_four_times_its_best():
@@ -183,7 +183,7 @@ def test_stops_when_the_smoothed_loss_is_four_times_its_best():
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "stopped"])
-def test_stops_when_the_loss_is_not_finite_or_the_trainer_gives_up(how):
+def test_stops_when_the_loss_is_not_finite_or_the_trainer_stops(how):
     given = batches()
     if how != "stopped":
         given[5] = (given[5][0] * float(how), given[5][1])
@@ -192,7 +192,7 @@ def test_stops_when_the_loss_is_not_finite_or_the_trainer_gives_up(how):
     assert all(map(math.isfinite, found.losses))
 
 
-# ---- what it leaves behind ----
+# ---- the restored trainer ----
 
 
 @pytest.mark.parametrize("ending", ["high", "diverged", "error"])
@@ -212,7 +212,7 @@ def test_leaves_no_trace(make, warm, ending):
     try:
         lr_find.find(trainer, given, high=1e5 if ending == "diverged" else 1.0, steps=40)
     except ValueError:
-        assert ending == "error"  # an iterator can be walked only once
+        assert ending == "error"  # an iterator cannot be repeated
     assert trainer.schedule is wanted
     assert same(everything(trainer), before)
 
@@ -226,7 +226,7 @@ def test_the_trainer_and_a_plain_loop_find_the_same():
     assert found[0].suggestion == found[1].suggestion
 
 
-# ---- what it says ----
+# ---- the suggestion ----
 
 
 def curve(losses, settled=0):
@@ -235,7 +235,7 @@ def curve(losses, settled=0):
 
 
 def test_suggests_the_steepest_descent_before_the_minimum():
-    losses = [2.0, 2.0, 1.9, 1.7, 1.1, 0.9, 0.8, 1.5, 3.0, 0.85]  # the last fall is behind it
+    losses = [2.0, 2.0, 1.9, 1.7, 1.1, 0.9, 0.8, 1.5, 3.0, 0.85]  # the last fall is after it
     found = curve(losses)
     assert found.suggestion == found.lrs[4]  # from 1.7 to 0.9
     assert found.at_minimum == found.lrs[6]
@@ -278,7 +278,7 @@ def test_draws_a_picture(tmp_path, falls):
     assert path.stat().st_size > 10_000
 
 
-# ---- what it refuses ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmp import amp
+from fastmp.data.mixup import Mixup
 from fastmp.schedule import Constant, Cyclic, OneCycle
-from fastmp.training import log
+from fastmp.training import cuda_graph, log
 from tests.training.test_trainer import Poison, batches, small_model, trainer_for, weights
 
 CYCLIC = Cyclic(0.01, 0.1, 3, base_momentum=0.8, max_momentum=0.9)
@@ -121,3 +125,56 @@ def test_a_table_bound_by_the_user_stays():
     before = weights(trainer.model)
     trainer.fit(batches(3), batches(1), 1)
     assert torch.equal(weights(trainer.model), before)
+
+
+# ---- as a graph ----
+
+
+class Recorder:
+    """Stands for ``cuda_graph.Graphed``: runs the step, until a recording fails."""
+
+    fails_at = math.inf
+
+    def __init__(self, step, device, warmup):
+        self.step, self.calls = step, 0
+
+    def reset(self):
+        self.calls = 0
+
+    def __call__(self, inputs):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise cuda_graph.Unsupported("it waits for the device")
+        leaves, spec = tree_flatten(inputs)
+        return self.step(tree_unflatten(leaves, spec))
+
+
+def graphed(monkeypatch, loader, schedule, fails_at=math.inf):
+    monkeypatch.setattr(Recorder, "fails_at", fails_at)
+    monkeypatch.setattr(cuda_graph, "Graphed", Recorder)
+    trainer = trainer_for(small_model(), mixup=mixup(), schedule=schedule, cuda_graph=True)
+    trainer.fit(loader, batches(1), 2)
+    return trainer
+
+
+def mixup():
+    return Mixup(0.4, 0.5, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("fails_at", [math.inf, 1, 4])
+def test_a_recording_that_fails_goes_on_with_kernels(monkeypatch, capsys, fails_at):
+    trainer = graphed(monkeypatch, batches(5), CYCLIC, fails_at)
+    expected = trainer_for(small_model(), mixup=mixup(), schedule=CYCLIC)
+    expected.fit(batches(5), batches(1), 2)
+    assert torch.equal(weights(trainer.model), weights(expected.model))
+    assert trainer.step == int(trainer.optimizer.applied_steps) == 10
+    assert trainer._step_fn.uses_graph == (fails_at == math.inf)
+    printed = capsys.readouterr().out
+    assert printed.count("no CUDA graph: it waits for the device") == (fails_at != math.inf)
+
+
+def test_a_schedule_of_unknown_length_is_no_graph(monkeypatch, capsys):
+    graphed(monkeypatch, Unsized(batches(5)), CYCLIC)
+    assert "no CUDA graph: the schedule has no table" in capsys.readouterr().out
+    trainer = graphed(monkeypatch, Unsized(batches(5)), OneCycle(0.1, 10))
+    assert trainer._step_fn.uses_graph

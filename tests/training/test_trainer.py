@@ -1,4 +1,4 @@
-"""The loop: what it optimizes, what it logs, and when it stops."""
+"""The loop: optimization, log, saved state, and the end of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trainer_for(model, *, lr=0.05, criterion=None, momentum=0.9, **options):
 
 
 class Poison(torch.nn.Module):
-    """Multiplies the gradients, or with ``loss`` the logits, by ``value`` in the steps named."""
+    """Multiplies the gradients, or with ``loss`` the logits, by ``value`` in ``steps``."""
 
     def __init__(self, steps, value=math.inf, loss=False):
         super().__init__()
@@ -69,7 +69,7 @@ def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-# ---- what is optimized ----
+# ---- optimization ----
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -144,7 +144,7 @@ def test_mixup_normalises_for_training_and_evaluation():
     assert seen == [(True, torch.bfloat16, 2.0), (False, torch.bfloat16, 2.0)]
 
 
-# ---- what is logged and saved ----
+# ---- log and saved state ----
 
 
 def test_metrics_are_complete_and_match_the_run(tmp_path):
@@ -213,7 +213,7 @@ def test_an_epoch_is_shown_in_a_line(capsys):
     assert "samples/s" in shown
 
 
-# ---- when it stops ----
+# ---- the end of a run ----
 
 
 def test_a_non_finite_loss_stops_the_run_with_the_state_saved(tmp_path):

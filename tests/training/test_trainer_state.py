@@ -1,4 +1,4 @@
-"""The trainer's state: saved, resumed, averaged, counted; and the graph where there can be none."""
+"""The trainer's state: saved and resumed; EMA, telemetry, accumulation, signals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 def run(folder, *, stop_after=None, resume=False):
-    """Two epochs with a loader of torch's, dropout, mixup and a scale; perhaps cut off."""
+    """Two epochs with torch's loader, dropout, mixup and a loss scale; interrupted or resumed."""
     rng.seed(7 if not resume else 99)
     model = small_model()
     model.insert(2, torch.nn.Dropout(0.3))

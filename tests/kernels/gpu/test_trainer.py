@@ -1,4 +1,4 @@
-"""The trainer on a GPU: a step as a graph is the same step, and data that fits stays there."""
+"""The trainer on a GPU: a replayed step is the same step, and data that fits is kept there."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trained(*, cuda_graph, dtype=torch.float16, accumulate=1, cutmix=0.0):
 @pytest.mark.parametrize("cutmix", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_replayed_step_is_the_same_step(dtype, cutmix, accumulate):
-    """With a first scale that overflows, a schedule, mixing of two kinds and a short last group."""
+    """With an overflow at the first scale, a schedule, mixup and cutmix, and a short last group."""
     eager, expected = trained(cuda_graph=False, dtype=dtype, cutmix=cutmix, accumulate=accumulate)
     graphed, results = trained(cuda_graph=True, dtype=dtype, cutmix=cutmix, accumulate=accumulate)
     assert graphed._step_fn.uses_graph
