@@ -39,7 +39,7 @@ def loader_with(own_generator):
 @pytest.mark.parametrize("done", [0, 1, 7, 10])
 def test_the_rest_of_the_epoch_and_the_next_are_the_same(own_generator, done):
     def rest(loader, start, skip):
-        """Batches and a draw after each, from a position in the first epoch to the end of the second."""
+        """Batches and a draw after each: the rest of the first epoch, and the second."""
         seen = []
         for epoch in (0, 1):
             if epoch:
