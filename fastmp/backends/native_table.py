@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request
 
 NO_CLIP = -1.0
+Lrs = Sequence[tuple[int, Tensor]]  # parameter groups whose lr is in device memory, with it
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmp.backends.registry import on_host
 from fastmp.ops import update
-from fastmp.ops.update import Options, TensorRow
+from fastmp.ops.update import Options
 from fastmp.ops.update.rules import Hyperparameters
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import schedule_table, state
@@ -24,16 +24,29 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class FusedOptimizer(RecordedOptimizer):
-    """Step and state of the fused optimizers.
+    """Step and state of the fused optimizers; the constructor passes torch's arguments on.
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
     group's options stand for (``_hyper``).
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler then assigns grad_scale and found_inf
-    max_grad_norm: float | None
-    skip_nonfinite: bool
     _schedule: Tensor | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.step_context = StepContext()
+        self._tables = TableCache()
+        super().__init__(*args, **kwargs)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -47,14 +60,6 @@ class FusedOptimizer(RecordedOptimizer):
             return float(group.get("lr_scale", 1.0))
         lr = group["lr"]
         return float(lr) if not isinstance(lr, Tensor) or on_host(lr) else 0.0
-
-    def _init_fused(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.step_context = StepContext()
-        self._tables = TableCache()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, refusing parameters that no kernel and no reference can update.
@@ -108,8 +113,7 @@ class FusedOptimizer(RecordedOptimizer):
         if not params:
             return loss
         hypers = [self._hyper(group) for group in self.param_groups]
-        rules = [h.rule for h in hypers]
-        table = self._tables.bind(params, grads, rules, self.state, self._rows)
+        table = self._tables.bind(self, params, grads, [h.rule for h in hypers])
         options, reduced = self._decide_options(table, grads)
         self._run(table, hypers, options)
         self._record_step(table, reduced)
@@ -122,24 +126,6 @@ class FusedOptimizer(RecordedOptimizer):
         if type(None) in set(map(type, grads)):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
         return params, [grad for grad in grads if grad is not None]
-
-    def _rows(self, rules: Sequence[float]) -> list[TensorRow]:
-        """The rows of a new table; allocates state that a parameter lacks."""
-        rows: list[TensorRow] = []
-        param_index = 0
-        for i, group in enumerate(self.param_groups):
-            keys = self._state_keys(group)
-            state.allocate(self.state, [p for p in group["params"] if p.grad is not None], keys)
-            for param in group["params"]:
-                if param.grad is not None:
-                    own = self.state[param]
-                    state.normalize(own, param, keys)
-                    master = own.get(state.MASTER_KEYS.get(param.dtype))
-                    states = tuple(own[key] for key in keys)
-                    rule = int(rules[i])
-                    rows.append(TensorRow(param, master, states, own["step"], i, param_index, rule))
-                param_index += 1
-        return rows
 
     def _decide_options(
         self, table: StepTable, grads: list[Tensor]

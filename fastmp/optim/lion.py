@@ -51,9 +51,10 @@ class Lion(FusedOptimizer):
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
         if not weight_decay >= 0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        self._init_fused(max_grad_norm, skip_nonfinite)
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, options)
+        super().__init__(
+            params, options, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite
+        )
 
     @rule(4)
     @staticmethod

@@ -30,36 +30,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             sparse, complex or integer parameter.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = True,
-    ) -> None:
-        self._init_fused(max_grad_norm, skip_nonfinite)
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
-
     @rule(2)
     @rule(3)  # with momentum
     @staticmethod

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastmp.ops.update import TensorRow
 from fastmp.ops.update.step_table import StepTable
+from fastmp.optim import state
 
-States = Mapping[Tensor, Mapping[str, Any]]
+if TYPE_CHECKING:
+    from fastmp.optim.base import FusedOptimizer
 
 
 class TableCache:
@@ -28,44 +29,30 @@ class TableCache:
 
     def bind(
         self,
+        optimizer: FusedOptimizer,
         params: list[Tensor],
         grads: list[Tensor],
         rules: list[float],
-        states: States,
-        make_rows: Callable[[Sequence[float]], list[TensorRow]],
     ) -> StepTable:
-        """A table of these parameters, bound to these gradients.
-
-        Args:
-            params: those with a gradient.
-            grads: one for each.
-            rules: one for each parameter group.
-            states: the optimizer's state, by parameter.
-            make_rows: rules to the rows of a new table.
-        """
+        """A table of ``params`` bound to their ``grads``; ``rules``: one for each group."""
         table = self.table
-        is_current = table is not None and self._is_current(table, params, rules, states)
+        held = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        is_current = (
+            table is not None
+            and rules == self._rules
+            and len(held) == len(self._state)
+            and all(map(is_, held, self._state))
+            and table.matches(params)
+        )
         if table is None or not is_current or not table.bind_gradients(grads):
-            rows = make_rows(rules)
+            rows = _rows(optimizer, rules)
             table = self.table = StepTable(rows, grads)
             self._rules = rules
-            self._state = _flat(states)
+            self._state = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
             self._fp16_rows = [row for row in rows if row.param.dtype == torch.float16]
             self._versions = []
         self._sync_masters()
         return table
-
-    def _is_current(
-        self, table: StepTable, params: list[Tensor], rules: list[float], states: States
-    ) -> bool:
-        if rules != self._rules:
-            return False
-        held = _flat(states)
-        return (
-            len(held) == len(self._state)
-            and all(map(is_, held, self._state))
-            and table.matches(params)
-        )
 
     def _sync_masters(self) -> None:
         """Copy fp16 weights that were written since the last step into their masters.
@@ -83,5 +70,21 @@ class TableCache:
         self._versions = [version + 1 for version in versions]  # as the step will leave them
 
 
-def _flat(states: States) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, states.values())))  # type: ignore[arg-type]
+def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
+    """The rows of a new table; allocates state that a parameter lacks."""
+    rows: list[TensorRow] = []
+    param_index = 0
+    for i, group in enumerate(optimizer.param_groups):
+        keys = optimizer._state_keys(group)
+        params = [p for p in group["params"] if p.grad is not None]
+        state.allocate(optimizer.state, params, keys)
+        for param in group["params"]:
+            if param.grad is not None:
+                own = optimizer.state[param]
+                state.normalize(own, param, keys)
+                master = own.get(state.MASTER_KEYS.get(param.dtype))
+                states = tuple(own[key] for key in keys)
+                rule = int(rules[i])
+                rows.append(TensorRow(param, master, states, own["step"], i, param_index, rule))
+            param_index += 1
+    return rows

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
 from fastmp.backends import cpu, native_table, registry
 from fastmp.backends.abi import LR
 from fastmp.backends.cpu.structs import UpdateArgs
-from fastmp.backends.native_table import NativeTable, Options
+from fastmp.backends.native_table import Lrs, NativeTable, Options
 
 
 class CpuStepTable(NativeTable):
     """The tensors of a step in main memory."""
 
-    def step(
-        self,
-        hypers: np.ndarray,
-        record: Tensor,
-        options: Options,
-        lrs: Sequence[tuple[int, Tensor]],
-    ) -> None:
+    def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None:
         """Take a step; arguments as ``ops.update.run``."""
         for group, lr in lrs:
             hypers[group, LR] = float(lr)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmp.backends import cuda, native_table, registry
 from fastmp.backends.abi import CHUNK, LR, Master, StepArgs
 from fastmp.backends.cuda import launch, nvrtc
-from fastmp.backends.native_table import NativeTable, Options, TensorRow
+from fastmp.backends.native_table import Lrs, NativeTable, Options, TensorRow
 
 MAX_PARTIALS = 2048  # of a norm, whatever the GPU
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
@@ -63,13 +63,7 @@ class CudaStepTable(NativeTable):
         # Page-locked memory cannot be allocated during a capture: this is for the next one.
         self._spare: Tensor | None = None
 
-    def step(
-        self,
-        hypers: np.ndarray,
-        record: Tensor,
-        options: Options,
-        lrs: Sequence[tuple[int, Tensor]],
-    ) -> None:
+    def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None:
         """Launch a step; arguments as ``ops.update.run``. ``lrs`` are read when the step runs."""
         request, alive = native_table.request(options, record)
         image = hypers.tobytes() + self.rows.tobytes()

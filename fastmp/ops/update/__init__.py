@@ -13,7 +13,6 @@ dtypes and devices without a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fastmp.backends import registry
 from fastmp.backends.abi import LR, RECORD, record_field
-from fastmp.backends.native_table import NO_CLIP, Options, TensorRow
+from fastmp.backends.native_table import NO_CLIP, Lrs, Options, TensorRow
 from fastmp.ops.update.rules import RULES, Hyperparameters
 from fastmp.ops.update.step_table import StepTable
 
@@ -44,7 +43,7 @@ def run(
     hypers: np.ndarray,
     record: Tensor,
     options: Options | None = None,
-    lrs: Sequence[tuple[int, Tensor]] = (),
+    lrs: Lrs = (),
 ) -> None:
     """Take one step with every tensor of the table.
 
@@ -85,19 +84,12 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 class StepDecision(NamedTuple):
-    """Decisions before the update.
-
-    Attributes:
-        skip: leave everything as it is.
-        norm: of the unscaled gradients; NaN: not computed.
-        grad_factor: unscales and clips.
-        first_nonfinite: param_index of the first gradient that is not finite; -1: none.
-    """
+    """Decisions before the update."""
 
     skip: bool
-    norm: float
-    grad_factor: float
-    first_nonfinite: int
+    norm: float  # of the unscaled gradients; NaN: not computed
+    grad_factor: float  # unscales and clips
+    first_nonfinite: int  # param_index of the first gradient that is not finite; -1: none
 
 
 def needs_scan(options: Options, max_norm: float) -> bool:

@@ -11,26 +11,18 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import registry
-from fastmp.backends.native_table import Options, TensorRow
+from fastmp.backends.native_table import Lrs, Options, TensorRow
 
 
-class StepKernel(Protocol):
-    """The object that a backend's kernel of ``update`` makes of (rows, gradients)."""
+class _Kernel(Protocol):
+    """The object that a backend's kernel of ``update`` makes of (rows, gradients).
 
-    def matches(self, params: Sequence[Tensor]) -> bool:
-        """Whether these parameters, the same objects, still are where the layout expects them."""
+    The methods of ``StepTable``, and ``step`` with the arguments of ``ops.update.run``.
+    """
 
-    def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
-        """Use these gradients in the next step; False if that needs another layout."""
-
-    def step(
-        self,
-        hypers: np.ndarray,
-        record: Tensor,
-        options: Options,
-        lrs: Sequence[tuple[int, Tensor]],
-    ) -> None:
-        """Take a step; arguments as ``ops.update.run``."""
+    def matches(self, params: Sequence[Tensor]) -> bool: ...
+    def bind_gradients(self, grads: Sequence[Tensor]) -> bool: ...
+    def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None: ...
 
 
 class StepTable:
@@ -38,6 +30,7 @@ class StepTable:
 
     Attributes:
         rows: one for each parameter that has a gradient.
+        grads: for the reference; empty if there is a kernel.
         kernel: None: the step runs on the reference.
         fallback: the reason for that.
     """
@@ -52,13 +45,15 @@ class StepTable:
         _check(rows, grads)
         self.rows = list(rows)
         self.params = [row.param for row in rows]
-        self.grads = list(grads)  # read by the reference
-        self.kernel: StepKernel | None = None
+        self.kernel: _Kernel | None = None
         self.fallback: str | None = "no tensors"
+        self.grads: list[Tensor] = []
         if rows:
             make, reason = registry.select("update", rows[0].param.device, rows, grads)
             self.fallback = reason if make is None else None
             self.kernel = None if make is None else make(rows, grads)
+        if self.kernel is None:
+            self.grads = list(grads)
 
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether these are still the parameters of the table, where it was laid out for them."""
