@@ -31,7 +31,7 @@ constexpr int64_t kGrain = 16384; /* logits worth a thread */
 /* ---- forward over all rows ---- */
 
 template <class T, Smooth smooth>
-static void forward_row(const Problem& problem, int64_t row, float* e, float* block_max) {
+void forward_row(const Problem& problem, int64_t row, float* e, float* block_max) {
   const fastmp_loss_args& args = problem.args;
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = args.grad == nullptr ? nullptr : static_cast<T*>(args.grad) + row * args.classes;
@@ -57,9 +57,9 @@ static void forward_row(const Problem& problem, int64_t row, float* e, float* bl
 }
 
 template <class T, Smooth smooth>
-static int forward_rows(const Problem& problem) {
+int forward_rows(const Problem& problem) {
   const fastmp_loss_args& args = problem.args;
-  const int64_t blocks = (args.classes + kBlock - 1) / kBlock;
+  const int64_t blocks = ceil_div(args.classes, kBlock);
   const int64_t kept = args.grad == nullptr ? min_of(kBlock, args.classes) : args.classes;
   int no_memory = 0;
   parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
@@ -77,7 +77,7 @@ static int forward_rows(const Problem& problem) {
 }
 
 template <class T>
-static int forward_as(const Problem& problem) {
+int forward_as(const Problem& problem) {
   if (problem.smooth_prob == 0.0) return forward_rows<T, Smooth::none>(problem);
   if (problem.args.weight == nullptr) return forward_rows<T, Smooth::equal>(problem);
   return forward_rows<T, Smooth::weighted>(problem);
@@ -86,7 +86,7 @@ static int forward_as(const Problem& problem) {
 /* ---- backward over all rows ---- */
 
 template <class T>
-static void backward_row(const Problem& problem, int64_t row) {
+void backward_row(const Problem& problem, int64_t row) {
   const fastmp_loss_args& args = problem.args;
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = static_cast<T*>(args.grad) + row * args.classes;
@@ -114,7 +114,7 @@ static void backward_row(const Problem& problem, int64_t row) {
 }
 
 template <class T>
-static int backward_as(const Problem& problem) {
+int backward_as(const Problem& problem) {
   const fastmp_loss_args& args = problem.args;
   parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
                [&](int64_t begin, int64_t end) {
@@ -126,15 +126,15 @@ static int backward_as(const Problem& problem) {
 /* ---- the call ---- */
 
 /* Whether no output overlaps the targets. */
-static bool outputs_disjoint(const fastmp_loss_args& args, const int64_t* targets) {
+bool outputs_disjoint(const fastmp_loss_args& args, const int64_t* targets) {
   const int64_t bytes = args.rows * 8, losses = args.reduction == FASTMP_NONE ? args.rows : 1;
   return disjoint(targets, bytes, args.loss, losses * 4) &&
          disjoint(targets, bytes, args.stats, args.rows * 8) &&
          disjoint(targets, bytes, args.grad, args.rows * args.classes * bytes_of(args.dtype));
 }
 
-static bool is_valid(const fastmp_loss_args& args) {
-  if (args.dtype < 0 || args.dtype > FASTMP_BF16) return false;
+bool is_valid(const fastmp_loss_args& args) {
+  if (!is_float(args.dtype)) return false;
   if (args.reduction < FASTMP_NONE || args.reduction > FASTMP_SUM) return false;
   if (!is_addressable(8, args.rows, args.classes)) return false;
   if (!is_addressable(8, args.rows, args.row_stride)) return false;
@@ -153,13 +153,13 @@ static bool is_valid(const fastmp_loss_args& args) {
 }
 
 /* Whether grad_output and grad are there. */
-static bool has_gradients(const fastmp_loss_args& args) {
+bool has_gradients(const fastmp_loss_args& args) {
   if (args.rows == 0 || args.classes == 0) return true;
   return args.grad != nullptr && args.grad_output != nullptr;
 }
 
 /* False: a target is out of range, see bad_row. divisor: Σ w_y of those that are not ignored. */
-static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double* divisor) {
+bool check_targets(fastmp_loss_args& args, const int64_t* targets, double* divisor) {
   double sum = 0.0;
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t y = targets[row];
@@ -176,7 +176,7 @@ static bool check_targets(fastmp_loss_args& args, const int64_t* targets, double
 }
 
 /* Σ w over each block, and over all. */
-static double sum_weights(const fastmp_loss_args& args, double* block_weights) {
+double sum_weights(const fastmp_loss_args& args, double* block_weights) {
   double all = 0.0;
   for (int64_t at = 0, block = 0; at < args.classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, args.classes - at);
@@ -191,8 +191,7 @@ static double sum_weights(const fastmp_loss_args& args, double* block_weights) {
   return all;
 }
 
-static int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Problem&),
-               double* divisors) {
+int run(fastmp_loss_args& args, double* row_losses, int (*rows)(const Problem&), double* divisors) {
   Scratch<double> block_weights(args.classes / kBlock + 1);
   if (block_weights.data == nullptr) return FASTMP_NO_MEMORY;
   divisors[0] = divisors[1] = 1.0;

@@ -37,7 +37,7 @@ struct Targets {
   Target a, b;
 };
 
-static Targets targets_of(const Problem& problem, int64_t row) {
+Targets targets_of(const Problem& problem, int64_t row) {
   const fastmp_loss_args& args = problem.args;
   Targets t = {{args.target_a[row], false, 0.0}, {args.ignore_index, false, 0.0}};
   double lam = 1.0;
@@ -63,7 +63,7 @@ struct RowSums {
 };
 
 template <class T>
-static float max_logit(const T* z, int64_t n) {
+float max_logit(const T* z, int64_t n) {
   const Vec lowest = broadcast(-__builtin_inff());
   Vec best[4] = {lowest, lowest, lowest, lowest};
   int64_t i = 0;
@@ -80,8 +80,8 @@ static float max_logit(const T* z, int64_t n) {
  * block or row: the hardware's prefetchers stop at every 4 KiB page, and a row of 1,000 fp32 logits
  * is one page. 15 to 25% of forward and backward. */
 template <class T, Smooth smooth>
-static void exp_block(const T* z, const float* weight, float* __restrict e, int64_t n,
-                      float block_max, RowSums* row) {
+void exp_block(const T* z, const float* weight, float* __restrict e, int64_t n, float block_max,
+               RowSums* row) {
   Vec sums[2] = {}, shifted[2] = {};
   const auto step = [&](int64_t i, int lane) {
     __builtin_prefetch(z + i + n);
@@ -119,8 +119,8 @@ static void exp_block(const T* z, const float* weight, float* __restrict e, int6
 
 /* e_stride 0: the exponentials are not kept, each block overwrites the last. */
 template <class T, Smooth smooth>
-static RowSums online_softmax(const T* z, const float* weight, int64_t classes, float* e,
-                              int64_t e_stride, float* block_max) {
+RowSums online_softmax(const T* z, const float* weight, int64_t classes, float* e, int64_t e_stride,
+                       float* block_max) {
   RowSums row = {-__builtin_inff(), 0.0, 0.0};
   for (int64_t at = 0, block = 0; at < classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, classes - at);
@@ -139,13 +139,13 @@ static RowSums online_softmax(const T* z, const float* weight, int64_t classes, 
   return row;
 }
 
-static double row_loss(const Problem& problem, const Targets& targets, const RowSums& row,
-                       const float* block_max, double z_a, double z_b) {
+double row_loss(const Problem& problem, const Targets& targets, const RowSums& row,
+                const float* block_max, double z_a, double z_b) {
   const double log_sum_exp = log(row.sum_exp);
   const double row_max = static_cast<double>(row.row_max);
   double smooth_loss = 0.0;
   if (problem.smooth_prob > 0.0) {
-    const int64_t blocks = (problem.args.classes + kBlock - 1) / kBlock;
+    const int64_t blocks = ceil_div(problem.args.classes, kBlock);
     for (int64_t block = 0; block < blocks; ++block) {
       const double above = row_max - static_cast<double>(block_max[block]);
       smooth_loss += problem.block_weights[block] * (above + log_sum_exp);
@@ -168,8 +168,7 @@ struct GradientCoefs {
   double softmax_coef, smooth_coef, target_coef_a, target_coef_b;
 };
 
-static GradientCoefs gradient_coefs(const Problem& problem, const Targets& targets,
-                                    double grad_output) {
+GradientCoefs gradient_coefs(const Problem& problem, const Targets& targets, double grad_output) {
   const auto target_coef = [&](const Target& t) {
     if (!t.valid) return 0.0;
     const double w = static_cast<double>(problem.weight_of(t.y));
@@ -183,7 +182,7 @@ static GradientCoefs gradient_coefs(const Problem& problem, const Targets& targe
   return k;
 }
 
-static double grad_output_of(const fastmp_loss_args& args, int64_t row) {
+double grad_output_of(const fastmp_loss_args& args, int64_t row) {
   return args.grad_output == nullptr
              ? 1.0
              : static_cast<double>(args.grad_output[row * args.grad_output_stride]);
@@ -191,8 +190,8 @@ static double grad_output_of(const fastmp_loss_args& args, int64_t row) {
 
 /* grad = e * factor - smooth_coef * w. */
 template <class T, bool weighted>
-static void gradient_of_exp(const float* e, const float* weight, T* __restrict grad, int64_t n,
-                            float factor, float smooth_coef) {
+void gradient_of_exp(const float* e, const float* weight, T* __restrict grad, int64_t n,
+                     float factor, float smooth_coef) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     __builtin_prefetch(grad + i + n, 1);
@@ -208,8 +207,8 @@ static void gradient_of_exp(const float* e, const float* weight, T* __restrict g
 
 /* grad = exp(z - row_max) * factor - smooth_coef * w. */
 template <class T, bool weighted>
-static void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int64_t n,
-                               float row_max, float factor, float smooth_coef) {
+void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int64_t n,
+                        float row_max, float factor, float smooth_coef) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     const Vec w = weighted ? load(weight + i) * smooth_coef : broadcast(smooth_coef);
@@ -225,8 +224,8 @@ static void gradient_of_logits(const T* z, const float* weight, T* __restrict gr
 
 /* The targets' logits again, in fp64: near softmax 1 their gradient is a small difference. */
 template <class T>
-static void fix_target_logits(const Problem& problem, const Targets& targets,
-                              const GradientCoefs& k, double softmax_a, double softmax_b, T* grad) {
+void fix_target_logits(const Problem& problem, const Targets& targets, const GradientCoefs& k,
+                       double softmax_a, double softmax_b, T* grad) {
   const bool same = targets.a.valid && targets.b.valid && targets.a.y == targets.b.y;
   const auto value = [&](const Target& t, double softmax, double coef) {
     const double w = static_cast<double>(problem.weight_of(t.y));
@@ -242,8 +241,8 @@ static void fix_target_logits(const Problem& problem, const Targets& targets,
 }
 
 template <class T>
-static void store_gradient(const Problem& problem, const Targets& targets, const RowSums& row,
-                           const float* e, const float* block_max, double grad_output, T* grad) {
+void store_gradient(const Problem& problem, const Targets& targets, const RowSums& row,
+                    const float* e, const float* block_max, double grad_output, T* grad) {
   const fastmp_loss_args& args = problem.args;
   const GradientCoefs k = gradient_coefs(problem, targets, grad_output);
   const float smooth_coef = static_cast<float>(k.smooth_coef);
