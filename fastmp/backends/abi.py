@@ -103,20 +103,23 @@ ROW = np.dtype(
     ]
 )
 
-#: ``fastmp_hyper``: one parameter group, a row of a float64 matrix.
-HYPER_FIELDS = (
-    "rule",
-    "lr",
-    "beta1",
-    "beta2",
-    "eps",
-    "weight_decay",
-    "dampening",
-    "maximize",
-    "decoupled",
-    "nesterov",
-)
-LR = HYPER_FIELDS.index("lr")
+
+class Hyperparameters(NamedTuple):
+    """``fastmp_hyper``: one parameter group, a row of a float64 matrix."""
+
+    rule: float
+    lr: float
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    weight_decay: float = 0.0
+    dampening: float = 0.0
+    maximize: float = 0.0
+    decoupled: float = 0.0
+    nesterov: float = 0.0
+
+
+LR = Hyperparameters._fields.index("lr")
 
 #: ``fastmp_record``: the decisions of a step.
 RECORD = np.dtype(

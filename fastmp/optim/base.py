@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmp.backends.abi import Hyperparameters
 from fastmp.backends.registry import on_host
 from fastmp.ops import update
 from fastmp.ops.update import Options
-from fastmp.ops.update.rules import Hyperparameters
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import schedule_table, state
 from fastmp.optim.step_context import ReducedStep, StepContext

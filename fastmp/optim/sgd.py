@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmp.ops.update.rules import Hyperparameters, rule
+from fastmp.backends.abi import Hyperparameters
+from fastmp.ops.update.rules import rule
 from fastmp.optim.base import FusedOptimizer
 
 

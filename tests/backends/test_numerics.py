@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmp.backends import cpu
-from fastmp.backends.abi import ROW, record_field
+from fastmp.backends.abi import ROW, Hyperparameters, record_field
 from fastmp.ops import update
 from fastmp.ops.update import TensorRow
-from fastmp.ops.update.rules import Hyperparameters
 from fastmp.ops.update.step_table import StepTable
 
 needs_library = pytest.mark.skipif(

@@ -6,14 +6,14 @@ import torch
 
 from fastmp import backends
 from fastmp.backends import cpu, registry
-from fastmp.backends.abi import HYPER_FIELDS, record_field
+from fastmp.backends.abi import Hyperparameters, record_field
 from fastmp.ops import update
 from fastmp.ops.update.step_table import StepTable
 
 
 def test_no_tensors_at_all():
     record = update.new_record(torch.device("cpu"))
-    update.run(StepTable([], []), np.zeros((0, len(HYPER_FIELDS))), record)
+    update.run(StepTable([], []), np.zeros((0, len(Hyperparameters._fields))), record)
     assert record_field(record, "applied") == 1
     assert record_field(record, "grad_norm") == 0
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import registry
-from fastmp.backends.abi import LR, RECORD, record_field
+from fastmp.backends.abi import LR, RECORD, Hyperparameters, record_field
 from fastmp.backends.native_table import NO_CLIP, Lrs, Options, TensorRow
-from fastmp.ops.update.rules import RULES, Hyperparameters
+from fastmp.ops.update.rules import RULES
 from fastmp.ops.update.step_table import StepTable
 
 __all__ = [

@@ -8,29 +8,11 @@ of the same numbers for the kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
-from fastmp.backends.abi import HYPER_FIELDS
-
-
-class Hyperparameters(NamedTuple):
-    """One group's hyperparameters, as ``fastmp_hyper`` in ``csrc/common/table.h`` lays them out."""
-
-    rule: float
-    lr: float
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    weight_decay: float = 0.0
-    dampening: float = 0.0
-    maximize: float = 0.0
-    decoupled: float = 0.0
-    nesterov: float = 0.0
-
-
-assert Hyperparameters._fields == HYPER_FIELDS
+from fastmp.backends.abi import Hyperparameters
 
 #: (master, gradient, states, number of the step, hyperparameters) -> the new master. The states
 #: are changed in place.
