@@ -1,4 +1,4 @@
-"""The kernels, one folder for each kind of device, and the registry that says which serves what."""
+"""Kernels, one folder for each backend, and the registry that selects them."""
 
 from __future__ import annotations
 

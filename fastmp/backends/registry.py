@@ -1,9 +1,9 @@
-"""Which backend serves which operation, and why. A call that no kernel supports falls back here.
+"""The kernel of each operation on each type of device; unsupported calls fall back here.
 
 An operation is defined once, in ``fastmp.ops``: ``define`` takes its schema, fake and reference. A
 backend is one folder, ``fastmp/backends/<backend>/``. Its file ``<operation>.py`` registers the
-kernels of that operation and is imported by ``define``. What no kernel serves runs on the reference
-in plain PyTorch. ``FASTMP_BACKEND=cpu|triton|cuda`` turns a backend that cannot run into an error.
+kernels of that operation and is imported by ``define``. Calls that no kernel supports run on the
+reference in plain PyTorch. With ``FASTMP_BACKEND=cpu|triton|cuda`` that backend must be available.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def register(
         kernel: takes the arguments of the reference.
         backend: its name; ``mark_available`` or ``mark_unavailable`` has been called for it.
         supports: takes them too; None, or the reason why the kernel cannot serve this call.
-        detail: what the report says beside the backend's own reason.
-        policies: what callers of ``op`` may ask of this device, see ``ask``.
+        detail: added to the backend's reason in the report.
+        policies: decisions of this device, by the names under which ``ask`` finds them.
     """
     available, _ = _backends[backend]
     _kernels[op, device] = _Kernel(backend, kernel if available else None, supports, detail)
@@ -218,12 +218,12 @@ def forced_backend() -> str | None:
 
 
 def mark_available(backend: str, reason: str) -> None:
-    """Note that a backend can run; ``reason`` says on what."""
+    """Note that a backend can run; ``reason`` names its library, version or hardware."""
     _backends[backend] = _Availability(True, reason)
 
 
 def mark_unavailable(backend: str, reason: str, *, warn: bool = True, fix: str = "") -> None:
-    """Note that a backend cannot run, and warn; ``fix`` is the advice that goes with it.
+    """Note that a backend cannot run, and warn; ``fix`` is appended to the warning.
 
     Raises:
         RuntimeError: ``FASTMP_BACKEND`` demands it.

@@ -58,10 +58,10 @@ def mix(
         raise ValueError(
             f"box, mean and std need input of shape (N, C, H, W), got {tuple(input.shape)}"
         )
-    share = _check_partners(input, lam, index, box)
+    mix_weight = _check_partners(input, lam, index, box)
     images = input if input.dim() == 4 else input.reshape(input.shape[0], 1, 1, -1)
     scale, shift = _affine(images, mean, std)
-    arguments = (images, share, index, box, scale, shift, dtype)
+    arguments = (images, mix_weight, index, box, scale, shift, dtype)
     if torch.is_grad_enabled() and input.requires_grad:
         return mix_reference(*arguments).reshape(input.shape)
     output: Tensor = torch.ops.fastmp.mix(*arguments)
@@ -84,7 +84,7 @@ def _check_indices(
 def _check_partners(
     input: Tensor, lam: Tensor | float | None, index: Tensor | None, box: Tensor | None
 ) -> Tensor | None:
-    """λ as a tensor, after a look at what goes with it."""
+    """λ as a tensor; checks index and box."""
     batch = input.shape[:1]
     if index is None:
         if lam is not None or box is not None:

@@ -1,4 +1,4 @@
-"""Checks that more than one operation makes of its arguments."""
+"""Checks of arguments that several operations share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmp.backends.registry import on_host
 def transformed(grad_output: Tensor | None = None) -> bool:
     """Whether ``torch.func``, ``vmap`` or forward-mode differentiation is at work.
 
-    They have rules for torch's own operations only: ours must then be composed of those. The older
+    They have rules for torch's own operations only: fastmp's are then composed of those. The older
     vmap of ``torch.autograd.functional`` and ``is_grads_batched`` shows in grad_output.
     """
     return (
@@ -22,7 +22,7 @@ def transformed(grad_output: Tensor | None = None) -> bool:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of this dtype are computed in: fp64 for fp64, else fp32."""
+    """The dtype of intermediate results: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

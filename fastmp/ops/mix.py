@@ -59,7 +59,7 @@ def mix_reference(
         input: (N, C, H, W), floating or uint8.
         lam: () or (N), weight of the sample itself; not read with a box.
         index: (N), int64, partner of each sample; None: no mixing.
-        box: (4) or (N, 4), int64, top, bottom, left, right of what comes from the partner.
+        box: (4) or (N, 4), int64, top, bottom, left, right of the partner's pixels.
         scale, shift: (C), or both None.
         dtype: floating dtype of the result.
 
@@ -83,8 +83,8 @@ def mix_reference(
             inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
             x = torch.where(inside, partner, x)
         elif lam is not None:
-            share = lam.to(wide).reshape(-1, 1, 1, 1)
-            x = share * x + (1 - share) * partner
+            mix_weight = lam.to(wide).reshape(-1, 1, 1, 1)
+            x = mix_weight * x + (1 - mix_weight) * partner
     return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 

@@ -94,7 +94,7 @@ def test_the_passes_give_the_same_bits_for_any_number_of_threads(activation, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(31, 19, 35), (1040, 5, 3), (16, 2060, 33)])
 def test_an_element_depends_on_its_row_and_column_alone(sizes, dtype):
-    """Neither on its place in a tile, nor on how its row and column lie in memory."""
+    """Neither on its position in a tile, nor on the strides of its row and column."""
     x, w, b, _ = operands(*sizes, dtype)
 
     def product(x, w, b):
@@ -134,7 +134,7 @@ def test_the_forward_saves_what_it_is_asked_to(activation, dtype, own):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_backward_computes_what_it_is_asked_to(activation, dtype, own):
-    """What a gradient does not need is not read: here it is NaN."""
+    """Tensors that a gradient does not need are not read: here they are NaN."""
     x, w, b, grad = operands(6, 5, 3, dtype)
     y, z = linear_reference(x, w, b, activation, True)
     saved = {"none": torch.full_like(y, NAN), "relu": y}.get(activation, z)
@@ -178,14 +178,14 @@ def test_opcheck(opcheck, activation, dtype):
         opcheck(torch.ops.fastmp.linear_backward.default, arguments)
 
 
-def test_who_serves_is_on_record():
+def test_the_report_names_the_backend():
     _, reason = cpu.load()
     served = {(s.op, s.device): s for s in backends.report()}["linear", "cpu"]
     assert served.backend == ("cpu" if NATIVE else "reference")
     assert served.reason.startswith(reason)
 
 
-def test_the_library_multiplies_only_if_there_is_one():
+def test_own_gemm_needs_the_library():
     answers = [cpu.prefers_own_gemm(dtype) for dtype in DTYPES]
     assert all(type(answer) is bool for answer in answers)
     assert cpu.prefers_own_gemm(torch.float16) == NATIVE  # torch's is ten times slower, everywhere

@@ -106,7 +106,7 @@ def test_architectures_that_nvrtc_does_not_know():
         nvrtc.target(35)
 
 
-def test_reasons_are_on_record(monkeypatch):
+def test_unavailable_cuda_is_reported(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     load = cuda.load.__wrapped__
     assert load() == (False, "this PyTorch is built without CUDA")

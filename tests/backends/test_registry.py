@@ -1,4 +1,4 @@
-"""What happens without the native library, and what is said about it."""
+"""The registry: missing and unsupported backends, their warnings, errors and report."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ def no_library(monkeypatch, tmp_path):
     return cpu.load.__wrapped__  # past the cache: the rest of the suite keeps its library
 
 
-def test_a_missing_library_is_said_once_and_loudly(no_library):
+def test_a_missing_library_warns_once(no_library):
     with pytest.warns(RuntimeWarning, match=r"slow reference backend.*apt install g\+\+"):
         library, reason = no_library()
     assert library is None
     assert "libfastmp_cpu.so" in reason
 
 
-def test_a_demanded_library_that_is_missing_is_an_error(no_library, monkeypatch):
+def test_a_forced_library_that_is_missing_is_an_error(no_library, monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="FASTMP_BACKEND=cpu, but no usable"):
         no_library()
@@ -38,7 +38,7 @@ def test_a_file_that_is_no_library_is_not_loaded(no_library, tmp_path):
         assert no_library()[0] is None
 
 
-def test_kernels_that_cannot_run_are_on_record(monkeypatch):
+def test_unavailable_triton_is_reported(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     version, reason = triton.load.__wrapped__()
     assert version is None

@@ -28,7 +28,7 @@ def product(own):
         yield
 
 
-def torchs(x, w, b=None, activation="none"):
+def torch_linear(x, w, b=None, activation="none"):
     return activate(F.linear(x, w, b), activation)
 
 
@@ -112,7 +112,7 @@ def check(x, w, b, grad, activation, own):
     assert not own or torch.equal(y, ours[0])
     same = in_torch(*tensors, grad, activation)
     wide = [None if t is None else t.double() for t in tensors]
-    ref = value_and_grads(lambda *t: torchs(*t, activation), wide, grad.double())
+    ref = value_and_grads(lambda *t: torch_linear(*t, activation), wide, grad.double())
     limits = bounds(x, w, b, grad, activation, own)
     for out, r, s, bound, factor in zip(ours, ref, same, limits, (2, 2, 3, 3), strict=False):
         assert_within(out, r, s, bound, factor, own)

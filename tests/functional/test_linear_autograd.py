@@ -12,18 +12,18 @@ from fastmp.functional.linear import _WITHOUT_AUTOCAST
 from fastmp.nn import Linear
 from fastmp.ops import linear as operation
 from fastmp.ops.linear import ACTIVATIONS
-from tests.functional.linear_cases import B, W, X, product, torchs, value_and_grads
+from tests.functional.linear_cases import B, W, X, product, torch_linear, value_and_grads
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
 WORTHWHILE = operation.worthwhile
 
 
-# ---- autograd: what is kept, what is computed ----
+# ---- autograd: saved tensors, computed gradients ----
 
 
 def flags(*needed):
-    """X, W and B, requiring grad as told."""
+    """X, W and B, each with its requires_grad."""
     return [t.clone().requires_grad_(need) for t, need in zip((X, W, B), needed, strict=True)]
 
 
@@ -45,7 +45,7 @@ def test_gradients_only_where_asked(needed, activation, own):
             y.square().sum().backward()
     assert masks == [needed]
     theirs = flags(*needed)
-    torchs(*theirs, activation).square().sum().backward()
+    torch_linear(*theirs, activation).square().sum().backward()
     for ours, t, need in zip(tensors, theirs, needed, strict=True):
         assert (ours.grad is not None) == need
         torch.testing.assert_close(ours.grad, t.grad)
@@ -108,7 +108,7 @@ def test_the_result_may_be_written_to(activation, shape, own):
     """As torch's: its own memory, no view; only relu's backward needs the value."""
     x, w, b = torch.randn(shape, requires_grad=True), *flags(True, True, True)[1:]
     results = []
-    for fn in (linear, torchs):
+    for fn in (linear, torch_linear):
         with product(own):
             y = fn(x, w, b, activation)
             y.mul_(2)
@@ -176,7 +176,7 @@ def penalty(fn, tensors, activation):
                                                      (torch.bfloat16, 0.05, 0.5)])  # fmt: skip
 def test_gradient_penalty(dtype, rtol, atol, activation):
     tensors = [t.to(dtype) for t in (X, W, B)]
-    ours, theirs = (penalty(fn, tensors, activation) for fn in (linear, torchs))
+    ours, theirs = (penalty(fn, tensors, activation) for fn in (linear, torch_linear))
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
@@ -192,7 +192,7 @@ def test_second_derivative_of_an_input_that_depends_on_the_weight(activation):
         grads = torch.autograd.grad(loss, (weight, bias), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), (weight, bias))
 
-    torch.testing.assert_close(second(linear), second(torchs))
+    torch.testing.assert_close(second(linear), second(torch_linear))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -204,7 +204,7 @@ def test_second_derivative_with_something_frozen(frozen, activation):
     y = linear(x, w, b, activation).square().sum()
     if activation == "none" or frozen == "input":
         ours = torch.autograd.grad(y, wanted, create_graph=True)
-        y = torchs(x, w, b, activation).square().sum()
+        y = torch_linear(x, w, b, activation).square().sum()
         theirs = torch.autograd.grad(y, wanted, create_graph=True)
         torch.testing.assert_close(ours, theirs)
         ours, theirs = (
@@ -229,7 +229,7 @@ def test_forward_mode_derivatives(activation):
             ]
             ours, theirs = (
                 torch.autograd.forward_ad.unpack_dual(fn(*duals, activation)).tangent
-                for fn in (linear, torchs)
+                for fn in (linear, torch_linear)
             )
         torch.testing.assert_close(ours, theirs)
 
@@ -253,7 +253,7 @@ def test_small_problems_are_torchs():
         with mock.patch.object(operation, "worthwhile", WORTHWHILE):
             y = linear(x, w, None, "silu")
         assert (type(y.grad_fn).__name__ == "_LinearBackward") == ours
-        assert ours or torch.equal(y, torchs(x, w, None, "silu"))
+        assert ours or torch.equal(y, torch_linear(x, w, None, "silu"))
 
 
 def test_compiled_code_takes_other_sizes():
@@ -280,7 +280,7 @@ def test_functional_transforms(activation):
         lambda fn: torch.func.jacrev(fn),
         lambda fn: torch.func.vmap(fn, (0, None, None)),
     ):
-        ours, theirs = (transform(loss(fn))(X, W, B) for fn in (linear, torchs))
+        ours, theirs = (transform(loss(fn))(X, W, B) for fn in (linear, torch_linear))
         torch.testing.assert_close(ours, theirs)
 
 
@@ -288,7 +288,7 @@ def test_functional_call():
     module = Linear(7, 4, activation="silu")
     state = {"weight": W.clone().requires_grad_(), "bias": B}
     y = torch.func.functional_call(module, state, (X,))
-    torch.testing.assert_close(y, torchs(X, W, B, "silu"))
+    torch.testing.assert_close(y, torch_linear(X, W, B, "silu"))
     (grad,) = torch.autograd.grad(y.sum(), state["weight"])
     expected = torch.func.grad(
         lambda w: torch.func.functional_call(module, {"weight": w, "bias": B}, (X,)).sum()

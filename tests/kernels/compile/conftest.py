@@ -38,7 +38,7 @@ def _pool():
 def compiled(_pool, request):
     """``compiled(launch, *arguments)``: its kernels for every architecture.
 
-    Of each is asserted what holds for all: no spills, no local memory, shared memory that fits.
+    Each is checked for spills, local memory, and shared memory that fits.
     """
 
     def compiled(launch, *arguments):
@@ -56,7 +56,7 @@ def compiled(_pool, request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Registers, shared memory and occupancy of each kernel; what is all the same, once."""
+    """Registers, shared memory and occupancy of each kernel; equal rows once."""
     rows = defaultdict(dict)
     for case, kernel in _made:
         name = kernel.name.removeprefix("_").removesuffix("_kernel")

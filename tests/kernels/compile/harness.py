@@ -1,4 +1,4 @@
-"""Compiles what a launch would compile, for a GPU that is not there, and reads the machine code.
+"""Compiles the kernels of a launch without a GPU, and reads their machine code.
 
 The launchers run as they are, on tensors in main memory. A stand-in for Triton's driver names the
 architecture, and a launch stops once the kernel is compiled: the arguments, their alignment and so
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
 
 
 class _Driver:
-    """What Triton asks its driver before it compiles."""
+    """Triton's driver, as far as compiling needs one."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -70,7 +70,7 @@ class _Driver:
 def without_interpreter() -> None:
     """Prepare a process for compiling; before it imports Triton."""
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # today's default, said so that 3.9 does not warn
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # today's default, set so that 3.9 does not warn
 
 
 def compile_for(

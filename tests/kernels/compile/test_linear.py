@@ -20,12 +20,12 @@ STORE = {80: r"STG\..*\.128", 90: r"UTMASTG\..*", 100: r"UTMASTG\..*", 120: r"ST
 
 # Every tile in both dtypes, every activation, with and without bias and z.
 CASES = {
-    "few rows, fp16 gelu + z": (64, 1024, torch.float16, "gelu", True, True),
-    "few rows, bf16 silu": (64, 1024, torch.bfloat16, "silu", False, False),
-    "shallow, fp16 gelu_tanh + z": (1024, 1024, torch.float16, "gelu_tanh", True, True),
-    "shallow, bf16 relu": (1024, 1024, torch.bfloat16, "relu", True, False),
-    "deep, fp16 silu + z": (1024, 4096, torch.float16, "silu", True, True),
-    "deep, bf16 gelu": (1024, 4096, torch.bfloat16, "gelu", True, False),
+    "small M, fp16 gelu + z": (64, 1024, torch.float16, "gelu", True, True),
+    "small M, bf16 silu": (64, 1024, torch.bfloat16, "silu", False, False),
+    "short K, fp16 gelu_tanh + z": (1024, 1024, torch.float16, "gelu_tanh", True, True),
+    "short K, bf16 relu": (1024, 1024, torch.bfloat16, "relu", True, False),
+    "long K, fp16 silu + z": (1024, 4096, torch.float16, "silu", True, True),
+    "long K, bf16 gelu": (1024, 4096, torch.bfloat16, "gelu", True, False),
 }
 
 
@@ -35,8 +35,8 @@ def _matrix(rows, columns, dtype):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_product(compiled, case):
-    rows, depth, dtype, activation, bias, save = case
-    x, w = _matrix(rows, depth, dtype), _matrix(512, depth, dtype)
+    m, k, dtype, activation, bias, save = case
+    x, w = _matrix(m, k, dtype), _matrix(512, k, dtype)
     b = torch.zeros(512, dtype=dtype) if bias else None
     for kernel in compiled(linear, x, w, b, activation, save):
         arch = kernel.arch
@@ -46,7 +46,7 @@ def test_product(compiled, case):
         copied_alone = r"LDG\..*\.(U16|S16|U8)" if arch in (90, 100) else r"LDS\.U16.*"
         assert kernel.count(copied_alone) == 0
         # As many programs on a multiprocessor as the tile's epilogue counts on.
-        tile = linear_tile(rows, depth, arch)
+        tile = linear_tile(m, k, arch)
         assert kernel.occupancy() * SM_WARPS[arch] >= tile.programs_per_sm * tile.warps
 
 

@@ -1,4 +1,4 @@
-"""The interpreter as a GPU would do it, and memory that shows what nobody wrote."""
+"""Triton's interpreter with a GPU's bf16, and new memory full of NaN."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """New memory is full of NaN: what a kernel does not write shows."""
+    """New memory is full of NaN: elements that a kernel does not write are seen."""
 
     def poison(allocate):
         def poisoned(*args, **kwargs):

@@ -53,10 +53,10 @@ def assert_within(out, ref, same_dtype, bound, factor=2):
     assert few or error.max() <= budget, f"{error.max() / budget:.2f} times the budget"
 
 
-def problem(rows, columns, depth, dtype, bias=True):
-    x = torch.randn(rows, depth, device=DEVICE).to(dtype)
-    w = (torch.randn(columns, depth, device=DEVICE) / depth**0.5).to(dtype)
-    return x, w, torch.randn(columns, device=DEVICE).to(dtype) if bias else None
+def problem(m, n, k, dtype, bias=True):
+    x = torch.randn(m, k, device=DEVICE).to(dtype)
+    w = (torch.randn(n, k, device=DEVICE) / k**0.5).to(dtype)
+    return x, w, torch.randn(n, device=DEVICE).to(dtype) if bias else None
 
 
 def check(x, w, b, activation, save):
@@ -88,23 +88,22 @@ def test_every_activation(architecture, activation, dtype):
 SHAPES = [
     (1, 8, 8),  # less than a tile in every direction
     (64, 64, 128),  # tiles for few rows, exactly
-    (3, 200, 328),  # and with a rest in columns and depth
-    (65, 264, 8),  # tiles for more, most of them of rows that are not there
-    (1200, 392, 40),  # more tiles down than are taken together
-    (130, 520, 2056),  # deep
+    (3, 200, 328),  # and with a tail in N and K
+    (65, 264, 8),  # tiles for a larger M, most of whose rows are out of bounds
+    (1200, 392, 40),  # more tiles down than in a group
+    (130, 520, 2056),  # long K
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_tile_and_rest(architecture, shape):
+def test_every_tile_and_tail(architecture, shape):
     check(*problem(*shape, torch.float16), "gelu", save=True)
 
 
-def test_each_kind_of_tile_is_met(architecture):
-    met = {linear_tile(rows, depth, architecture) for rows, _, depth in SHAPES}
-    everything = {linear_tile(rows, depth, architecture) for rows in (1, 65) for depth in (8, 9999)}
-    assert met == everything
+def test_each_kind_of_tile_is_tested(architecture):
+    tested = {linear_tile(m, k, architecture) for m, _, k in SHAPES}
+    assert tested == {linear_tile(m, k, architecture) for m in (1, 65) for k in (8, 9999)}
 
 
 def test_rows_may_lie_apart(architecture):
@@ -146,12 +145,12 @@ def test_supported_operands():
     refused = {
         "fp32": (x.float(), w.float()),
         "two dtypes": (x, w.bfloat16()),
-        "a depth of 60": (x[:, :60], w[:, :60]),
-        "7 columns": (x, w[:7]),
+        "K = 60": (x[:, :60], w[:, :60]),
+        "N = 7": (x, w[:7]),
         "no rows": (x[:0], w),
-        "no depth": (x[:, :0], w[:, :0]),
+        "K = 0": (x[:, :0], w[:, :0]),
         "an address of 2": (x[:, 1:57], w[:, :56]),
-        "columns side by side": (torch.zeros(64, 8).half().t(), w),
+        "transposed": (torch.zeros(64, 8).half().t(), w),
         "rows of 65 elements": (torch.zeros(4, 65).half()[:, :64], w),
         "rows 64 MB apart": (x[:1].as_strided((1, 64), (2**25, 1)), w),
         "the same row again": (x[:1].expand(4, 64), w),
@@ -240,14 +239,14 @@ def test_gradients_of_nothing(shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("depth", [48, 20])  # 20: no 16-byte rows, so torch multiplies
-def test_the_operation_of_more_dimensions(dtype, depth):
+@pytest.mark.parametrize("k", [48, 20])  # 20: no 16-byte rows, so torch multiplies
+def test_the_operation_of_more_dimensions(dtype, k):
     x, w, b, grad = (
         torch.randn(size, device=DEVICE).to(dtype)
-        for size in ((3, 5, depth), (24, depth), (24,), (3, 5, 24))
+        for size in ((3, 5, k), (24, k), (24,), (3, 5, 24))
     )
     supported = backend.supports_operands(x, w) is None
-    assert supported == (depth == 48)
+    assert supported == (k == 48)
     linear = backend.linear if supported else linear_reference
     y, z = linear(x, w, b, "silu", True)
     expected_y, expected_z = linear_reference(x.double(), w.double(), b.double(), "silu", True)

@@ -174,7 +174,7 @@ def test_any_address_and_stride(kind, input):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_rows(kind, monkeypatch):
-    """What 2^31 rows, or pixels of a plane, would switch on."""
+    """The kernel for 2^31 ranges, or pixels of a plane."""
     monkeypatch.setattr("fastmp.backends.triton.kernels.mix._INT32_LIMIT", 0)
     for shape in [(3, 2, 24, 72), (5, 3, 7, 11)]:
         arguments = problem(shape, kind, torch.uint8, torch.float16, True)

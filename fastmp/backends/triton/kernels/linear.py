@@ -156,7 +156,7 @@ def _linear_kernel(
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """y, and z or an empty tensor; for what ``supports_operands`` allows.
+    """y, and z or an empty tensor; for operands that ``supports_operands`` accepts.
 
     Args:
         input: (M, K).

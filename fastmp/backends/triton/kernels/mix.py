@@ -149,7 +149,7 @@ def _mix_kernel(
 
 
 def _vector(input: Tensor, output: Tensor, plane: int, width: int | None) -> int:
-    """How many elements an access takes: 16 bytes of the wider dtype, or what divides the sizes."""
+    """Elements of an access: 16 bytes of the wider dtype, or fewer if they do not divide a size."""
     if input.data_ptr() % 16 or output.data_ptr() % 16:
         return 1
     widest = 16 // max(input.element_size(), output.element_size())
