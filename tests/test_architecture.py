@@ -1,6 +1,7 @@
 """The layers: imports point downwards only, and the library imports no heavy package."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_imports_point_downwards(path):
     for name in imported(path):
         there = LAYER.get(name, LAYER["__init__"])  # a public name: it comes from __init__
         assert there <= here, f"{layer_name(path)} imports {name}, a higher layer"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: p.name)
+def test_operations_name_no_device(path):
+    words = re.findall("cpu|cuda|triton", path.read_text(), re.IGNORECASE)
+    assert not words, f"{path}: kernels register themselves, see backends/registry.py"
 
 
 def test_importing_the_library_imports_no_package_of_the_trainer():

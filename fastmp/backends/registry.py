@@ -193,13 +193,6 @@ def on_host(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu
 
 
-def announce(operation: str, device: str, backend: str) -> bool:
-    """Only until loss and update register their kernels: a row for the report."""
-    _operations.setdefault(operation, (operation,))
-    register(operation, device, _anything, backend=backend)
-    return _backends[backend].available
-
-
 # ---- backends ----
 
 

@@ -6,21 +6,22 @@ Its kernels are the references on the tensors in main memory behind the handles.
 from collections import Counter
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fastmp.backends import native_table, registry
-from fastmp.ops import update
-from fastmp.ops.linear import backward_reference, linear_reference
-from fastmp.ops.mix import mix_reference
+from fastmp.ops import linear, loss, mix, update
 from fastmp.ops.update.step_table import StepTable
 from tests.backends.torch_dummy import to_dummy, to_host
 
 #: Calls of each kernel.
 calls = Counter()
 
-TORCH_OPS = {
-    "linear": linear_reference,
-    "linear_backward": backward_reference,
-    "mix": mix_reference,
+REFERENCES = {
+    "linear": linear.linear_reference,
+    "linear_backward": linear.backward_reference,
+    "loss_forward": loss.forward_reference,
+    "loss_backward": loss.backward_reference,
+    "mix": mix.mix_reference,
 }
 
 
@@ -35,15 +36,16 @@ def on_host(name, reference):
 
     def kernel(*args):
         calls[name] += 1
-        out = reference(*map(to_host, args))
-        return tuple(map(to_dummy, out)) if isinstance(out, tuple) else to_dummy(out)
+        return pytree.tree_map(to_dummy, reference(*pytree.tree_map(to_host, args)))
 
     return kernel
 
 
-def worthwhile(input, weight, activation):
-    """Problems of one row are left to torch."""
-    return input.shape[:-1].numel() > 1
+#: Problems of one row are left to torch; the forward of the loss writes the gradient.
+POLICIES = {
+    "linear": {"worthwhile": lambda input, weight, activation: input.shape[:-1].numel() > 1},
+    "loss_forward": {"precomputes_grad": lambda logits, assumed_grad_output: True},
+}
 
 
 class Step:
@@ -81,8 +83,9 @@ class Step:
 
 
 registry.mark_available("dummy", "references in main memory")
-for name, reference in TORCH_OPS.items():
-    kernel = on_host(name, reference)
-    policies = {"worthwhile": worthwhile} if name == "linear" else {}
-    registry.register(name, "dummy", kernel, backend="dummy", supports=supports, **policies)
+for name, reference in REFERENCES.items():
+    policies = POLICIES.get(name, {})
+    registry.register(
+        name, "dummy", on_host(name, reference), backend="dummy", supports=supports, **policies
+    )
 registry.register("update", "dummy", Step, backend="dummy", supports=native_table.supports)

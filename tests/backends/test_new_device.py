@@ -21,7 +21,7 @@ def value_and_grads(fn, *tensors):
 
 
 def assert_as_on_cpu(fn, *tensors):
-    """The same bits: the kernels of the device are the references, which those of the CPU match."""
+    """Values and gradients of fn are those that it has on the CPU."""
     ours = value_and_grads(fn, *(t.to(DEVICE) for t in tensors))
     for found, expected in zip(ours, value_and_grads(fn, *tensors), strict=True):
         torch.testing.assert_close(found, expected)
@@ -37,6 +37,20 @@ def linear(calls):
     assert_as_on_cpu(layer, x.double(), w.double(), b.double())  # not supported: the reference
     assert_as_on_cpu(layer, x[0, :1], w, b)  # not worth a call: torch's
     assert calls == {"linear": 1, "linear_backward": 1}
+
+
+def loss(calls):
+    def pair(z):
+        return functional.cross_entropy(
+            z, a.to(z.device), target_b=b.to(z.device), lam=0.3, label_smoothing=0.1
+        )
+
+    a, b = torch.tensor([0, 3, 1]), torch.tensor([2, 2, -100])
+    z = torch.randn(3, 4)
+    assert_as_on_cpu(pair, z)  # the gradient of loss² is not the assumed one: computed again
+    assert calls == {"loss_forward": 1, "loss_backward": 1}
+    assert_as_on_cpu(pair, z.double())  # not supported: the reference
+    assert calls == {"loss_forward": 1, "loss_backward": 1}
 
 
 def mix(calls):
@@ -67,7 +81,7 @@ def update(calls):
     assert calls == {"update": 6}
 
 
-OPERATIONS = {"linear": linear, "mix": mix, "update": update}
+OPERATIONS = {"linear": linear, "loss": loss, "mix": mix, "update": update}
 
 
 def run(operation):
