@@ -73,15 +73,14 @@ FASTMP_DEVICE T read_only(const T* from) {
   return __ldg(from);
 }
 
-/* Streaming access: not reused in this step. First to leave the L2 cache, which is kept for the
- * gradients of phase 1 and the weights of the next forward. */
+/* Memory that is read and written once in phase 2. */
 template <class T>
-FASTMP_DEVICE T load_streaming(const T* from) {
-  return __ldcs(from);
+FASTMP_DEVICE T load(const T* from) {
+  return *from;
 }
 template <class T>
-FASTMP_DEVICE void store_streaming(T value, T* to) {
-  __stcs(to, value);
+FASTMP_DEVICE void store_bits(T value, T* to) {
+  *to = value;
 }
 
 }  // namespace fastmp

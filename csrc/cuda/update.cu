@@ -16,6 +16,10 @@
  * time: 128 bits of every fp32 stream, 64 of every 16-bit one; 1,024 threads a multiprocessor have
  * 56 KB on their way, twice what an H200's bandwidth times its latency asks for (predicted).
  *
+ * Measured on an H200, 105 M parameters, of a copy: fp16 90%, bf16 90%, fp32 92%. With streaming
+ * hints (.cs) on loads and stores 88, 88 and 90; with ranges of 8 chunks in turn instead of one
+ * contiguous range a block 86, 87 and 90.
+ *
  * The norm has one order of summation on every GPU, whatever its number of multiprocessors: the
  * chunks are divided into at most 2,048 partials, a partial is summed by one block and the partials
  * in order. */
@@ -106,7 +110,7 @@ FASTMP_DEVICE bool is_aligned(const T* pointer) {
 template <int n, class T>
 FASTMP_DEVICE void read(const T* from, T (&to)[n]) {
   Packet<T, n> packet;
-  packet.bits = load_streaming(reinterpret_cast<const decltype(packet.bits)*>(from));
+  packet.bits = load(reinterpret_cast<const decltype(packet.bits)*>(from));
   for (int i = 0; i < n; ++i) to[i] = packet.items[i];
 }
 
@@ -114,7 +118,7 @@ template <int n, class T>
 FASTMP_DEVICE void write(const T (&from)[n], T* to) {
   Packet<T, n> packet;
   for (int i = 0; i < n; ++i) packet.items[i] = from[i];
-  store_streaming(packet.bits, reinterpret_cast<decltype(packet.bits)*>(to));
+  store_bits(packet.bits, reinterpret_cast<decltype(packet.bits)*>(to));
 }
 
 /* ---- phase 1 ---- */

@@ -79,11 +79,11 @@ FASTMP_DEVICE T read_only(const T* from) {
   return *from;
 }
 template <class T>
-FASTMP_DEVICE T load_streaming(const T* from) {
+FASTMP_DEVICE T load(const T* from) {
   return read_only(from);
 }
 template <class T>
-FASTMP_DEVICE void store_streaming(T value, T* to) {
+FASTMP_DEVICE void store_bits(T value, T* to) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) __builtin_trap();
   *to = value;
 }

@@ -128,7 +128,9 @@ def _forward_kernel(
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
         lane = tl.arange(0, BLOCK_C)[None, :]
         blocks = tl.cdiv(C, BLOCK_C)
-        block = load_block(rows, weight, BLOCK_C, ON_CHIP)
+        block = None  # here: Triton 3.6 compiles no function that returns None
+        if ON_CHIP:
+            block = load_block(rows, weight, BLOCK_C)
         a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
                             C, ignore_index)  # fmt: skip
         lowest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -192,7 +194,9 @@ def _backward_kernel(
         o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        block = load_block(rows, weight, BLOCK_C, ON_CHIP)
+        block = None  # here: Triton 3.6 compiles no function that returns None
+        if ON_CHIP:
+            block = load_block(rows, weight, BLOCK_C)
         a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
                             C, ignore_index)  # fmt: skip
         row_max = tl.load(stats + 2 * o_n, mask=m_n, other=0.0)

@@ -137,16 +137,13 @@ def _load_class_weights(weight, o_c, mask):
 
 
 @triton.jit
-def load_block(rows, weight, BLOCK_C: tl.constexpr, ON_CHIP: tl.constexpr):
-    """The vector bodies of the rows, if they stay in registers, else None."""
-    if ON_CHIP:
-        o_c = tl.arange(0, BLOCK_C)[None, :]
-        mask = rows.m_n[:, None] & (o_c < rows.body[:, None])
-        b_z = _load_logits(rows.p_body + o_c, mask)
-        b_w = _load_class_weights(weight, rows.prologue[:, None] + o_c, mask)
-        return Block(b_z, b_w, mask)
-    else:
-        return None
+def load_block(rows, weight, BLOCK_C: tl.constexpr):
+    """The vector bodies of the rows."""
+    o_c = tl.arange(0, BLOCK_C)[None, :]
+    mask = rows.m_n[:, None] & (o_c < rows.body[:, None])
+    b_z = _load_logits(rows.p_body + o_c, mask)
+    b_w = _load_class_weights(weight, rows.prologue[:, None] + o_c, mask)
+    return Block(b_z, b_w, mask)
 
 
 # ---- loss ----
