@@ -19,8 +19,8 @@ from fastmp.ops.update import join_master, split_master
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 # Elements: a tensor of an arena starts at a multiple of 512 bytes in fp32. A warp accesses 512
-# bytes; from a multiple of 64 they lie in one 128-byte line more. With tensors of 2,625,000 elements
-# the step of an H200 is at 86% of a copy instead of 72%.
+# bytes; from a multiple of 64 they lie in one 128-byte line more. With tensors of 2,625,000
+# elements the step of an H200 is at 86% of a copy instead of 72%.
 _ALIGNMENT = 128
 
 States = MutableMapping[Tensor, dict[str, Any]]
