@@ -32,9 +32,6 @@ A row that starts at an odd address has up to seven logits before the first 16-b
 between them is loaded and stored 16 bytes at a time.
 """
 
-# A constexpr condition selects the value of block, which mypy cannot see.
-# mypy: disable-error-code="union-attr"
-
 from __future__ import annotations
 
 from typing import Any
@@ -47,8 +44,8 @@ from torch import Tensor
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.triton import num_sms
 from fastmp.backends.triton.kernels.loss_row import (
-    Block,
     Softmax,
+    exp_block,
     load_and_update,
     load_block,
     load_grad_output,
@@ -59,7 +56,6 @@ from fastmp.backends.triton.kernels.loss_row import (
     store_gradient,
     target_loss,
 )
-from fastmp.backends.triton.kernels.numerics import exp
 from fastmp.backends.triton.tiles import loss_tile
 
 # Each divisor of the mean is the sum of so many partials, each by one program.
@@ -131,9 +127,7 @@ def _forward_kernel(
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
         lane = tl.arange(0, BLOCK_C)[None, :]
         blocks = tl.cdiv(C, BLOCK_C)
-        block = None  # here: Triton 3.6 compiles no function that returns None
-        if ON_CHIP:
-            block = load_block(rows, weight, BLOCK_C)
+        block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
         a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
                             C, ignore_index)  # fmt: skip
         lowest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -141,8 +135,7 @@ def _forward_kernel(
         s = Softmax(lowest, zeros, zeros, zeros)
         block_max = None
         if ON_CHIP:
-            s, b_e = online_softmax_update(s, block.b_z, block.b_w, block.mask, SMOOTH)
-            block = Block(b_e, block.b_w, block.mask)
+            s, block = online_softmax_update(s, block, SMOOTH)
             block_max = s.row_max
         else:
             for i_c in tl.range(0, blocks, num_stages=3):
@@ -197,15 +190,13 @@ def _backward_kernel(
         o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        block = None  # here: Triton 3.6 compiles no function that returns None
-        if ON_CHIP:
-            block = load_block(rows, weight, BLOCK_C)
+        block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
         a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
                             C, ignore_index)  # fmt: skip
         row_max = tl.load(stats + 2 * o_n, mask=m_n, other=0.0)
         sum_exp = tl.load(stats + 2 * o_n + 1, mask=m_n, other=1.0)
         if ON_CHIP:
-            block = Block(exp(block.b_z - row_max[:, None]), block.b_w, block.mask)
+            block = exp_block(block, row_max)
         g = load_grad_output(grad_output, stride_grad_output, rows)
         store_gradient(grad, rows, block, row_max, weight, weight_total, a, b, g, row_max, sum_exp,
                        C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR,

@@ -138,7 +138,7 @@ def _load_class_weights(weight, o_c, mask):
 
 @triton.jit
 def load_block(rows, weight, BLOCK_C: tl.constexpr):
-    """The vector bodies of the rows."""
+    """The vector bodies of the rows. ON_CHIP is the caller's: Triton 3.6 cannot return None."""
     o_c = tl.arange(0, BLOCK_C)[None, :]
     mask = rows.m_n[:, None] & (o_c < rows.body[:, None])
     b_z = _load_logits(rows.p_body + o_c, mask)
@@ -146,35 +146,40 @@ def load_block(rows, weight, BLOCK_C: tl.constexpr):
     return Block(b_z, b_w, mask)
 
 
+@triton.jit
+def exp_block(block, row_max):
+    """The block with exp(z - row_max) in place of z."""
+    return Block(exp(block.b_z - row_max[:, None]), block.b_w, block.mask)
+
+
 # ---- loss ----
 
 
 @triton.jit
-def online_softmax_update(s, b_z, b_w, mask, SMOOTH: tl.constexpr):
-    """The sums with these logits, and exp(z - row_max) (Milakov & Gimelshein 2018).
+def online_softmax_update(s, block, SMOOTH: tl.constexpr):
+    """The sums with a block's logits, and its exp(z - row_max) (Milakov & Gimelshein 2018).
 
     Every term of smooth_sum is positive: nothing cancels, however large the logits.
     """
-    row_max = tl.maximum(s.row_max, tl.max(b_z, 1))
+    row_max = tl.maximum(s.row_max, tl.max(block.b_z, 1))
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    below = b_z - shift[:, None]
+    below = block.b_z - shift[:, None]
     e = exp(below)
     sum_exp = s.sum_exp * exp(s.row_max - shift) + tl.sum(e, 1)
     smooth_sum = s.smooth_sum
     weight_sum = s.weight_sum
     if SMOOTH:
         smooth_sum += tl.where(weight_sum > 0, weight_sum * (row_max - s.row_max), 0.0)
-        smooth_sum -= tl.sum(tl.where(mask, b_w * below, 0.0), 1)
-        weight_sum += tl.sum(tl.where(mask, b_w, 0.0), 1)
-    return Softmax(row_max, sum_exp, smooth_sum, weight_sum), e
+        smooth_sum -= tl.sum(tl.where(block.mask, block.b_w * below, 0.0), 1)
+        weight_sum += tl.sum(tl.where(block.mask, block.b_w, 0.0), 1)
+    return Softmax(row_max, sum_exp, smooth_sum, weight_sum), Block(e, block.b_w, block.mask)
 
 
 @triton.jit
 def load_and_update(s, p_z, weight, o_c, mask, SMOOTH: tl.constexpr):
     """online_softmax_update with logits from memory."""
-    b_z = _load_logits(p_z, mask)
-    b_w = _load_class_weights(weight, o_c, mask)
-    s, _ = online_softmax_update(s, b_z, b_w, mask, SMOOTH)
+    block = Block(_load_logits(p_z, mask), _load_class_weights(weight, o_c, mask), mask)
+    s, _ = online_softmax_update(s, block, SMOOTH)
     return s
 
 
