@@ -30,7 +30,8 @@ soak: $(STAMP)
 # on it. The leak check is off: Python and torch free at exit only what they want to.
 # --capture=sys: a report of AddressSanitizer is written past Python.
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
-SANITIZED_TESTS := $(addprefix tests/,amp backends data/test_mixup.py functional ops optim \
+SANITIZED_TESTS := $(addprefix tests/,amp functional ops optim data/test_mixup.py \
+	$(addprefix backends/test_,abi.py cpu_gemm.py numerics.py) \
 	$(addprefix compat/test_torch_,operators.py optimizers.py scaler.py))
 RUNS ?= 200000
 sanitize: $(STAMP)
