@@ -82,3 +82,30 @@ def test_dir_shows_the_public_names_and_a_star_import_gives_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shown, given = done.stdout.splitlines()
     assert shown.split() == given.split() == sorted(fastmp.__all__)
+
+
+# ---- sizes: a file is read in one sitting, a function on one screen ----
+
+
+def test_entries_and_layers_are_few():
+    entries = [p for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    assert len(entries) <= 22
+    assert len(LAYERS) <= 11
+    assert {p.name.removesuffix(".py") for p in entries} == set(LAYER)
+
+
+def test_the_trainer_is_at_most_300_lines():
+    assert len((PACKAGE / "training" / "trainer.py").read_text().splitlines()) <= 300
+
+
+def lines_of(function):
+    """Its lines, without the docstring."""
+    described = ast.get_docstring(function) is not None
+    docstring = function.body[0].end_lineno - function.body[0].lineno + 1 if described else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_are_at_most_60_lines(path):
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    assert {f.name: lines_of(f) for f in functions if lines_of(f) > 60} == {}

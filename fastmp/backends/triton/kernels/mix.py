@@ -87,8 +87,7 @@ def _mix_kernel(
     lam, stride_lam,  # (), stride 0, or (N); or None
     index,  # (N), int64, or None
     box, stride_box,  # (4), stride 0, or (N, 4), int64; or None
-    scale,  # (C) or None
-    shift,  # (C) or None
+    scale, shift,  # (C) each, or None
     N, C, HW, W, ranges_per_plane, ranges, INDEX: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
