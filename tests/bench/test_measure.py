@@ -41,9 +41,10 @@ def test_a_case_that_compiles_too_long_has_failed_and_is_no_obstacle(tmp_path, c
 
 
 def test_a_case_after_the_time_is_cut(tmp_path):
+    before = set(multiprocessing.active_children())  # of other tests in this process
     timed = measure.side_by_side(makes(tmp_path / "log", hangs="hang", late="rows"), 1, 1)
     measure.measure(["hangs", "late"], timed, 1.0, tmp_path, "cpu")
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     lines = (tmp_path / measure.GOALS).read_text().splitlines()
     assert lines[2:] == ["| hangs | not measured | cut |", "| late | not measured | cut |"]
 

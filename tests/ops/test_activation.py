@@ -13,7 +13,7 @@ from tests.functional.linear_cases import (
     SMOOTH,
     half_ulp,
     product,
-    torchs,
+    torch_linear,
     value_and_grads,
 )
 
@@ -57,7 +57,7 @@ def alone(fn, z, activation):
 def assert_accurate(z, activation):
     """Half an ulp of rounding and a few of fp32, everywhere; where it matters, torch's budget."""
     ours = alone(linear, z, activation)
-    theirs = alone(torchs, z, activation)
+    theirs = alone(torch_linear, z, activation)
     refs = exact(z.double(), activation)
     usual = z.abs() <= 8
     for out, their, ref, of_fp32 in zip(ours, theirs, refs[:2], refs[2:], strict=True):
@@ -107,7 +107,7 @@ def test_activations_at_the_ends(activation, dtype, own):
     z = z.repeat(5)[:, None]  # whole vectors and the rest
     with product(own):
         y, dz = alone(linear, z, activation)
-    ref, ref_dz = alone(torchs, z, activation)
+    ref, ref_dz = alone(torch_linear, z, activation)
     for out, theirs in ((y, ref), (dz, ref_dz)):
         finite = theirs.isfinite()
         ulp = torch.finfo(dtype).eps
