@@ -13,7 +13,8 @@ train: $(STAMP)
 
 # A process on every core. ARGS="-n 0 tests/optim" runs in one.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n auto --dist loadgroup
+# A file stays in one process: its fixtures are built once, and its large tests never run side by side.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(PYTEST) $(PARALLEL) $(ARGS)
 

@@ -145,7 +145,6 @@ print(image.kernel, hashlib.sha256(image.code).hexdigest())
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_processes_that_fill_the_cache_at_once(folder, tmp_path, compiled):
     """Four, let off by one gate: each gets a kernel, one entry stays, whole, and nothing else.
 

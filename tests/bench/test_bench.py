@@ -226,7 +226,6 @@ def test_time_to_an_accuracy():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_scaling_compares_two_processes_with_one():
     one, two = scaling.case("mlp", [1, 2], "cpu", 3)
     assert (one.case, two.case) == (

@@ -113,7 +113,6 @@ def test_the_library_is_found(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     """Without a GPU: the interpreter stands in for it; few files are left."""
     pytest.importorskip("triton", reason="Triton is not installed: no interpreter to stand in")

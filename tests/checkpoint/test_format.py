@@ -152,7 +152,6 @@ def test_saving_again_replaces_and_leaves_no_litter(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists on POSIX systems only")
 def test_a_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
     program = (

@@ -115,7 +115,6 @@ for step in range(int(sys.argv[2]), 10**6):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("background", ["0", "1"])
 def test_killed_while_saving_the_last_whole_one_loads(tmp_path, background):
     dice = random.Random(0)

@@ -125,7 +125,6 @@ def test_a_model_from_a_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process on POSIX systems only")
 def test_an_interrupt_saves_the_state(tmp_path):
     command = [sys.executable, "-m", "fastmp", "train", *FAST, "--epochs", "9999", "--out", "out"]

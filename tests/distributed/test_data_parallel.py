@@ -8,8 +8,6 @@ from fastmp.checkpoint.manager import Checkpoints
 from fastmp.distributed import data_parallel
 from tests.distributed import ranks
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def test_two_ranks_equal_one_with_twice_the_batch(results):
     one, two = (part["twice"] for part in results[:2])

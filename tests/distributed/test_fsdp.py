@@ -10,8 +10,6 @@ from fastmp.distributed import fsdp
 from fastmp.recipe import ConfigError, TrainConfig
 from tests.distributed.launcher import torchrun
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 SHARDED = ["sharded", "sharded accumulation", "sharded norm", "sharded bf16 norm"]
 
 

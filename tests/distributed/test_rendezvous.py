@@ -11,8 +11,6 @@ from torch.distributed import HashStore
 
 from fastmp.distributed import rendezvous
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def test_the_world_of_a_torchrun_job(results):
     assert [part["world"] for part in results[:2]] == [

@@ -6,7 +6,6 @@ from fastmp.training import log
 from tests.robustness.processes import at_once
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.slow
 @pytest.mark.usefixtures("commands")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

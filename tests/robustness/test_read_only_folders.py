@@ -7,7 +7,6 @@ import pytest
 from tests.robustness.processes import at_once
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.slow
 @pytest.mark.usefixtures("commands")
 def test_a_read_only_home(tmp_path):

@@ -23,7 +23,7 @@ from fastmp import checkpoint
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.training import log
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 KILLS = 20 if os.environ.get("FASTMP_SOAK") else 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fuzzer")]  # one build of it
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 FLAGS = [

@@ -1,6 +1,5 @@
 """The operations on an NVIDIA GPU: compiled, captured, never waiting, at any address and size."""
 
-import gc
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -348,76 +347,3 @@ def test_an_index_out_of_range_is_loud(kind, value):
     assert out[2].isnan().all()
     assert torch.equal(out[others], good[others])
     torch.cuda.synchronize()
-
-
-# ---- more than 2^31 elements ----
-
-
-@pytest.fixture
-def free_40_gb():
-    """40 GB of free memory, which the cache gives back after the test."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 1e9
-    if free < 40:
-        pytest.skip(f"needs 40 GB of free GPU memory, got {free:.0f}")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-@pytest.mark.xdist_group("gpu-memory")
-@pytest.mark.usefixtures("free_40_gb")
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_loss_of_more_than_2_31_logits(reduction):
-    """With none the gradient is computed in the backward, with sum in the forward."""
-    z = torch.randn(8200, 262144, device=DEVICE, dtype=torch.float16).requires_grad_()
-    y = torch.randint(262144, (8200,), device=DEVICE)
-    loss = cross_entropy(z, y, reduction=reduction, grad_scale=1024.0)
-    (grad,) = torch.autograd.grad(loss, z, torch.full_like(loss, 1024.0))
-    rows = [0, 8191, 8192, 8198, 8199]
-    some = z.detach()[rows].double().requires_grad_()
-    ref = F.cross_entropy(some, y[rows], reduction="none")
-    (ref_grad,) = torch.autograd.grad(ref, some, torch.full_like(ref, 1024.0))
-    if reduction == "none":
-        torch.testing.assert_close(loss[rows].double(), ref, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad[rows].double(), ref_grad, rtol=2**-10, atol=1e-7)
-
-
-@pytest.mark.xdist_group("gpu-memory")
-@pytest.mark.usefixtures("free_40_gb")
-def test_linear_of_more_than_2_31_results():
-    x = torch.randn(524296, 64, device=DEVICE).half()
-    w = (torch.randn(4104, 64, device=DEVICE) / 8).half()
-    b = torch.randn(4104, device=DEVICE).half()
-    leaves = [t.requires_grad_() for t in (x, w, b)]
-    y = linear(x, w, b, "gelu")
-    # A power of two, and so small that no sum of 524,296 of them leaves fp16.
-    dx, dw, db = torch.autograd.grad(y, leaves, torch.full_like(y, 2.0**-6))
-    x64, w64, b64 = (t.detach().double() for t in leaves)
-
-    def wide(some_x, some_w, some_b):
-        z = F.linear(some_x, some_w, some_b).requires_grad_()
-        value = F.gelu(z)
-        (dz,) = torch.autograd.grad(value, z, torch.full_like(value, 2.0**-6))
-        return value.detach(), dz
-
-    value, dz = wide(x64[-200:], w64, b64)
-    torch.testing.assert_close(y[-200:].double(), value, rtol=2**-10, atol=1e-5)
-    _, dz_columns = wide(x64, w64[-8:], b64[-8:])
-    exactly = dz @ w64, dz_columns.t() @ x64, dz_columns.sum(0)
-    for ours, exact in zip((dx[-200:], dw[-8:], db[-8:]), exactly, strict=True):
-        assert (ours.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
-
-
-@pytest.mark.xdist_group("gpu-memory")
-@pytest.mark.usefixtures("free_40_gb")
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mix_of_more_than_2_31_bytes(kind):
-    x = torch.randint(256, (10930, 3, 256, 256), device=DEVICE, dtype=torch.uint8)
-    index = torch.arange(len(x), device=DEVICE).flip(0)
-    lam, box = torch.tensor(0.25, device=DEVICE), torch.tensor([10, 200, 33, 250], device=DEVICE)
-    chosen = {"lam": lam} if kind == "mixup" else {"lam": None, "box": box}
-    out = mix(x, index=index, **chosen, mean=MEAN, std=STD, dtype=torch.float16)
-    pair = torch.tensor([0, len(x) - 1], device=DEVICE)  # each other's partners
-    assert_mixed(out[pair], x[pair], pair.new_tensor([1, 0]), **chosen)
