@@ -22,33 +22,37 @@ class _CrossEntropy(torch.autograd.Function):
         loss, stats, grad = torch.ops.fastmp.loss_forward(
             logits, assumed_grad_output, compute_grad, *spec
         )
-        ctx.save_for_backward(logits, stats, assumed_grad_output, *spec[:4])
+        # No attribute: checkpointing and saved_tensors_hooks drop or move what is saved here only.
+        ctx.save_for_backward(
+            logits, stats, assumed_grad_output, grad if compute_grad else None, *spec[:4]
+        )
         ctx.options = spec[4:]
-        ctx.grad = grad if compute_grad else None
+        ctx.grad_is_given = False
         return cast(Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint hands out each of them once
         if not torch.is_grad_enabled():
-            grad = _CrossEntropy.gradient(ctx, grad_output)
+            grad = _CrossEntropy.gradient(ctx, saved, grad_output)
         else:  # create_graph=True
             with torch.no_grad():
-                grad = _CrossEntropy.gradient(ctx, grad_output)
+                grad = _CrossEntropy.gradient(ctx, saved, grad_output)
             if not torch.compiler.is_compiling():
-                grad = _FirstOrderOnly.apply(  # type: ignore[no-untyped-call]
-                    grad, ctx.saved_tensors[0]
-                )
+                grad = _FirstOrderOnly.apply(grad, saved[0])  # type: ignore[no-untyped-call]
         return (grad, *[None] * 9)
 
     @staticmethod
-    def gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-        logits, stats, assumed_grad_output, *tensors = ctx.saved_tensors
+    def gradient(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor) -> Tensor:
+        logits, stats, assumed_grad_output, grad, *tensors = saved
         arguments = (grad_output, logits, stats, *tensors, *ctx.options)
-        grad = ctx.grad
         # Under vmap many grad_outputs share one gradient: nothing is written in place.
-        if grad is None or transformed(grad_output):
+        if grad is None or ctx.grad_is_given or transformed(grad_output):
             return cast(Tensor, torch.ops.fastmp.loss_backward(*arguments))
-        ctx.grad = None  # given away once: autograd may then keep it without a copy
+        ctx.grad_is_given = True  # once: autograd may then keep it without a copy
+        grad = (
+            grad.data
+        )  # its own version counter: a second backward may still unpack the saved one
         torch.ops.fastmp.loss_ensure_grad_(grad, assumed_grad_output, *arguments)
         return cast(Tensor, grad)
 

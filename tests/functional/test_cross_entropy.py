@@ -210,10 +210,11 @@ def test_the_scale_is_the_one_at_the_time_of_the_forward():
     torch.testing.assert_close(grad, torch.autograd.grad(ref, z, torch.tensor(8.0))[0])
 
 
+@pytest.mark.parametrize("grad_scale", [None, 8.0])  # the gradient that comes, and another one
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice(reduction):
-    z = torch.randn(3, 4, requires_grad=True)
-    loss = cross_entropy(z, torch.tensor([0, 1, 2]), reduction=reduction).sum()
+def test_backward_twice(reduction, grad_scale):
+    z, y = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
+    loss = cross_entropy(z, y, reduction=reduction, grad_scale=grad_scale).sum()
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
     kept = first.clone()
     first.fill_(float("nan"))  # the buffer is the caller's now
