@@ -16,7 +16,7 @@ global norm and the overflow check follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -28,10 +28,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmp import amp
-from fastmp.ops import update
-from fastmp.ops.update import Options
 from fastmp.optim.base import FusedOptimizer
-from fastmp.optim.step_context import ReducedStep
+from fastmp.optim.step_reducer import GroupReducer
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
@@ -109,7 +107,7 @@ class Shards:
 
     def attach(self, optimizer: FusedOptimizer) -> None:
         """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on."""
-        optimizer.step_context.reduce_step = _reduce_step
+        optimizer.step_context.reduce_step = GroupReducer()
 
     # ---- full state, for checkpoints; every rank must call these ----
 
@@ -175,32 +173,3 @@ def _full_tensor(own: Tensor, like: DTensor) -> Tensor:
     mesh, placements = like.device_mesh, like.placements
     part = DTensor.from_local(own, mesh, placements, shape=like.shape, stride=like.stride())
     return part.full_tensor()
-
-
-@torch.no_grad()
-def _reduce_step(
-    grads: Sequence[Tensor], param_indices: Sequence[int], options: Options
-) -> ReducedStep:
-    """Sum the squares of all ranks' shards: the same norm, clip and overflow on every rank.
-
-    A ``StepReducer``. The clip goes into the scale that the kernels divide by, so it costs no pass.
-    """
-    squares = torch.stack(torch._foreach_norm(list(grads), 2, torch.float64)).square()
-    dist.all_reduce(squares)
-    nonfinite = ~squares.isfinite()  # fp64 holds the square of any fp32 number
-    found_inf = nonfinite.any()
-    first = torch.tensor(param_indices, device=squares.device)[nonfinite.byte().argmax()]
-    scale = torch.ones_like(squares[0]) if options.grad_scale is None else options.grad_scale
-    norm = squares.sum().sqrt() / scale
-    external_found_inf = found_inf.float()
-    if options.external_found_inf is not None:
-        external_found_inf = torch.maximum(external_found_inf, options.external_found_inf.float())
-    if options.max_grad_norm >= 0:
-        # a factor of zero, for max_grad_norm=0, would leave no scale to divide by
-        scale = scale / update.clip_coefficient(norm, options.max_grad_norm).clamp(min=1e-30)
-    reduced = options._replace(
-        grad_scale=scale.float(),
-        external_found_inf=external_found_inf,
-        max_grad_norm=update.NO_CLIP,
-    )
-    return ReducedStep(reduced, norm, torch.where(found_inf, first, -1))

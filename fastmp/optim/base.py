@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import schedule_table, state
-from fastmp.optim.step_context import ReducedStep, StepContext
+from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
 from fastmp.optim.step_record import RecordedOptimizer
+from fastmp.optim.step_reducer import ReducerSearch, check_scaler, watch_wrappers
 from fastmp.optim.table_cache import TableCache
 from fastmp.schedule import Schedule
 
@@ -30,7 +32,6 @@ class FusedOptimizer(RecordedOptimizer):
     group's options stand for (``_hyper``).
     """
 
-    _step_supports_amp_scaling = True  # torch's GradScaler then assigns grad_scale and found_inf
     _schedule: Tensor | None = None
 
     def __init__(
@@ -46,6 +47,8 @@ class FusedOptimizer(RecordedOptimizer):
         self.skip_nonfinite = skip_nonfinite
         self.step_context = StepContext()
         self._tables = TableCache()
+        self._search_reducer = ReducerSearch()
+        watch_wrappers()
         super().__init__(*args, **kwargs)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -110,11 +113,17 @@ class FusedOptimizer(RecordedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         params, grads = self._collect()
-        if not params:
+        reducer = self._reducer()
+        if not params and reducer is None:
             return loss
         hypers = [self._hyper(group) for group in self.param_groups]
-        table = self._tables.bind(self, params, grads, [h.rule for h in hypers])
-        options, reduced = self._decide_options(table, grads)
+        if params:
+            table = self._tables.bind(self, params, grads, [h.rule for h in hypers])
+        else:
+            table = StepTable((), ())
+        options, reduced = self._decide_options(table, grads, reducer)
+        if not params and (reduced is None or not float(reduced.grad_count)):
+            return loss  # no rank has a gradient
         self._run(table, hypers, options)
         self._record_step(table, reduced)
         return loss
@@ -128,29 +137,36 @@ class FusedOptimizer(RecordedOptimizer):
         return params, [grad for grad in grads if grad is not None]
 
     def _decide_options(
-        self, table: StepTable, grads: list[Tensor]
+        self, table: StepTable, grads: list[Tensor], reducer: StepReducer | None
     ) -> tuple[Options, ReducedStep | None]:
         """The options of the step, after an exchange with other ranks if there is a reducer."""
         context = self.step_context
+        device = grads[0].device if grads else self._device()
         options = Options(
             update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
             context.grad_scale,
             context.found_inf,
             not self.skip_nonfinite,
-            self._schedule_on(grads[0].device),
+            self._schedule_on(device),
         )
-        if context.reduce_step is None:
+        if reducer is None:
             return options, None
         indices = [row.param_index for row in table.rows]
-        reduced = context.reduce_step(grads, indices, options)
-        return reduced.options, reduced
+        count = len(self._params())
+        local = LocalStep(grads, indices, count, options, self.applied_steps, device)
+        reduced = reducer(local)
+        return (options if reduced is None else reduced.options), reduced
+
+    def _reducer(self) -> StepReducer | None:
+        """Makes the step of all ranks out of this one's, where each has a part; else None."""
+        return self.step_context.reduce_step or self._search_reducer(self._params())
 
     def _run(self, table: StepTable, hypers: list[Hyperparameters], options: Options) -> None:
         lrs = []
         if self._schedule is None:  # an lr in device memory is read when the step runs, not here
             lrs = [(i, group["lr"]) for i, group in enumerate(self.param_groups)]
             lrs = [(i, lr) for i, lr in lrs if isinstance(lr, Tensor) and not on_host(lr)]
-        record = self._record_on(table.params[0].device)
+        record = self._record_on(table.params[0].device if table.params else self._device())
         update.run(table, np.array(hypers, np.float64), record, options, lrs)
 
     def _record_step(self, table: StepTable, reduced: ReducedStep | None) -> None:
@@ -162,10 +178,27 @@ class FusedOptimizer(RecordedOptimizer):
         torch.autograd.graph.increment_version(table.params)
 
     def has_gradients_on(self, device: torch.device) -> bool:
-        """Whether a parameter on this device has a gradient."""
+        """Whether a parameter on this device has a gradient, on any rank that has a part of it."""
+        if self._reducer() is not None:
+            return device == self._device()
         return next((p.device == device for p in self._params() if p.grad is not None), False)
 
     # ---- inputs of a step that a scaler sets: torch's protocol ----
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True: torch's GradScaler checks this rank's gradients, and assigns the two names below.
+
+        False where each rank has a part: a ``ShardedGradScaler`` then asks the others.
+        """
+        if self._reducer() is None:
+            return True
+        check_scaler(sys._getframe(1).f_locals.get("self"))
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors assign True with ``fused=True``; it is no choice here."""
 
     @property
     def grad_scale(self) -> Tensor:
@@ -262,6 +295,7 @@ class FusedOptimizer(RecordedOptimizer):
     def __setstate__(self, restored: dict[str, Any]) -> None:
         super().__setstate__(restored)  # by load_state_dict too, which leaves the context alone
         self.__dict__.setdefault("step_context", StepContext())
+        self.__dict__.setdefault("_search_reducer", ReducerSearch())
         self._tables = TableCache()
         for group in self.param_groups:
             for param in group["params"]:

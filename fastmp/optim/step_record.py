@@ -15,6 +15,10 @@ class RecordedOptimizer(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _device(self) -> torch.device:
+        """Of the parameters; the CPU for an optimizer without any, on one of many ranks."""
+        return next((p.device for p in self._params()), torch.device("cpu"))
+
     def _record_on(self, device: torch.device) -> Tensor:
         record: Tensor | None = self.__dict__.get("_record")
         if record is None or record.device != device:
@@ -24,7 +28,7 @@ class RecordedOptimizer(torch.optim.Optimizer):
     def _read(self, name: str) -> Tensor:
         record = self.__dict__.get("_record")
         if record is None:
-            record = self._record_on(self._params()[0].device)
+            record = self._record_on(self._device())
         return record_field(record, name)
 
     @property

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from fastmp import transfer
 from fastmp.data.mixup import Mixup
@@ -25,8 +27,8 @@ class Settings:
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` below 1, ``save_every`` below 0, or ``shards`` with a setting
-            that needs whole parameters.
+        ValueError: ``accumulate`` below 1, ``save_every`` below 0, ``shards`` with a setting
+            that needs whole parameters, or, with several ranks, a model that is wrapped for them.
     """
 
     model: nn.Module
@@ -60,6 +62,16 @@ class Settings:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.save_every < 0:
             raise ValueError(f"save_every must be at least 0, got {self.save_every}")
+        wrapped = [
+            type(m).__name__
+            for m in self.model.modules()
+            if isinstance(m, DistributedDataParallel | FullyShardedDataParallel)
+        ]
+        if wrapped and self.world.size > 1:
+            raise ValueError(
+                f"expected the model itself, got it in {wrapped[0]}: the trainer makes it data "
+                "parallel; to split it, see fastmp.distributed.fsdp.shard"
+            )
         if self.shards is not None and (
             self.ema or self.unfreeze or self.cuda_graph or self.telemetry
         ):

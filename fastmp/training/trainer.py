@@ -68,8 +68,8 @@ class Trainer:
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0, or ``shards`` with
-            a setting that needs whole parameters.
+        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0, ``shards`` with a
+            setting that needs whole parameters, or, with several ranks, a model wrapped for them.
     """
 
     def __init__(
