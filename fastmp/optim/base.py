@@ -304,6 +304,7 @@ class FusedOptimizer(RecordedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and ``counts``: applied and skipped steps, the clock of schedules."""
+        state.adopt_masters(self.state, self._params())
         counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
         return {**super().state_dict(), "counts": counts}
 
@@ -334,6 +335,7 @@ class FusedOptimizer(RecordedOptimizer):
         With them and ``state_dict`` a run goes on in plain PyTorch: copy them into the fp32 model,
         and load the state into torch's optimizer of the same name.
         """
+        state.adopt_masters(self.state, self._params())
         return [state.master_of(p, self.state.get(p, {})).clone() for p in self._params()]
 
     @torch.no_grad()
@@ -353,6 +355,7 @@ class FusedOptimizer(RecordedOptimizer):
                 f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
                 f"{[tuple(v.shape) for v in values]}"
             )
+        state.adopt_masters(self.state, params)
         for group in self.param_groups:
             state.allocate(self.state, group["params"], self._state_keys(group))
         for p, value in zip(params, values, strict=True):

@@ -69,27 +69,63 @@ def _add_views(states: States, key: str, params: list[Tensor], dtype: torch.dtyp
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """The fp32 or fp64 value of a parameter; no copy for fp16 and fp32."""
-    if "master" in state:
-        master: Tensor = state["master"]
-        return master
-    if "remainder" in state:
-        return join_master(param.detach(), state["remainder"])
-    return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
+    own: Tensor | None = state.get(MASTER_KEYS.get(param.dtype, ""))
+    if own is None:
+        return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
+    return own if param.dtype == torch.float16 else join_master(param.detach(), own)
 
 
 def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
     """Set a parameter, whose state is allocated, to an fp32 value, to the bit."""
-    if "remainder" in state:
-        weight, remainder = split_master(value)
-        param.copy_(weight)
-        state["remainder"].copy_(remainder)
-        return
+    own = state.get(MASTER_KEYS.get(param.dtype, ""))
+    if own is not None and own.dtype == torch.int16:
+        value, remainder = split_master(value)
+        own.copy_(remainder)
+    elif own is not None:
+        own.copy_(value)
     param.copy_(value)
-    if "master" in state:
-        state["master"].copy_(value)
 
 
 # ---- state from elsewhere ----
+
+
+@torch.no_grad()
+def adopt_masters(states: States, params: Iterable[Tensor]) -> None:
+    """Take over masters that belong to another dtype than the parameter's.
+
+    They come with a state that was saved under that dtype, or from a model that was cast after
+    training. Model and optimizer may be loaded in either order, so this runs at the first use of
+    the state. A master counts, element by element, where it rounds to the weight that is there.
+    """
+    for param in params:
+        state = states.get(param, {})
+        for dtype, key in MASTER_KEYS.items():
+            if dtype == param.dtype or key not in state:
+                continue
+            value = _value_under(param, dtype, state.pop(key).to(param.device), state)
+            own = MASTER_KEYS.get(param.dtype)
+            if own is not None and own not in state:
+                _add_views(states, own, [param], _dtype_of(own, param.dtype))
+            set_master(param, state, value)
+
+
+def _value_under(
+    param: Tensor, dtype: torch.dtype, saved: Tensor, state: Mapping[str, Any]
+) -> Tensor:
+    """The value of ``param`` according to the master that ``saved`` is, or completes, in ``dtype``.
+
+    It counts where the weight of ``dtype`` or the master itself, cast, is what ``param`` holds.
+    """
+    present = master_of(param, state)
+    if dtype == torch.float16:
+        master, weight = saved, saved.to(dtype)
+        usable = master.isfinite()
+    else:  # beside a zero a remainder is at most 1e-40, or from another weight
+        weight = param.detach().to(dtype)
+        master = join_master(weight, saved)
+        usable = weight.isfinite() & (weight != 0)
+    counts = (weight.to(param.dtype) == param) | (master.to(param.dtype) == param)
+    return torch.where(counts & usable, master.to(present.dtype), present)
 
 
 def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None:
@@ -163,6 +199,8 @@ def to_own_state(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) ->
     for key, value in loaded.items():
         if value is None:  # torch's SGD before its first step
             continue
+        if key == "remainder" and value.dtype != torch.int16:
+            continue  # cast by torch's optimizer, whose steps change the weight that it completes
         if key == "step":
             value = torch.tensor(float(value), dtype=torch.float32, device=param.device)
         elif key in keys or key in MASTER_KEYS.values():

@@ -72,6 +72,7 @@ class TableCache:
 
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     """The rows of a new table; allocates state that a parameter lacks."""
+    state.adopt_masters(optimizer.state, optimizer._params())
     rows: list[TensorRow] = []
     param_index = 0
     for i, group in enumerate(optimizer.param_groups):

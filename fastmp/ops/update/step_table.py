@@ -45,6 +45,7 @@ class StepTable:
         _check(rows, grads)
         self.rows = list(rows)
         self.params = [row.param for row in rows]
+        self._dtypes = [param.dtype for param in self.params]
         self.kernel: _Kernel | None = None
         self.fallback: str | None = "no tensors"
         self.grads: list[Tensor] = []
@@ -59,7 +60,9 @@ class StepTable:
         """Whether these are still the parameters of the table, where it was laid out for them."""
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
-        return self.kernel is None or self.kernel.matches(params)
+        if self.kernel is not None:
+            return self.kernel.matches(params)
+        return [param.dtype for param in params] == self._dtypes
 
     def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Use these gradients, one per row, in the next step; False if the table cannot hold them.
