@@ -52,7 +52,9 @@ struct AdamRule {
   FASTMP_FN void apply(float& p, float g, float& m, float& v, float& v_max, const Coefficients& k) {
     g = g * k.grad_factor + k.l2 * p;
     m = m + (g - m) * k.rate1;
-    v = v * k.beta2 + g * g * k.rate2;
+    /* The square of a gradient below 1e-19 is subnormal, in (g * rate2) * g within a multiply-add
+     * it is never rounded: on Intel CPUs arithmetic on subnormal numbers takes a hundred cycles. */
+    v = multiply_add(g * k.rate2, g, v * k.beta2);
     float second = v;
     if (amsgrad) second = v_max = v_max < v ? v : v_max;
     const float denominator = sqrtf(second) * k.root_correction + k.eps;

@@ -7,7 +7,12 @@
  *
  * Each takes one exponential, shared between value and derivative. value(z) is the activation,
  * gradient(grad, saved) the output's gradient times the derivative, where saved is z, or the output
- * for relu. NaN stays NaN; derivatives at ±inf are their limits, 0 and 1. */
+ * for relu. NaN stays NaN; derivatives at ±inf are their limits, 0 and 1.
+ *
+ * No intermediate is subnormal unless z, grad or the result is nearly so: on Intel CPUs arithmetic
+ * on subnormal numbers takes a hundred cycles, and gelu at inputs of size 8 took 10 times as long
+ * as at size 1. Exponentials end at 0 before their products would be subnormal, and squares are
+ * taken of |z| >= 2^-60. */
 #ifndef FASTMP_ACTIVATION_H
 #define FASTMP_ACTIVATION_H
 
@@ -27,14 +32,22 @@ struct Relu {
   static Vec gradient(Vec grad, Vec output) { return output <= 0.0f ? Vec{} : grad; }
 };
 
+/* |z|, and 2^-60 where it is less: its square is normal, and nothing beside 1. */
+inline Vec squarable(Vec z) {
+  return larger(broadcast(8.67361738e-19f), magnitude(z));
+}
+
 struct Gelu {
+  /* Below exp(-83) = 9e-37 the tail, a 32nd of that there, would be subnormal. */
+  static constexpr float kMinExponent = -83.0f;
   /* Φ(-|z|) = exp(-z²/2) q(u), u = 1 / (1 + 0.3 |z|), q a polynomial fitted to 1.3e-7 relative. */
   struct Normal {
     Vec density; /* √(2π) times it */
     Vec distribution;
   };
   static Normal normal(Vec z) {
-    const Vec u = 1.0f / (magnitude(z) * 0.3f + 1.0f);
+    const Vec size = squarable(z);
+    const Vec u = 1.0f / (size * 0.3f + 1.0f);
     Vec q = u * 0.0359315723f - 0.158275366f;
     q = q * u + 0.208205581f;
     q = q * u - 0.0553929657f;
@@ -42,7 +55,7 @@ struct Gelu {
     q = q * u + 0.0996376202f;
     q = q * u + 0.120798342f;
     q = q * u + 0.119626388f;
-    const Vec density = exp_nonpos_fast(z * z * -0.5f);
+    const Vec density = exp_nonpos_fast(size * size * -0.5f, kMinExponent);
     const Vec tail = density * (q * u);
     return {density, z < 0.0f ? tail : 1.0f - tail};
   }
@@ -68,11 +81,12 @@ struct Sigmoid {
 struct GeluTanh {
   static constexpr float kScale = 1.59576912f; /* 2 √(2/π) */
   static constexpr float kCubic = 0.044715f;
-  static Vec value(Vec z) { return z * Sigmoid(z * kScale * (z * z * kCubic + 1.0f)).value; }
+  static Vec square(Vec z) { return squarable(z) * squarable(z); }
+  static Vec value(Vec z) { return z * Sigmoid(z * kScale * (square(z) * kCubic + 1.0f)).value; }
   static Vec gradient(Vec grad, Vec z) {
     z = within(z, 15.0f);
-    const Sigmoid s(z * kScale * (z * z * kCubic + 1.0f));
-    const Vec slope = z * z * (3.0f * kCubic * kScale) + kScale;
+    const Sigmoid s(z * kScale * (square(z) * kCubic + 1.0f));
+    const Vec slope = square(z) * (3.0f * kCubic * kScale) + kScale;
     return grad * (s.value + z * slope * s.value * s.complement);
   }
 };
@@ -82,7 +96,7 @@ struct Silu {
   static Vec gradient(Vec grad, Vec z) {
     z = within(z, 110.0f);
     const Sigmoid s(z);
-    return grad * s.value * (z * s.complement + 1.0f);
+    return grad * (s.value * (z * s.complement + 1.0f));
   }
 };
 

@@ -188,7 +188,8 @@ double grad_output_of(const fastmp_loss_args& args, int64_t row) {
              : static_cast<double>(args.grad_output[row * args.grad_output_stride]);
 }
 
-/* grad = e * factor - smooth_coef * w. */
+/* grad = e * factor - smooth_coef * w. The first product is the one that is not rounded: it may be
+ * subnormal. */
 template <class T, bool weighted>
 void gradient_of_exp(const float* e, const float* weight, T* __restrict grad, int64_t n,
                      float factor, float smooth_coef) {
@@ -196,12 +197,12 @@ void gradient_of_exp(const float* e, const float* weight, T* __restrict grad, in
   for (; i + kWidth <= n; i += kWidth) {
     __builtin_prefetch(grad + i + n, 1);
     const Vec w = weighted ? load(weight + i) * smooth_coef : broadcast(smooth_coef);
-    save(load(e + i) * factor - w, grad + i);
+    save(multiply_add(load(e + i), broadcast(factor), -w), grad + i);
   }
   if (i < n) {
     const Vec w =
         weighted ? load_part(weight + i, n - i, 0.0f) * smooth_coef : broadcast(smooth_coef);
-    save_part(load_part(e + i, n - i, 0.0f) * factor - w, grad + i, n - i);
+    save_part(multiply_add(load_part(e + i, n - i, 0.0f), broadcast(factor), -w), grad + i, n - i);
   }
 }
 
@@ -212,13 +213,13 @@ void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
     const Vec w = weighted ? load(weight + i) * smooth_coef : broadcast(smooth_coef);
-    save(exp_nonpos(load(z + i) - row_max) * factor - w, grad + i);
+    save(multiply_add(exp_nonpos(load(z + i) - row_max), broadcast(factor), -w), grad + i);
   }
   if (i < n) {
     const Vec w =
         weighted ? load_part(weight + i, n - i, 0.0f) * smooth_coef : broadcast(smooth_coef);
     const Vec e = exp_nonpos(load_part(z + i, n - i, row_max) - row_max);
-    save_part(e * factor - w, grad + i, n - i);
+    save_part(multiply_add(e, broadcast(factor), -w), grad + i, n - i);
   }
 }
 

@@ -69,23 +69,34 @@ struct ChunkScan {
   bool not_finite;
 };
 
+/* The least normal number: a sum of squares that starts here is never subnormal, and ends where one
+ * that starts at 0 does, if it takes up the square of a gradient of kTiny. */
+constexpr float kLeastNormal = 1.17549435e-38f;
+constexpr float kTiny = 2.84217094e-14f;   /* 2^-45 */
+constexpr float kEnlarge = 1.84467441e19f; /* 2^64 */
+
 /* Sums and largest magnitudes by lane; as bits, inf and NaN have the largest magnitudes. */
 struct LaneScan {
-  Vec sum = {};
+  Vec sum = broadcast(kLeastNormal);
   IntVec largest = {};
 
   void add(Vec g, Vec unscale) {
     const IntVec magnitude = (IntVec)g & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
     g *= unscale;
-    sum += g * g;
+    sum = multiply_add(g, g, sum);
   }
+};
+
+struct LanesScanned {
+  double sum_of_squares;
+  float largest;
 };
 
 /* Reads as fast as memory delivers: 57 GB/s of fp32 on two cores that copy at 46. Four streams, a
  * quarter of the chunk each, were slower (41 GB/s). */
 template <class T>
-ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
+LanesScanned scan_lanes(const T* grads, int64_t n, float unscale) {
   constexpr int kStreams = 4; /* independent sums: an addition takes four cycles */
   const Vec factor = broadcast(unscale);
   LaneScan streams[kStreams];
@@ -95,14 +106,28 @@ ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
   }
   for (; i + kWidth <= n; i += kWidth) streams[0].add(load(grads + i), factor);
   if (i < n) streams[0].add(load_part(grads + i, n - i, 0.0f), factor);
-  ChunkScan result = {0.0, false};
+  double sum = 0.0;
+  int32_t largest = 0;
   for (const LaneScan& stream : streams) {
     for (int64_t lane = 0; lane < kWidth; ++lane) {
-      result.sum_of_squares += static_cast<double>(stream.sum[lane]);
-      result.not_finite |= stream.largest[lane] >= 0x7f800000;
+      sum += static_cast<double>(stream.sum[lane]);
+      largest = max_of(largest, stream.largest[lane]);
     }
   }
-  return result;
+  return {sum, float_from_bits(static_cast<uint32_t>(largest))};
+}
+
+/* Gradients below kTiny a second time, enlarged: the square of 1e-20 is subnormal. */
+template <class T>
+ChunkScan scan_chunk(const T* grads, int64_t n, float unscale) {
+  const LanesScanned scan = scan_lanes(grads, n, unscale);
+  if (scan.largest == 0.0f) return {0.0, false};
+  if (scan.largest * unscale < kTiny && unscale < kEnlarge) {
+    const double shrink = 1.0 / static_cast<double>(kEnlarge);
+    const double sum = scan_lanes(grads, n, unscale * kEnlarge).sum_of_squares;
+    return {sum * shrink * shrink, false};
+  }
+  return {scan.sum_of_squares, !is_finite(scan.largest)};
 }
 
 ChunkScan scan_chunk(const fastmp_row& row, int64_t begin, int64_t end, float unscale) {
