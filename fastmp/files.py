@@ -1,10 +1,18 @@
-"""Files that other processes and later runs rely on: written whole or not at all, and the cache."""
+"""Files that other processes and later runs rely on: written whole or not at all; locks, cache."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+LOCK = "lock"  # the file in a locked folder, with the number and the host of the process
+
+
+class FolderInUse(RuntimeError):
+    """Another process holds the folder; the message names it."""
 
 
 def atomic_write(path: Path, payload: bytes) -> None:
@@ -37,6 +45,59 @@ def sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_held: set[Path] = set()  # by this process
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an existing ``folder`` for this process during the block; blocks may be nested.
+
+    The lock is the system's and ends with the process, however that ends: a file ``lock`` that a
+    killed process left is no lock. Forked workers do not share it. Where the system or the file
+    system has no locks, on Windows for one, nothing is held.
+
+    Raises:
+        FolderInUse: another process holds it.
+        OSError: no file can be created in the folder.
+    """
+    path = folder.resolve() / LOCK
+    if path in _held or os.name != "posix":
+        yield
+        return
+    handle = _open_locked(path)
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        path.unlink(missing_ok=True)  # before the lock goes: the next process makes a new file
+        os.close(handle)
+
+
+def _open_locked(path: Path) -> int:
+    """The handle of the lock file, which holds the lock until it is closed."""
+    import fcntl  # does not exist on Windows
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(handle, 500).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise FolderInUse(
+                f"{path.parent} is in use by {holder}; wait until it has ended, or choose another "
+                "folder"
+            ) from None
+        except OSError:  # a file system without locks
+            return handle
+        if os.fstat(handle).st_nlink:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {os.uname().nodename}".encode())
+            return handle
+        os.close(handle)  # its holder removed the file and ended between the two calls
 
 
 def cache_dir() -> Path:

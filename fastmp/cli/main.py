@@ -6,17 +6,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from fastmp.checkpoint import CheckpointError
 from fastmp.cli import bench, doctor, lr_find, train, verify
 from fastmp.cli.bench import BenchmarkFailed
 from fastmp.cli.verify import VerificationFailed
 from fastmp.data import DataError
+from fastmp.files import FolderInUse
 from fastmp.models import ModelError
 from fastmp.recipe import ConfigError
 from fastmp.training.signals import Terminated
 from fastmp.training.trainer import RunStopped
 from fastmp.transfer import TransferError
 
-USER_ERRORS = (ConfigError, DataError, ModelError, TransferError)  # one line, no traceback
+# one line, no traceback
+USER_ERRORS = (ConfigError, DataError, ModelError, TransferError, CheckpointError, FolderInUse)
 TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it
 
 #: Every command, by name.

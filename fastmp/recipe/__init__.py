@@ -9,6 +9,7 @@ from fastmp.recipe.build import (
     loaders,
 )
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
+from fastmp.recipe.dtype_choice import choose_dtype
 from fastmp.recipe.toml import make_folder, read_toml, write_toml
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TrainConfig",
     "build_model",
     "build_trainer",
+    "choose_dtype",
     "device_of",
     "load_data",
     "load_pretrained",

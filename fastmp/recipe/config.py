@@ -178,11 +178,6 @@ class TrainConfig:
     """Folder for everything the run writes; must be new or empty, unless --resume is given."""
 
     def __post_init__(self) -> None:
-        if not data.is_known(self.data):
-            known = ", ".join(data.DATASETS)
-            raise ConfigError(
-                f"data: expected {known}, an existing folder or hf:NAME, got {self.data!r}"
-            )
         if self.model not in models.MODELS and ":" not in self.model:
             known = ", ".join(models.MODELS)
             raise ConfigError(
@@ -221,8 +216,13 @@ class TrainConfig:
             devices: number that train together; the learning rate is scaled to the global batch.
 
         Raises:
-            ConfigError: both ``lr`` and ``base_lr``, or ``shard`` on one device.
+            ConfigError: no such data set, both ``lr`` and ``base_lr``, or ``shard`` on one device.
         """
+        if not data.is_known(self.data):
+            known = ", ".join(data.DATASETS)
+            raise ConfigError(
+                f"data: expected {known}, an existing folder or hf:NAME, got {self.data!r}"
+            )
         if self.shard and devices == 1:
             raise ConfigError(
                 "shard: expected several processes, got one; start them with "

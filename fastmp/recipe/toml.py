@@ -13,8 +13,8 @@ from fastmp.files import atomic_write
 from fastmp.recipe.config import ConfigError, TrainConfig
 
 
-def read_toml(path: Path) -> TrainConfig:
-    """The recipe in a TOML file; missing fields have their defaults.
+def read_toml(path: Path, base: TrainConfig | None = None) -> TrainConfig:
+    """The recipe in a TOML file; missing fields are those of ``base``, by default the defaults.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key, or a value of a wrong type or range.
@@ -30,7 +30,8 @@ def read_toml(path: Path) -> TrainConfig:
                 f"config file {path}: unknown key {key!r}; the known ones are {', '.join(types)}"
             )
         values[key] = _converted(value, types[key], f"config file {path}: {key}")
-    return TrainConfig(**values)
+    base = TrainConfig() if base is None else base
+    return dataclasses.replace(base, **values).one_lr(base)
 
 
 def _converted(value: Any, expected: Any, name: str) -> Any:

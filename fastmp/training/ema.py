@@ -47,6 +47,12 @@ class EMA:
         for name, average in self._averages.items():
             average.lerp_(self._weights[name].float(), step)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Set the averages to the weights: a loaded run that had no average begins one."""
+        for name, average in self._averages.items():
+            average.copy_(self._weights[name])
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """In the block the model has the averages; afterwards its own weights, to the bit."""

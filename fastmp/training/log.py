@@ -39,12 +39,17 @@ class Log:
         self._folder = folder
         self._lines: TextIO | None = None  # open from the first line on: opening takes 0.1 ms
         self._events: SummaryWriter | None = None
+        self._resumed: int | None = None  # the step to go on from, until the first row
         self._purged = 0  # TensorBoard drops the events of an interrupted run from here on
 
     def write(self, kind: str, **row: Any) -> None:
         """Append one line."""
         if self._folder is None:
             return
+        if self._resumed is not None:
+            step, self._resumed = self._resumed, None
+            self.rewind(step)
+            self.write("resumed", step=step)
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -62,6 +67,10 @@ class Log:
         if tags and (events := self._open_events()) is not None:
             for name, tag in tags.items():
                 events.add_scalar(tag, float(row[name]), row["step"])
+
+    def resume(self, step: int) -> None:
+        """Go on after ``step``: the next row first drops all rows after it, and notes it."""
+        self._resumed = step
 
     def rewind(self, step: int) -> None:
         """Drop all rows after ``step``: the run goes on from there."""

@@ -15,7 +15,10 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
 from fastmp import checkpoint
+from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.training import data_position, rng
 from fastmp.training.ema import EMA
@@ -101,6 +104,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
         settings = self._settings
+        self._refuse_other(state)
         if settings.shards is None:
             settings.model.load_state_dict(state["model"])
             settings.optimizer.load_state_dict(state["optimizer"])
@@ -110,6 +114,8 @@ class TrainState:
         settings.scaler.load_state_dict(state["scaler"])
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict(state["ema"])
+        elif self._ema is not None:
+            self._ema.restart()
         self.progress = Progress(**state["progress"])
         ranks, world = state["ranks"], settings.world
         if len(ranks) != world.size:
@@ -121,6 +127,25 @@ class TrainState:
         if settings.mixup is not None and own["mixup"] is not None:
             settings.mixup.load_state_dict(own["mixup"])
         rng.restore(own["rng"], settings.device)
+
+    def _refuse_other(self, state: dict[str, Any]) -> None:
+        """Raise ``CheckpointError`` for the state of another model or kind of optimizer."""
+        settings = self._settings
+        own, saved = settings.model.state_dict(), state["model"]
+        for name in own | saved:
+            here, there = (_shape(s[name]) if name in s else "none" for s in (own, saved))
+            if here != there:
+                raise CheckpointError(
+                    f"the checkpoint is of another model: {name} has the shape {there} in it and "
+                    f"{here} in this model; build the model and the data as the run had them"
+                )
+        both = (settings.optimizer.param_groups, state["optimizer"]["param_groups"])
+        own_groups, saved_groups = ([_described(group) for group in groups] for groups in both)
+        if own_groups != saved_groups:
+            raise CheckpointError(
+                f"the checkpoint is of another optimizer: its groups are {saved_groups}, those of "
+                f"this one {own_groups}; build the optimizer as the run had it"
+            )
 
     # ---- on disk ----
 
@@ -142,10 +167,10 @@ class TrainState:
         newest = None if self.checkpoints is None else self.checkpoints.load_newest()
         state = self._settings.world.broadcast_object(newest)
         if state is None:
+            self.log.rewind(0)  # of a run that was killed before its first checkpoint
             return False
         self.load_state_dict(state)
-        self.log.rewind(self.progress.step)
-        self.log.write("resumed", step=self.progress.step)
+        self.log.resume(self.progress.step)
         return True
 
     def save_in_folder(self, score: float | None = None) -> None:
@@ -161,3 +186,13 @@ class TrainState:
         """Return when the checkpoints of the folder are on disk."""
         if self.checkpoints is not None:
             self.checkpoints.wait()
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _described(group: dict[str, Any]) -> str:
+    """The number of parameters of a group, and the hyperparameters that tell its optimizer."""
+    named = [name for name in ("betas", "eps", "momentum", "nesterov") if name in group]
+    return f"{len(group['params'])} parameters with {' and '.join(named)}"

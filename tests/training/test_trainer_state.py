@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import fastmp.optim
 from fastmp import amp
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
@@ -16,6 +17,7 @@ from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
 from fastmp.training import cuda_graph, log, rng, signals
+from fastmp.training.trainer import Trainer
 from tests.training.test_trainer import Poison, batches, newest, small_model, trainer_for, weights
 
 CPU = torch.device("cpu")
@@ -104,6 +106,29 @@ def test_save_and_resume_by_path(tmp_path):
     for trainer in (one, two):
         trainer.fit(batches(3), batches(1), 1)
     assert torch.equal(weights(one.model), weights(two.model))
+
+
+def test_a_run_without_an_average_begins_one_at_its_weights():
+    one = trainer_for(small_model())
+    one.fit(batches(3), batches(1), 1)
+    two = trainer_for(small_model(), ema=0.9)
+    two.load_state_dict(one.state_dict())
+    for name, average in two.ema.state_dict().items():
+        assert torch.equal(average, one.model.state_dict()[name])
+
+
+def test_the_state_of_another_model_or_optimizer_is_refused_and_nothing_has_changed():
+    saved = trainer_for(small_model()).state_dict()
+    wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    model = small_model()
+    other = Trainer(model, fastmp.optim.AdamW(model.parameters()), CrossEntropyLoss())
+    for trainer in (trainer_for(wider), other):
+        before = weights(trainer.model).clone()
+        with pytest.raises(
+            CheckpointError, match=r"the checkpoint is of another (model|optimizer)"
+        ):
+            trainer.load_state_dict(saved)
+        assert torch.equal(weights(trainer.model), before)
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path):
