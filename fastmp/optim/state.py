@@ -1,8 +1,8 @@
 """The state of an optimizer: allocation, masters, loading without rounding.
 
-One dict a parameter under torch's keys, as in torch's optimizers; the tensors are views of a few
-flat arenas. State is always fp32 (fp64 for fp64 parameters), and 16-bit parameters have one more
-entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
+One dict a parameter under torch's keys, as in torch's optimizers. State is always fp32 (fp64 for
+fp64 parameters), and 16-bit parameters have one more entry: ``master`` (fp32, beside fp16 weights)
+or ``remainder`` (int16, beside bf16 weights).
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from fastmp.backends.native_table import is_dense
 from fastmp.ops.update import join_master, split_master
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
-# Elements: a tensor of an arena starts at a multiple of 512 bytes in fp32. A warp accesses 512
-# bytes; from a multiple of 64 they lie in one 128-byte line more. With tensors of 2,625,000
-# elements the step of an H200 is at 86% of a copy instead of 72%.
-_ALIGNMENT = 128
 
 States = MutableMapping[Tensor, dict[str, Any]]
 
@@ -36,35 +32,25 @@ def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
 # ---- new state ----
 
 
-def allocate(states: States, params: list[Tensor], keys: Iterable[str]) -> None:
-    """Allocate missing state, as views of one arena per kind of state."""
-    for dtype in {p.dtype for p in params}:
-        same = [p for p in params if p.dtype == dtype]
-        master = MASTER_KEYS.get(dtype)
-        for key in (*keys, *([] if master is None else [master])):
-            lacking = [p for p in same if states[p].get(key) is None]
-            _add_views(states, key, lacking, _dtype_of(key, dtype))
-            if key == "master":  # a remainder starts at zero: the master is the weight
-                for p in lacking:
-                    states[p][key].copy_(p)
-    lacking = [p for p in params if states[p].get("step") is None]
-    if lacking:
-        steps = torch.zeros(len(lacking), dtype=torch.float32, device=lacking[0].device)
-        for p, step in zip(lacking, steps, strict=True):
-            states[p]["step"] = step
+def allocate(states: States, params: Iterable[Tensor], keys: Iterable[str]) -> None:
+    """Allocate missing state."""
+    for param in params:
+        master = MASTER_KEYS.get(param.dtype)
+        for key in (*keys, *([] if master is None else [master]), "step"):
+            if states[param].get(key) is None:
+                states[param][key] = _new(key, param.detach())
 
 
-def _add_views(states: States, key: str, params: list[Tensor], dtype: torch.dtype) -> None:
-    if not params:
-        return
-    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
-    arena = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
-    for p, piece in zip(params, torch.split(arena, sizes), strict=True):
-        if is_dense(p):
-            view = piece.as_strided(p.shape, p.stride(), piece.storage_offset())
-        else:
-            view = piece[: p.numel()].view(p.shape)
-        states[p][key] = view
+def _new(key: str, param: Tensor) -> Tensor:
+    """A tensor of its own: of one that shares its memory ``torch.save`` writes all that is shared.
+
+    A kernel reads state fastest from multiples of 512 bytes, where CUDA's allocator puts it.
+    """
+    if key == "step":
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+    if key == "master":
+        return param.to(_dtype_of(key, param.dtype))
+    return torch.zeros_like(param, dtype=_dtype_of(key, param.dtype))  # a remainder too: no rest
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
@@ -105,7 +91,7 @@ def adopt_masters(states: States, params: Iterable[Tensor]) -> None:
             value = _value_under(param, dtype, state.pop(key).to(param.device), state)
             own = MASTER_KEYS.get(param.dtype)
             if own is not None and own not in state:
-                _add_views(states, own, [param], _dtype_of(own, param.dtype))
+                state[own] = _new(own, param.detach())
             set_master(param, state, value)
 
 
