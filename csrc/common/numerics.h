@@ -119,20 +119,39 @@ FASTMP_FN void store(float x, bf16* out) {
 
 /* Split master: an fp32 value kept as a bf16 weight and a signed 16-bit remainder,
  *   bits(master) = (bits(weight) << 16) + remainder,
- * exact for every fp32 value. The weight is the nearest bf16; a tie goes away from zero, because
- * under ties-to-even 65,537 values would share one even bf16 and 16 bits tell only 65,536 apart.
- * NaN is stored as the canonical NaN: the carry of one with a full mantissa would reach the sign.
- */
+ * exact for every fp32 value whose weight is neither 0 nor inf: from 2^-134 to 3.3953e38. The
+ * weight is the nearest bf16; a tie goes away from zero, because under ties-to-even 65,537 values
+ * would share one even bf16 and 16 bits tell only 65,536 apart. NaN is stored as the canonical NaN:
+ * the carry of one with a full mantissa would reach the sign.
+ *
+ * A weight that was changed from outside meets the remainder of another one. For all 2^32 pairs the
+ * master rounds to the weight: beside 0, inf and NaN, where the sum could be a NaN or a subnormal,
+ * the remainder counts as 0. */
+FASTMP_FN bool has_remainder(bf16 weight) {
+  return ((weight.bits & 0x7fffu) - 1u) < 0x7f7fu; /* neither 0 nor inf nor NaN */
+}
+
 FASTMP_FN float join_master(bf16 weight, int16_t remainder) {
-  return float_from_bits((static_cast<uint32_t>(weight.bits) << 16) +
-                         static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  const uint32_t high = static_cast<uint32_t>(weight.bits) << 16;
+  const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(remainder));
+  return float_from_bits(has_remainder(weight) ? high + low : high);
 }
 
 FASTMP_FN void split_master(float master, bf16* weight, int16_t* remainder) {
   const uint32_t bits = bits_of(master);
   const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
   weight->bits = static_cast<uint16_t>((kept + 0x8000u) >> 16);
-  *remainder = static_cast<int16_t>(kept & 0xffffu);
+  *remainder = static_cast<int16_t>(has_remainder(*weight) ? kept & 0xffffu : 0u);
+}
+
+/* The master of a 16-bit weight with an fp32 tensor beside it: finer than the weight only while it
+ * rounds to it. A weight that was changed from outside, to NaN too, replaces its master. */
+template <class T>
+FASTMP_FN float current_master(T weight, float master) {
+  T rounded;
+  store(master, &rounded);
+  const float value = to_float(weight);
+  return to_float(rounded) == value ? master : value;
 }
 
 }  // namespace fastmp

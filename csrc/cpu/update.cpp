@@ -3,11 +3,12 @@
  *   phase 1   found_inf = any gradient not finite;  norm = || grad / scale ||
  *   phase 2   unless found_inf:  g = grad / scale * min(1, max_norm / norm);  rule(master, g);
  *             weight = round(master)
+ *   master    where it no longer rounds to the weight: the weight, which was changed from outside
  *
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
- * the gradient (2), the master (4, split: weight 2 + remainder 2) and the moments (8) and writes
- * moments, master and weight (14, split 12): 30, split 28. With fp32 weights 4 + 28 = 32. Phase 2
- * walks backwards, so the gradients scanned last are still in cache.
+ * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
+ * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
+ * Phase 2 walks backwards, so the gradients scanned last are still in cache.
  *
  * Every sum has a fixed order that no number of threads changes: vector lanes within a chunk, the
  * lanes in order, then the chunks in order, in fp64. */
@@ -19,9 +20,8 @@ namespace fastmp {
 namespace FASTMP_TARGET {
 namespace {
 
-constexpr int64_t kChunk = 16384;        /* elements of one row, scanned or updated by one thread */
-constexpr int64_t kStreamFrom = 4 << 20; /* parameters, 120 MB: more than a last-level cache */
-constexpr int64_t kBlock = 128;          /* elements staged in L1 as fp32: 512 bytes a stream */
+constexpr int64_t kChunk = 16384; /* elements of one row, scanned or updated by one thread */
+constexpr int64_t kBlock = 128;   /* elements staged in L1 as fp32: 512 bytes a stream */
 typedef int32_t IntVec __attribute__((vector_size(kWidth * sizeof(int32_t))));
 
 /* Which chunks belong to which row: first_chunk[row] <= chunk < first_chunk[row + 1]. */
@@ -172,37 +172,47 @@ bool scan_gradients(const Chunks& chunks, float unscale, ScanResult* result) {
 
 /* ---- phase 2 ---- */
 
+/* current_master() on n elements of fp32 masters, in place. */
+template <class T>
+void update_masters(const T* weight, float* master, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vec value = load(weight + i), m = load(master + i);
+    T rounded[kWidth];
+    save(m, rounded);
+    save(load(rounded) == value ? m : value, master + i);
+  }
+  for (; i < n; ++i) master[i] = current_master(weight[i], master[i]);
+}
+
 float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
   if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
-  if (row.master_kind == FASTMP_FULL) return static_cast<float*>(row.master) + offset;
+  if (row.master_kind == FASTMP_FULL) {
+    float* master = static_cast<float*>(row.master) + offset;
+    if (row.param_dtype == FASTMP_F16) {
+      update_masters(static_cast<const f16*>(row.param) + offset, master, n);
+    } else {
+      update_masters(static_cast<const bf16*>(row.param) + offset, master, n);
+    }
+    return master;
+  }
   const bf16* weight = static_cast<const bf16*>(row.param) + offset;
   const int16_t* remainder = static_cast<const int16_t*>(row.master) + offset;
   for (int64_t i = 0; i < n; ++i) buffer[i] = join_master(weight[i], remainder[i]);
   return buffer;
 }
 
-template <class T>
-void round_weight(const fastmp_row& row, int64_t offset, int64_t n, const float* master,
-                  bool stream) {
-  T* weight = static_cast<T*>(row.param) + offset;
-  if (stream) {
-    narrow_streaming(master, weight, n);
-  } else {
-    narrow(master, weight, n);
-  }
-}
-
-void write_weight(const fastmp_row& row, int64_t offset, int64_t n, const float* __restrict master,
-                  bool stream) {
+void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
+                  const float* __restrict master) {
   if (row.master_kind == FASTMP_SELF) return;
   if (row.master_kind == FASTMP_SPLIT) {
     bf16* __restrict weight = static_cast<bf16*>(row.param) + offset;
     int16_t* __restrict remainder = static_cast<int16_t*>(row.master) + offset;
     for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
   } else if (row.param_dtype == FASTMP_F16) {
-    round_weight<f16>(row, offset, n, master, stream);
+    narrow(master, static_cast<f16*>(row.param) + offset, n);
   } else {
-    round_weight<bf16>(row, offset, n, master, stream);
+    narrow(master, static_cast<bf16*>(row.param) + offset, n);
   }
 }
 
@@ -219,7 +229,6 @@ struct UpdateStep {
   const fastmp_hyper* groups;
   ScheduleRow scheduled;
   float grad_factor; /* unscales and clips */
-  bool stream;       /* the state is larger than the caches */
 };
 
 /* The last coefficients of a thread: two powers a chunk were 8% of a step over 1,000 small tensors,
@@ -260,7 +269,7 @@ void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, 
                       Rule::states > 0 ? row.state0 + at : unused[0],
                       Rule::states > 1 ? row.state1 + at : unused[1],
                       Rule::states > 2 ? row.state2 + at : unused[2], n, k);
-    write_weight(row, at, n, master, step.stream);
+    write_weight(row, at, n, master);
   }
 }
 
@@ -281,7 +290,6 @@ void update_chunks(const Chunks& chunks, const UpdateStep& step) {
 #undef FASTMP_CASE
       }
     }
-    stream_fence();
   });
 }
 
@@ -343,9 +351,7 @@ int update(const fastmp_update_args* args) {
   Scratch<int64_t> first_chunk(args->row_count + 1);
   if (first_chunk.data == nullptr) return FASTMP_NO_MEMORY;
   first_chunk.data[0] = 0;
-  int64_t total = 0;
   for (int64_t i = 0; i < args->row_count; ++i) {
-    total += args->rows[i].numel;
     first_chunk.data[i + 1] = first_chunk.data[i] + (args->rows[i].numel + kChunk - 1) / kChunk;
   }
   const Chunks chunks = {args->rows, args->row_count, first_chunk.data};
@@ -360,7 +366,7 @@ int update(const fastmp_update_args* args) {
   }
   if (!decision.skip) {
     for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
-    update_chunks(chunks, {args->groups, scheduled, decision.grad_factor, total >= kStreamFrom});
+    update_chunks(chunks, {args->groups, scheduled, decision.grad_factor});
   }
   commit_step(request, decision);
   return FASTMP_OK;

@@ -156,37 +156,6 @@ static inline void narrow(const float* __restrict src, T* __restrict dst, int64_
   for (; i < n; ++i) store(src[i], &dst[i]);
 }
 
-/* narrow() with non-temporal stores, for results that are not read soon. A plain store reads the
- * line first: 2 of 32 bytes a parameter in an fp16 AdamW step, 6% of its time where the state is
- * larger than the caches. The caller ends with stream_fence(). */
-template <class T>
-static inline void narrow_streaming(const float* __restrict src, T* __restrict dst, int64_t n) {
-#if defined(__F16C__)
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(dst) % sizeof(HalfVec) == 0) {
-    for (; i + kWidth <= n; i += kWidth) {
-      HalfVec half;
-      save(load(src + i), reinterpret_cast<T*>(&half));
-#if defined(__AVX512F__)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i), (__m256i)half);
-#else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), (__m128i)half);
-#endif
-    }
-  }
-  narrow(src + i, dst + i, n - i);
-#else
-  narrow(src, dst, n);
-#endif
-}
-
-/* Orders a thread's non-temporal stores before its next store: once per thread, at the end. */
-static inline void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 /* x within [-limit, limit]; NaN for NaN. */
 static inline Vec within(Vec x, float limit) {
   x = x < -limit ? broadcast(-limit) : x;

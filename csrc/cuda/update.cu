@@ -4,21 +4,22 @@
  *   barrier   across the grid
  *   phase 2   unless found_inf:  g = grad / scale * min(1, max_norm / norm);  rule(master, g);
  *             weight = round(master)
+ *   master    where it no longer rounds to the weight: the weight, which was changed from outside
  *   epilogue  of the last block: step counts, record
  *
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
- * the gradient (2), the master (4, split: weight 2 + remainder 2) and the moments (8) and writes
- * moments, master and weight (14, split 12): 30, split 28. With fp32 weights 4 + 28 = 32. The table
- * adds 8 for every chunk.
+ * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
+ * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
+ * The table adds 8 for every chunk.
  *
  * A block has one contiguous range of chunks in both phases. It scans it forwards and updates it
  * backwards, so that the gradients scanned last are still in L2. A thread updates 4 elements at a
  * time: 128 bits of every fp32 stream, 64 of every 16-bit one; 1,024 threads a multiprocessor have
  * 56 KB on their way, twice what an H200's bandwidth times its latency asks for (predicted).
  *
- * Measured on an H200, 105 M parameters, of a copy: fp16 90%, bf16 90%, fp32 92%. With streaming
- * hints (.cs) on loads and stores 88, 88 and 90; with ranges of 8 chunks in turn instead of one
- * contiguous range a block 86, 87 and 90.
+ * Measured on an H200, 105 M parameters, of a copy: fp16 90% (30 bytes, without the weight's), bf16
+ * 90%, fp32 92%. With streaming hints (.cs) on loads and stores 88, 88 and 90; with ranges of 8
+ * chunks in turn instead of one contiguous range a block 86, 87 and 90.
  *
  * The norm has one order of summation on every GPU, whatever its number of multiprocessors: the
  * chunks are divided into at most 2,048 partials, a partial is summed by one block and the partials
@@ -290,12 +291,15 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i,
   int16_t remainders[n];
   float masters[n], states[3][n];
   read(at.grad + i, grads);
+  if constexpr (Case::master != FASTMP_SELF) read(at.param + i, weights);
   if constexpr (Case::master == FASTMP_SPLIT) {
-    read(at.param + i, weights);
     read(at.remainder + i, remainders);
     for (int e = 0; e < n; ++e) masters[e] = join_master(weights[e], remainders[e]);
   } else {
     read(at.full + i, masters);
+  }
+  if constexpr (Case::master == FASTMP_FULL) {
+    for (int e = 0; e < n; ++e) masters[e] = current_master(weights[e], masters[e]);
   }
   for (int s = 0; s < Case::Rule::states; ++s) read(at.state[s] + i, states[s]);
   for (int e = 0; e < n; ++e) {

@@ -1,7 +1,7 @@
 """The optimizer step: the update alone, and with everything that AMP does around it.
 
 Bytes a parameter (csrc/cpu/update.cpp, csrc/cuda/update.cu): fp32 weights 32, fp16 weights with
-fp32 masters 30, bf16 weights with split masters 28. Every candidate takes as many steps from the
+fp32 masters 32, bf16 weights with split masters 28. Every candidate takes as many steps from the
 same start and must come to the same weights.
 """
 
@@ -22,7 +22,7 @@ LR = 1e-3
 MAX_NORM = 1.0
 SCALE = 2.0**10
 SECONDS = {"cpu": 4.0, "cuda": 1.0}
-BYTES = {torch.float32: 32, torch.float16: 30, torch.bfloat16: 28}  # a parameter
+BYTES = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 28}  # a parameter
 Shapes = Sequence[tuple[int, ...]]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 

@@ -12,9 +12,10 @@ Differences from torch, each on purpose:
 - a non-finite gradient skips the step, with or without a GradScaler (``skip_nonfinite``);
 - gradients stay as they are: torch's fused step unscales them in place, one more write;
 - ``differentiable=True`` is refused; ``foreach``, ``fused`` and ``capturable`` are accepted and
-  have no effect: there is one implementation;
-- fp16 weights changed through ``.data``, past autograd, do not reach the master (any other in-place
-  change does): use ``with torch.no_grad()``.
+  have no effect: there is one implementation.
+
+A 16-bit weight that was changed from outside (in place, through ``.data``, by ``load_state_dict``)
+replaces its master: a master is finer than the weight only while it rounds to it.
 """
 
 from __future__ import annotations

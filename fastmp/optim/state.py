@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends.native_table import is_dense
-from fastmp.ops.update import join_master, split_master
+from fastmp.ops.update import current_master, join_master, split_master
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 
@@ -54,11 +54,12 @@ def _new(key: str, param: Tensor) -> Tensor:
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """The fp32 or fp64 value of a parameter; no copy for fp16 and fp32."""
+    """The fp32 or fp64 value of a parameter; no copy for fp32 and fp64."""
     own: Tensor | None = state.get(MASTER_KEYS.get(param.dtype, ""))
     if own is None:
         return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
-    return own if param.dtype == torch.float16 else join_master(param.detach(), own)
+    of = current_master if param.dtype == torch.float16 else join_master
+    return of(param.detach(), own)
 
 
 def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:

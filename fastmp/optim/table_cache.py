@@ -6,7 +6,6 @@ from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastmp.ops.update import TensorRow
@@ -24,8 +23,6 @@ class TableCache:
         self.table: StepTable | None = None
         self._rules: list[float] = []
         self._state: list[Any] = []
-        self._fp16_rows: list[TensorRow] = []
-        self._versions: list[int] = []
 
     def bind(
         self,
@@ -49,25 +46,7 @@ class TableCache:
             table = self.table = StepTable(rows, grads)
             self._rules = rules
             self._state = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-            self._fp16_rows = [row for row in rows if row.param.dtype == torch.float16]
-            self._versions = []
-        self._sync_masters()
         return table
-
-    def _sync_masters(self) -> None:
-        """Copy fp16 weights that were written since the last step into their masters.
-
-        Otherwise the next write-back of the master would undo a ``load_state_dict`` or a manual
-        edit. A weight that still equals its rounded master keeps the master's finer value. bf16
-        needs none of this: there the weight is the upper half of the master.
-        """
-        versions = [row.param._version for row in self._fp16_rows]
-        if versions != self._versions:
-            for row in self._fp16_rows:
-                assert row.master is not None
-                unchanged = row.master.to(torch.float16) == row.param
-                row.master.copy_(torch.where(unchanged, row.master, row.param.float()))
-        self._versions = [version + 1 for version in versions]  # as the step will leave them
 
 
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:

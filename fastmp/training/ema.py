@@ -66,7 +66,7 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            # .data: a write that raised the version would reset the fp16 masters to EMA weights
+            # .data: a write that raised the version would drop the remainders of bf16 weights
             self._weights[name].data.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_the_model_has_its_own_weights_back_to_the_bit(dtype):
     with average.swapped_in():
         assert not torch.equal(model[0].weight, own["0.weight"])
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
-    assert model[0].weight._version == version  # otherwise the fp16 masters would be reset
+    assert model[0].weight._version == version  # else remainders of bf16 weights are dropped
 
 
 def test_state_goes_to_another_and_back():

@@ -5,6 +5,9 @@
         g      = grad / scale * min(1, max_norm / (norm + 1e-6))
         master = rule(master, g)               weight = round(master)
 
+A weight changed from outside since the last step replaces its master: a master is finer than the
+weight only while it rounds to it (``current_master``, ``join_master``).
+
 Rules and decisions stand twice: in C++ for the kernels (``csrc/common/rules.h``, ``step.h``), and
 in plain PyTorch (``fastmp.optim``, and below) as the oracle of the tests and the fallback for
 dtypes and devices without a kernel.
@@ -26,8 +29,8 @@ from fastmp.ops.update.rules import RULES
 from fastmp.ops.update.step_table import StepTable
 
 __all__ = [
-    "NO_CLIP", "Options", "TensorRow", "clip_coefficient", "join_master", "new_record", "run",
-    "split_master",
+    "NO_CLIP", "Options", "TensorRow", "clip_coefficient", "current_master", "join_master",
+    "new_record", "run", "split_master",
 ]  # fmt: skip
 
 
@@ -64,20 +67,34 @@ def run(
     _reference(table, hypers, record, options)
 
 
-# ---- split masters ----
+# ---- masters ----
 
 
 def split_master(value: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as (bf16 weight, int16 remainder); see ``csrc/common/numerics.h``."""
     bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
-    weight = (bits + 0x8000) >> 16
-    return weight.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+    weight = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return weight, torch.where(_has_remainder(weight), bits.to(torch.int16), 0)
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that a bf16 weight and its int16 remainder stand for, to the bit."""
+    """The fp32 tensor that a bf16 weight and its int16 remainder stand for, to the bit.
+
+    It rounds to the weight, whatever the remainder: one beside 0, inf or NaN counts as 0.
+    """
     high = weight.view(torch.int16).to(torch.int32) << 16
-    return (high + remainder).view(torch.float32)
+    return torch.where(_has_remainder(weight), high + remainder, high).view(torch.float32)
+
+
+def _has_remainder(weight: Tensor) -> Tensor:
+    magnitude = weight.view(torch.int16) & 0x7FFF
+    return (magnitude != 0) & (magnitude < 0x7F80)
+
+
+def current_master(weight: Tensor, master: Tensor) -> Tensor:
+    """The master of a 16-bit weight beside an fp32 tensor: the weight itself where that does not
+    round to it, because the weight was changed from outside."""
+    return torch.where(master.to(weight.dtype) == weight, master, weight.float())
 
 
 # ---- decisions, as in csrc/common/step.h ----
@@ -169,7 +186,8 @@ def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters
     if master is None:
         old = row.param
     else:
-        old = join_master(row.param, master) if master.dtype == torch.int16 else master
+        join = join_master if master.dtype == torch.int16 else current_master
+        old = join(row.param, master)
     new = RULES[int(h.rule)](old, g, row.states, float(row.step), h)
     if master is None:
         row.param.copy_(new)

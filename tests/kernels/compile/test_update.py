@@ -49,7 +49,7 @@ def test_every_rule_in_every_dtype(rule, kept):
         grads = {"fp32": 1, "fp16": 0, "bf16 split": 0}[kept]
         assert kernel.count(r"LD\.E\.128.*") == wide + grads
         assert kernel.count(r"ST\.E\.128.*") == wide
-        assert kernel.count(r"LD\.E\.64.*") == {"fp32": 0, "fp16": 1, "bf16 split": 3}[kept]
+        assert kernel.count(r"LD\.E\.64.*") == {"fp32": 0, "fp16": 2, "bf16 split": 3}[kept]
         assert kernel.count(r"ST\.E\.64.*") == narrow
         assert kernel.count(r"LDG\.E\.128\.CONSTANT.*") >= 3  # the scan, for every dtype
         assert kernel.occupancy() >= (0.33 if states > 2 else 0.5)

@@ -1,0 +1,142 @@
+"""Weights changed from outside between steps: the weight that is there is the truth."""
+
+import pytest
+import torch
+
+import fastmp
+from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPTIMIZERS = {
+    "AdamW": {},
+    "Adam": {"amsgrad": True},
+    "SGD": {"momentum": 0.9},
+    "Lion": {},
+}
+optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def in_place(param, value):
+    with torch.no_grad():
+        param.copy_(value)
+
+
+def past_autograd(param, value):
+    param.data.copy_(value)
+
+
+def load(param, value):
+    module = torch.nn.Module()
+    module.register_buffer("weight", param)
+    module.load_state_dict({"weight": value})
+
+
+routes = pytest.mark.parametrize("route", [in_place, past_autograd, load])
+
+
+def weight(values, dtype):
+    return torch.nn.Parameter(torch.as_tensor(values).to(dtype))
+
+
+@dtypes
+@optimizers
+@routes
+def test_zeroed_weights_are_zero(dtype, name, route):
+    """All but every third: at 1.1 and at -1.1, with remainders and masters of both signs."""
+    p = weight([1.1, -1.1, 1.7, -1.7, 0.3, -0.3] * 7, dtype)
+    optimizer = getattr(fastmp.optim, name)([p], lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        give_gradients([p], seed=step)
+        optimizer.step()
+    kept = torch.arange(42) % 3 == 0
+    route(p, p.detach() * kept)
+    assert not optimizer.masters()[0][~kept].any()
+    for key in optimizer.state[p].keys() & {"exp_avg", "momentum_buffer"}:
+        optimizer.state[p][key].zero_()
+    p.grad.zero_()
+    optimizer.step()
+    assert not p.detach()[~kept].any()
+    assert not optimizer.masters()[0][~kept].any()
+    assert p.detach()[kept].all()
+
+
+@optimizers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@routes
+def test_any_edit_of_fp32_and_fp16_weights_is_as_in_torch(dtype, name, route):
+    """Element by element: the others keep what their masters have beyond 16 bits."""
+    ours = parameters(dtype)
+    theirs = [p.detach().float().requires_grad_() for p in ours]
+    a = getattr(fastmp.optim, name)(ours, lr=1e-2, **OPTIMIZERS[name])
+    reference = fastmp.optim.Lion if name == "Lion" else getattr(torch.optim, name)
+    b = reference(theirs, lr=1e-2, **OPTIMIZERS[name])
+    for step in range(8):
+        give_gradients(ours, theirs, seed=step)
+        if step % 3 == 1:
+            for p, q in zip(ours, theirs, strict=True):
+                chosen = torch.rand(p.shape, generator=torch.Generator().manual_seed(step)) < 0.3
+                route(p, torch.where(chosen, 5.0 + step, p.detach()))
+                in_place(q, torch.where(chosen, 5.0 + step, q.detach()))
+        torch.testing.assert_close(a.masters(), [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+        a.step()
+        b.step()
+    torch.testing.assert_close(a.masters(), [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+
+
+@dtypes
+def test_a_clamp_past_autograd_holds(dtype):
+    p = weight([4.0, -4.0, 0.5], dtype)
+    optimizer = fastmp.optim.SGD([p], lr=1e-4)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.data.clamp_(-0.01, 0.01)
+    optimizer.step()
+    assert p.detach().abs().max() <= 0.0102
+
+
+@dtypes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_not_healed_by_its_master(dtype, value):
+    p = weight([1.1, 1.7], dtype)
+    optimizer = fastmp.optim.SGD([p], lr=1e-2)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.data[0] = value
+    torch.testing.assert_close(optimizer.masters()[0][0], torch.tensor(value), equal_nan=True)
+    optimizer.step()
+    assert p.detach().isfinite().tolist() == [False, True]
+
+
+@dtypes
+@routes
+def test_a_skipped_step_leaves_an_edit_as_it_is(dtype, route):
+    params = parameters(dtype)
+    optimizer = adam_w(params)
+    give_gradients(params)
+    optimizer.step()
+    for p in params:
+        route(p, torch.where(p > 0, 0.0, p.detach()))
+    before = [p.detach().clone() for p in params], optimizer.masters()
+    params[3].grad[7] = torch.inf
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert same_bits(before[0], [p.detach() for p in params])
+    assert same_bits(before[1], optimizer.masters())
+
+
+def test_the_reference_takes_edits_as_the_kernel_does():
+    """Weights with gaps have no kernel."""
+
+    def run(gaps):
+        whole = torch.randn(6, 8, generator=torch.Generator().manual_seed(3)).half()
+        p = (whole[:, ::2] if gaps else whole[:, ::2].contiguous()).requires_grad_()
+        optimizer = fastmp.optim.SGD([p], lr=1e-3)
+        for _ in range(3):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            p.data.clamp_(-0.5, 0.5)
+        assert (optimizer._tables.table.fallback is not None) == gaps
+        return optimizer.masters()
+
+    assert same_bits(run(True), run(False))
