@@ -67,7 +67,14 @@ def run(given: LrFind) -> None:
     recipe.make_folder("picture", given.picture.parent)
     train_loader, _ = recipe.loaders(config, dataset, device, World())
     trainer = recipe.build_trainer(
-        config, dataset, model, dtype, device, total_steps=given.steps, progress=False
+        config,
+        dataset,
+        model,
+        dtype,
+        device,
+        total_steps=given.steps,
+        progress=False,
+        world=World(),
     )
     found = lr_find.find(trainer, train_loader, low=given.low, high=given.high, steps=given.steps)
     lr_curve.draw(found, given.picture)

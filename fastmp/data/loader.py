@@ -120,6 +120,28 @@ class Loader:
             return max(1, len(self.source) // global_batch)
         return len(self._order.batches(0))
 
+    def for_rank(self, rank: int, world: int) -> Loader:
+        """The part of one rank of a loader that was made without ``rank`` and ``world``.
+
+        A loader that was made for ``world`` ranks is returned as it is.
+
+        Raises:
+            ValueError: it was made for another number of ranks, or has too few samples.
+        """
+        old = self._order
+        if old.world == world:
+            return self
+        if old.world != 1:
+            raise ValueError(f"the loader was made for {old.world} ranks, and {world} train")
+        if old.shuffle and old.samples < world:
+            raise ValueError(
+                f"expected a sample for each of {world} ranks, got {old.samples} samples"
+            )
+        order = _Order(old.samples, old.batch_size, old.shuffle, old.seed, rank, world)
+        part = Loader(self.source, order, self._workers, self._pinned)
+        part.set_epoch(self._epoch)
+        return part
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0, of the next iterations; each epoch has its own order."""
         self._epoch = epoch

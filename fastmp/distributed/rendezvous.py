@@ -56,6 +56,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def min(self, value: int) -> int:
+        """The smallest ``value`` of all ranks, on every rank."""
+        return min(map(int, self.gather(value)))
+
     def max(self, value: int) -> int:
         """The largest ``value`` of all ranks, on every rank."""
         return max(map(int, self.gather(value)))
@@ -75,13 +79,36 @@ def current() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank)
 
 
+def launched() -> int:
+    """The number of processes that a launcher started together, as torchrun's environment says."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def joined() -> World:
+    """The world of the process group, which processes that were started together must have.
+
+    Raises:
+        RuntimeError: a launcher started several, and they have none.
+    """
+    world = current()
+    if launched() > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"{launched()} processes were started together (WORLD_SIZE) and have no process group: "
+            "each would train alone, on the same data, into the same folder. Put the run into "
+            "`with fastmp.distributed.rendezvous.torchrun_group(device):`, or call "
+            "torch.distributed.init_process_group() first; Trainer(world=World()) trains alone"
+        )
+    return world
+
+
 @contextmanager
 def torchrun_group(device: torch.device) -> Iterator[World]:
     """The process group of a torchrun job, for the block: NCCL on GPUs, gloo on CPUs.
 
-    Without torchrun's environment, or inside an existing process group, none is made.
+    Any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT will do. Without them, or
+    inside an existing process group, none is made.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or ("TORCHELASTIC_RUN_ID" not in os.environ and launched() == 1):
         yield current()
         return
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))

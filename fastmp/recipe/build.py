@@ -120,7 +120,7 @@ def build_trainer(
         total_steps: optimizer steps of the whole run, the length of the schedule.
         folder, progress, world: as ``Trainer`` takes them.
     """
-    world = rendezvous.current() if world is None else world
+    world = rendezvous.joined() if world is None else world
     trained = copy.deepcopy(model).to(device)
     if config.freeze:
         transfer.freeze(trained, *config.freeze)

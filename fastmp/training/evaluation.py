@@ -34,7 +34,8 @@ def evaluate(
 
     Args:
         settings: model, criterion, mixup, world and shards of the trainer.
-        loader: this rank's batches of (images, labels); the ranks may have unequal numbers of them.
+        loader: of (images, labels). A ``DataLoader`` is split over the ranks; anything else gives
+            this rank's batches, and the ranks may have unequal numbers of them.
         after_batch: called after each batch.
 
     Raises:
@@ -43,6 +44,7 @@ def evaluate(
     """
     model, world, device = settings.model, settings.world, settings.device
     prepare = torch.nn.Identity() if settings.mixup is None else settings.mixup.plain
+    loader = settings.split(loader, training=False)
     padding_steps = 0 if settings.shards is None else _padding_steps(loader, world)
     if world.size > 1:  # every rank has its own batch norm statistics: rank 0's count
         data_parallel.broadcast_buffers(model)

@@ -15,6 +15,7 @@ from fastmp import transfer
 from fastmp.data.mixup import Mixup
 from fastmp.distributed.fsdp import Shards
 from fastmp.distributed.rendezvous import World
+from fastmp.distributed.sampling import Splitter
 from fastmp.nn import CrossEntropyLoss
 from fastmp.optim.base import FusedOptimizer
 
@@ -78,6 +79,11 @@ class Settings:
             raise ValueError(
                 "ema, unfreeze, cuda_graph, telemetry: expected none of them with shards"
             )
+
+    @cached_property
+    def split(self) -> Splitter:
+        """Gives each rank its own batches of a loader."""
+        return Splitter(self.world)
 
     @cached_property
     def device(self) -> torch.device:

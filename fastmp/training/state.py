@@ -8,14 +8,18 @@ A run that is killed and resumed ends with the bits of one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from fastmp import checkpoint
 from fastmp.checkpoint import CheckpointError
@@ -46,21 +50,57 @@ class TrainState:
         self._loader: Iterable[Batch] = ()
         self._loader_state: dict[str, Any] = {}  # of a checkpoint, until the loader is known
         self._epoch_start: dict[str, Any] = {}
+        self._knows_ranks = False  # each rank has its own batches
+        self._warned = False  # that the ranks have unequally many
 
     # ---- the position in the data ----
 
     def attach_loader(self, loader: Iterable[Batch]) -> None:
-        """Train with the batches of ``loader``, whose own generators belong to the state."""
-        self._loader = loader
-        data_position.restore_own_state(loader, self._loader_state)
+        """Train with the batches of ``loader``, whose own generators belong to the state.
+
+        With several ranks each gets its own batches: the loader is split if it can be.
+        """
+        self._loader = self._settings.split(loader, training=True)
+        self._knows_ranks = self._loader is not loader
+        data_position.restore_own_state(self._loader, self._loader_state)
         self._loader_state = {}
+
+    @property
+    def batches_an_epoch(self) -> int | None:
+        """Of this rank; None if the loader has no length."""
+        if not isinstance(self._loader, Sized):
+            return None
+        try:
+            return len(self._loader)
+        except TypeError:  # a DataLoader has one, unless its data set has none
+            return None
+
+    def _common_batches(self) -> int | None:
+        """The batches an epoch of the rank with the fewest; None if one has no length."""
+        counts = self._settings.world.gather(self.batches_an_epoch)
+        if None in counts:
+            return None
+        self._warn_if_unequal(counts)
+        return int(min(counts))
+
+    def _warn_if_unequal(self, counts: list[int]) -> None:
+        """Say that batches of some ranks are left out; once a run."""
+        if min(counts) < max(counts) and self._settings.world.is_first and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the ranks have {', '.join(map(str, counts))} batches: every epoch ends with "
+                f"the shortest, after {min(counts)}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def remaining_steps(self, epochs: int) -> int | None:
         """Steps in the next ``epochs`` epochs; None if the loader has no length."""
-        if not isinstance(self._loader, Sized):
+        count = self._common_batches()
+        if count is None:
             return None
-        batches = [len(self._loader)] * epochs
-        batches[:1] = [len(self._loader) - self.progress.batch]
+        batches = [count] * epochs
+        batches[:1] = [count - self.progress.batch]
         return sum(math.ceil(count / self._settings.accumulate) for count in batches)
 
     def begin_epoch(self) -> None:
@@ -70,13 +110,48 @@ class TrainState:
             self._epoch_start = start
 
     def groups(self) -> Iterator[list[Batch]]:
-        """The remaining batches of this epoch, in one list a step; the last list may be shorter."""
+        """The remaining batches of this epoch, in one list a step; the last list may be shorter.
+
+        All ranks get equally many. Where a loader has no length, or is a stream, whose length is a
+        guess, they agree before every step, for which a GPU is waited for.
+        """
         done, device = self.progress.batch, self._settings.device
         batches = data_position.batches(self._loader, done, self._epoch_start, device)
-        while group := list(islice(batches, self._settings.accumulate)):
+        world, several = self._settings.world, self._settings.world.size > 1
+        is_stream = isinstance(getattr(self._loader, "dataset", None), IterableDataset)
+        common = self._common_batches() if several and not is_stream else None
+        if common is not None:
+            batches = islice(batches, max(common - done, 0))
+        while True:
+            group = list(islice(batches, self._settings.accumulate))
+            if several and common is None:
+                counts = world.gather(len(group))
+                self._warn_if_unequal([self.progress.batch + count for count in counts])
+                group = group[: min(counts)]
+            if not group:
+                break
+            if several and not self._knows_ranks:
+                self._raise_if_equal(group[0])
+                self._knows_ranks = True
             yield group
         if self.progress.batch == 0:
             raise ValueError("train_loader gave no batches; expected at least one")
+        if common is not None and self.progress.batch < common:
+            raise ValueError(
+                f"train_loader has a length of {self.batches_an_epoch}, and gave "
+                f"{self.progress.batch} batches: the other ranks go on"
+            )
+
+    def _raise_if_equal(self, batch: Batch) -> None:
+        """Refuse a loader that gives several ranks the same batches."""
+        parts = (part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in batch)
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).digest()
+        if len(set(self._settings.world.gather(digest))) < self._settings.world.size:
+            raise ValueError(
+                "train_loader gives several ranks the same batches: split its data by "
+                "fastmp.distributed.rendezvous.current().rank; a DataLoader over a data set with "
+                "indices is split by the trainer"
+            )
 
     # ---- the state ----
 

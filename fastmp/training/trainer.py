@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +109,7 @@ class Trainer:
             folder=None if folder is None else Path(folder),
             save_every=save_every,
             keep=keep,
-            world=rendezvous.current() if world is None else world,
+            world=rendezvous.joined() if world is None else world,
         )
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.scaler, self.mixup, self.accumulate = settings.scaler, mixup, accumulate
@@ -149,13 +149,15 @@ class Trainer:
     ) -> list[EpochResult]:
         """Train for ``epochs`` epochs, evaluating and saving after each.
 
-        After ``resume`` the first of them is the rest of the interrupted one.
+        After ``resume`` the first of them is the rest of the interrupted one. With several ranks a
+        ``DataLoader`` is split: its batch size is that of a rank, rank 0 draws the order. Any other
+        loader gives this rank's batches; an epoch ends on all ranks with the shortest.
 
         Raises:
             RunStopped: the loss turned non-finite, more than 20 steps in a row were skipped, or the
                 loss scale fell below 1. The state is saved first, on a GPU one step later.
             KeyboardInterrupt: likewise; ``signals.Terminated`` for SIGTERM.
-            ValueError: a loader without batches.
+            ValueError: a loader without batches, or the same ones on several ranks.
         """
         results: list[EpochResult] = []
         last = self.epoch + epochs
@@ -164,7 +166,7 @@ class Trainer:
         try:
             with self._stop_signal.deferred(), self._step_fn.run(steps):
                 while self.epoch < last:
-                    results.append(self._epoch(train_loader, val_loader, last))
+                    results.append(self._epoch(val_loader, last))
                     self._state.save_in_folder(score=results[-1].val_accuracy)
                     self._stop_signal.exchange()
         except RunStopped as stopped:
@@ -179,14 +181,12 @@ class Trainer:
         self._state.wait()
         return results
 
-    def _epoch(
-        self, train_loader: Iterable[Batch], val_loader: Iterable[Batch], last: int
-    ) -> EpochResult:
+    def _epoch(self, val_loader: Iterable[Batch], last: int) -> EpochResult:
         self._step_fn.begin_epoch(self.epoch)
         self._state.begin_epoch()
         name = f"epoch {self.epoch + 1}/{last}"
         with tqdm(
-            total=len(train_loader) if isinstance(train_loader, Sized) else None,
+            total=self._state.batches_an_epoch,
             initial=self._state.progress.batch,
             desc=name,
             leave=False,
