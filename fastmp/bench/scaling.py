@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmp import models
 from fastmp.amp.accumulation import Accumulator
-from fastmp.bench import train
+from fastmp.bench import learners, train
 from fastmp.bench.clocks import Run, step_clock
 from fastmp.bench.harness import OURS, Case, Row, Timing, announce_compiled, interleave
-from fastmp.bench.train import LAM, Workload
 from fastmp.distributed import data_parallel, rendezvous
 
 ROUNDS = 15
@@ -49,28 +48,28 @@ def _worker(rank: int, size: int, name: str, kind: str, rounds: int, folder: str
 
 
 def _timings(rank: int, size: int, name: str, device: str, rounds: int) -> dict[str, Timing]:
-    workload = Workload(name, models.MODELS[name], (1, 28, 28), 10, 256)
+    workload = train.images(name, models.MODELS[name], (1, 28, 28), 10, 256)
     torch.manual_seed(0)
-    model = workload.build(workload.shape, workload.classes).to(device)
+    model = workload.make().to(device)
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    learners = {
-        OURS: train.ours(model, device, dtype, compiled=False, wrap=_ours),
-        "DDP + AMP": train.torch_amp(model, device, dtype, compiled=False, wrap=_theirs),
-        "DDP, fp32": train.torch_amp(model, device, torch.float32, compiled=False, wrap=_theirs),
+    made = {
+        OURS: learners.ours(workload, model, device, dtype, wrap=_ours),
+        "DDP + AMP": learners.torch_amp(workload, model, device, dtype, wrap=_theirs),
+        "DDP, fp32": learners.torch_amp(workload, model, device, torch.float32, wrap=_theirs),
     }
-    images, labels = train.batch(workload, device, seed=rank)
+    inputs = workload.inputs(device, seed=rank)
 
-    def together(learner: train.Learner) -> float:
-        loss = learner.step(images, labels, LAM)
+    def together(learner: learners.Learner) -> float:
+        loss = learner.step(*inputs)
         dist.all_reduce(loss)  # the step ends when it has ended on all
         return float(loss) / size
 
-    runs: dict[str, Run] = {name: partial(together, learner) for name, learner in learners.items()}
-    first = {name: together(learner) for name, learner in learners.items()}
+    runs: dict[str, Run] = {name: partial(together, learner) for name, learner in made.items()}
+    first = {name: together(learner) for name, learner in made.items()}
     timings = interleave(runs, rounds, f"{name} on {size}", step_clock(device))
-    last = {name: together(learner) for name, learner in learners.items()}
+    last = {name: together(learner) for name, learner in made.items()}
     for losses in (first, last):
-        train.check(losses, first[OURS])
+        learners.check(losses, first[OURS])
     return timings
 
 

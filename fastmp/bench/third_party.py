@@ -25,7 +25,7 @@ class ThirdParty(NamedTuple):
     comparable: bool
 
 
-def _find(module: str) -> Any:
+def find(module: str) -> Any:
     """The module, or None; the reason goes to stderr if it is installed but broken."""
     try:
         return importlib.import_module(module)
@@ -42,7 +42,7 @@ def _find(module: str) -> Any:
 def losses(device: str) -> dict[str, ThirdParty]:
     """Functions of (logits, labels, the partners' labels, λ of the first)."""
     found: dict[str, ThirdParty] = {}
-    timm, mixup = _find("timm.loss"), _find("timm.data.mixup")
+    timm, mixup = find("timm.loss"), find("timm.data.mixup")
     if timm is not None and mixup is not None:
         soft = timm.SoftTargetCrossEntropy()
 
@@ -53,7 +53,7 @@ def losses(device: str) -> dict[str, ThirdParty]:
         found["timm"] = ThirdParty(with_timm, True)
     if device != "cuda":
         return found
-    liger, quack = _find("liger_kernel.transformers.functional"), _find("quack.cross_entropy")
+    liger, quack = find("liger_kernel.transformers.functional"), find("quack.cross_entropy")
     if liger is not None:
 
         def with_liger(logits: Tensor, a: Tensor, b: Tensor, lam: float) -> Any:
@@ -72,7 +72,7 @@ def optimizers(device: str, lr: float) -> dict[str, ThirdParty]:
     found: dict[str, ThirdParty] = {}
     if device != "cuda":
         return found
-    flash, ao, bnb = map(_find, ("flashoptim", "torchao.optim", "bitsandbytes.optim"))
+    flash, ao, bnb = map(find, ("flashoptim", "torchao.optim", "bitsandbytes.optim"))
     if flash is not None:
         found["FlashOptim, fp32 state"] = ThirdParty(
             lambda p: flash.FlashAdamW(p, lr=lr, quantize=False, master_weight_bits=32), True

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
-from fastmp import cli, data
+from fastmp import cli, data, models
 from fastmp.bench import (
+    accuracy,
     harness,
+    learners,
     linear,
     loss,
     networks,
@@ -23,6 +25,7 @@ from fastmp.bench import (
 )
 from fastmp.bench.clocks import Sample, wall_time
 from fastmp.bench.harness import Case, Row, Timing
+from fastmp.bench.workloads import Text
 
 
 def row(case="a case", ours=1.0, series="", **others):
@@ -138,16 +141,15 @@ def test_wrong_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(optimizer.FastmpPipeline, "step", lambda self: None)
     with pytest.raises(AssertionError, match="GradScaler"):
         optimizer.whole_step([(100,)], "small", torch.float16, "cpu", 0.1)
-    monkeypatch.setattr(train, "SMOOTHING", 0.1)
-    real = train.torch_amp
+    real = learners.torch_amp
 
     def worse(*arguments, **options):
         learner = real(*arguments, **options)
         learner.optimizer.param_groups[0]["lr"] = -0.01
         return learner
 
-    monkeypatch.setattr(train, "torch_amp", worse)
-    work = train.Workload("mlp", train.models.MODELS["mlp"], (1, 8, 8), 10, 32)
+    monkeypatch.setattr(learners, "torch_amp", worse)
+    work = train.images("mlp", models.mlp, (1, 8, 8), 10, 32)
     with pytest.raises(AssertionError, match="AMP"):
         train.step_case(work, "cpu", torch.bfloat16, 0.1, compiled=False)
 
@@ -177,8 +179,8 @@ def test_the_networks_are_the_common_ones():
     shape = (3, 224, 224)
     with torch.device("meta"):
         counts = [sum(p.numel() for p in make(shape, 1000).parameters())
-                  for make in (networks.resnet50, networks.vit_b16)]  # fmt: skip
-    assert counts == [25_557_032, 86_567_656 - 2 * 768]
+                  for make in (networks.resnet50, networks.vit_b16, networks.resnet18)]  # fmt: skip
+    assert counts == [25_557_032, 86_567_656 - 2 * 768, 11_689_512]
     assert (len(optimizer.resnet50()), optimizer.size_of(optimizer.resnet50())) == (161, counts[0])
     small = networks.resnet50((3, 32, 32), 7)
     assert small(torch.randn(2, 3, 32, 32)).shape == (2, 7)
@@ -208,12 +210,38 @@ def test_the_forward_on_a_gpu_is_measured_against_the_other_route(monkeypatch, i
     assert made.notes.endswith(f"selected: {selected}")
 
 
+@pytest.mark.slow
+def test_a_step_of_a_language_model():
+    """Three losses that agree, of GPT-2's interface at a thousandth of its size."""
+    pytest.importorskip("transformers", reason="transformers is not installed: no GPT-2")
+    make = networks.gpt2(n_embd=32, n_layer=2, n_head=2, vocab_size=97, n_positions=16)
+    work = Text(name="GPT-2", make=make, vocabulary=97, batch=4, length=16)
+    (found,) = train.step_case(work, "cpu", torch.bfloat16, 0.1, compiled=False)
+    assert set(found.timings) == {"fastmp", "AMP bfloat16", "fp32"}
+    assert found.case == "GPT-2 step, bfloat16, 4 x 16 tokens"
+
+
+def test_the_candidates_on_a_gpu():
+    """fastmp's headline is the workload's own mode; the other two are shown and not ranked."""
+    work = train.images("mlp", models.mlp, (1, 8, 8), 10, 32, own_mode="graphed",
+                        goals={"AMP": 5.0, "reduce-overhead AMP": 1.3})  # fmt: skip
+    assert learners.own_modes(work, "cuda", compiled=True) == {
+        "fastmp": "graphed",
+        "fastmp, eager": "eager",
+        "fastmp, compiled": "compiled",
+    }
+    assert learners.own_modes(work, "cpu", compiled=True) == {"fastmp": "eager"}
+    names = ["fastmp", "AMP float16", "compiled AMP float16", "reduce-overhead AMP float16"]
+    goals = {"AMP float16": 5.0, "reduce-overhead AMP float16": 1.3}
+    assert train._goals(work, names) == goals
+
+
 def test_time_to_an_accuracy():
     """A curve for every candidate, the seconds where it crosses the target; or an error."""
     digits = data.load("digits")
-    work = train.Workload("mlp", train.models.MODELS["mlp"], digits.shape, 10, 64)
-    target = train.Target(60, 0.5, 3e-3)
-    (found,) = train.accuracy_case(work, digits, "cpu", torch.bfloat16, target)
+    work = train.images("mlp", models.mlp, digits.shape, 10, 64)
+    target = accuracy.Target(60, 0.5, 3e-3)
+    (found,) = accuracy.accuracy_case(work, digits, "cpu", torch.bfloat16, target)
     assert set(found.curves) == {"fastmp", "AMP bfloat16", "fp32", "compiled AMP bfloat16"}
     for name, curve in found.curves.items():
         seconds = [point[0] for point in curve]
@@ -222,7 +250,7 @@ def test_time_to_an_accuracy():
         assert found.timings[name].median / 1e3 in seconds
     assert "to 50.0% of digits" in found.case
     with pytest.raises(AssertionError, match=r"fp32 ended at 40.00%, target 50.0%"):
-        train._seconds_to(0.5, [(1.0, 0.3), (2.0, 0.4)], "fp32")
+        accuracy._seconds_to(0.5, [(1.0, 0.3), (2.0, 0.4)], "fp32")
 
 
 @pytest.mark.slow
@@ -240,14 +268,14 @@ def test_scaling_compares_two_processes_with_one():
 
 
 def test_a_library_that_is_not_installed_is_passed_over(capsys):
-    assert third_party._find("no_such_package.optim") is None
+    assert third_party.find("no_such_package.optim") is None
     assert capsys.readouterr().err == ""
 
 
 def test_a_library_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken_library.py").write_text("import a_library_it_needs\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert third_party._find("broken_library") is None
+    assert third_party.find("broken_library") is None
     assert (
         "broken_library is installed, but cannot be imported: No module" in capsys.readouterr().err
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastmp import amp, data, models, optim
+from fastmp.bench import train
 from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
@@ -84,3 +85,13 @@ def test_data_that_fits_lies_on_the_device():
     images, labels = next(iter(data.loader(digits.train, 8, shuffle=True, device=GPU)))
     assert images.device.type == labels.device.type == "cuda"
     assert images.dtype == torch.uint8
+
+
+@pytest.mark.slow
+def test_a_benchmarked_step_in_every_mode():
+    """Eager, compiled and graphed, of fastmp and of AMP: all losses agree before they are timed."""
+    work = train.images("mlp", models.mlp, (1, 8, 8), 10, 64, own_mode="graphed")
+    (found,) = train.step_case(work, "cuda", torch.float16, 0.1, compiled=True)
+    assert {"fastmp", "fastmp, eager", "fastmp, compiled"} <= set(found.timings)
+    assert {"reduce-overhead AMP float16", "compiled AMP float16"} <= set(found.timings)
+    assert found.notes.startswith("fastmp is graphed; ")
