@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 3
+#define FASTMP_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))
@@ -126,8 +126,6 @@ typedef struct {
   int64_t threads;     /* size of the pool; does not change the result */
 } fastmp_gemm_args;
 FASTMP_EXPORT int32_t fastmp_gemm(const fastmp_gemm_args* args);
-/* Whether fastmp_gemm is the fastest known product of this dtype on this CPU. */
-FASTMP_EXPORT int32_t fastmp_prefers_own_gemm(int32_t dtype);
 
 /* One pass over dense matrices of rows x columns. Forward: out = activation(saved). Backward: out =
  * grad_output times the derivative, grad_bias its sum over the rows. */

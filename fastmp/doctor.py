@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 import fastmp
 from fastmp import backends, files
 from fastmp.backends import cpu, cuda, triton
+from fastmp.backends.cpu import gemm_choice
 
 PACKAGES = ("torch", "numpy", "triton", "cuda-bindings", "tensorboard", "datasets", "pillow")
 COMPILERS = ("c++", "g++", "clang++")
@@ -186,10 +186,7 @@ def device_name(device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{gemm_choice.processor().name}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:

@@ -36,20 +36,6 @@ Target detect() {
 
 const Target target = detect();
 
-/* Own products are chosen where they were measured to win: on 2 cores of a Zen 4 with AVX512-BF16
- * (2026-11; peak 230 GFLOP/s in fp32, 460 in bf16) fp16 ran at 210 against torch's 30 at best, fp32
- * at 210 against 150 of MKL, which keeps its fastest kernels for Intel, bf16 at 420 against 390 of
- * oneDNN. In AVX2 fp32 was no faster than MKL. Intel's AMX multiplies bf16 several times faster
- * than AVX512-BF16 does, and oneDNN uses it. */
-bool prefers_own_gemm(int32_t dtype) {
-#if defined(FASTMP_X86_TARGETS)
-  const bool intel = __builtin_cpu_is("intel");
-  if (dtype == FASTMP_F32) return target >= Target::v4 && !intel;
-  if (dtype == FASTMP_BF16) return target >= Target::v4bf16 && !intel;
-#endif
-  return dtype == FASTMP_F16;
-}
-
 }  // namespace
 
 void run_parallel(int64_t n, int64_t grain, fastmp_range_fn fn, void* ctx) {
@@ -95,10 +81,6 @@ extern "C" int32_t fastmp_abi_version(void) {
 extern "C" const char* fastmp_target(void) {
   const char* const names[] = {FASTMP_TARGETS(FASTMP_STRING, )};
   return names[static_cast<int>(fastmp::target)];
-}
-
-extern "C" int32_t fastmp_prefers_own_gemm(int32_t dtype) {
-  return fastmp::prefers_own_gemm(dtype);
 }
 
 extern "C" void fastmp_set_parallel_for(fastmp_parallel_for new_pool) {

@@ -14,6 +14,7 @@ import torch
 from fastmp import backends
 from fastmp.backends import cpu
 from fastmp.backends.abi import DTYPE_CODES, Activation
+from fastmp.backends.cpu import gemm_choice
 from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
 from fastmp.ops.linear import ACTIVATIONS, backward_reference, linear_reference, saves_preactivation
 
@@ -25,7 +26,7 @@ NAN = float("nan")
 
 def own_product(own=True):
     """The library's matrix product or torch's, on any CPU."""
-    return mock.patch.object(cpu, "prefers_own_gemm", return_value=own)
+    return mock.patch.object(gemm_choice, "prefers_own", return_value=own)
 
 
 def operands(rows, k, n, dtype):
@@ -183,12 +184,6 @@ def test_the_report_names_the_backend():
     served = {(s.op, s.device): s for s in backends.report()}["linear", "cpu"]
     assert served.backend == ("cpu" if NATIVE else "reference")
     assert served.reason.startswith(reason)
-
-
-def test_own_gemm_needs_the_library():
-    answers = [cpu.prefers_own_gemm(dtype) for dtype in DTYPES]
-    assert all(type(answer) is bool for answer in answers)
-    assert cpu.prefers_own_gemm(torch.float16) == NATIVE  # torch's is ten times slower, everywhere
 
 
 # ---- the native entry points ----

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from fastmp.backends import cpu
+from fastmp.backends.cpu import gemm_choice
 from fastmp.functional import linear
 from fastmp.ops.linear import ACTIVATIONS, activate, backward_reference, linear_reference
 
@@ -24,7 +25,7 @@ X, W, B = (torch.randn(shape, generator=_fixed) for shape in ((3, 5, 7), (4, 7),
 @contextmanager
 def product(own):
     """The library's matrix product, or torch's followed by the library's passes, on any CPU."""
-    with mock.patch.object(cpu, "prefers_own_gemm", return_value=own):
+    with mock.patch.object(gemm_choice, "prefers_own", return_value=own):
         yield
 
 

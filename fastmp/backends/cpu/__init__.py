@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from fastmp.backends import registry
-from fastmp.backends.abi import DTYPE_CODES
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
 
 
@@ -68,13 +67,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     reason = f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
     registry.mark_available("cpu", reason)
     return library, reason
-
-
-@cache
-def prefers_own_gemm(dtype: torch.dtype) -> bool:
-    """Whether the library's matrix product is the fastest known one for ``dtype`` on this CPU."""
-    library, _ = load()
-    return library is not None and bool(library.fastmp_prefers_own_gemm(DTYPE_CODES[dtype]))
 
 
 def call(name: str, args: Structure) -> int:

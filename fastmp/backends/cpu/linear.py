@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmp.backends import cpu, registry, torch_linear
 from fastmp.backends.abi import ACTIVATION_CODES, DTYPE_CODES, unsupported_dtype
+from fastmp.backends.cpu import gemm_choice
 from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
 from fastmp.backends.torch_linear import as_rows, saves_preactivation
 
@@ -37,7 +38,7 @@ def linear(
     """``fastmp::linear``; the product is torch's where that is faster, followed by one pass."""
     shape = (*input.shape[:-1], weight.shape[0])
     save = save and saves_preactivation(activation)
-    if cpu.prefers_own_gemm(input.dtype):
+    if gemm_choice.prefers_own(input.dtype):
         z = input.new_empty(shape if save else 0)
         y = gemm(as_rows(input), weight.t(), shape, bias, activation, z if save else None)
         return y, z
@@ -58,7 +59,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::linear_backward``; the products are torch's where those are faster."""
     dz, db = activation_backward(as_rows(grad), saved, activation, needs[2])
-    if cpu.prefers_own_gemm(grad.dtype):
+    if gemm_choice.prefers_own(grad.dtype):
         dx = gemm(dz, weight, input.shape) if needs[0] else grad.new_empty(0)
         dw = gemm(dz.t(), as_rows(input), weight.shape) if needs[1] else grad.new_empty(0)
     else:
@@ -148,7 +149,6 @@ def activation_backward(
     return dz, db
 
 
-_own = [str(d).removeprefix("torch.") for d in DTYPE_CODES if cpu.prefers_own_gemm(d)]
 registry.register(
     "linear",
     "cpu",
@@ -156,6 +156,6 @@ registry.register(
     backend="cpu",
     supports=_supports,
     worthwhile=worthwhile,
-    detail=f"products of its own in {', '.join(_own)}",
+    detail=gemm_choice.describe(gemm_choice.processor()),
 )
 registry.register("linear_backward", "cpu", linear_backward, backend="cpu", supports=_supports)
