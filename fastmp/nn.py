@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmp.functional.cross_entropy import cross_entropy
 from fastmp.functional.linear import linear
+from fastmp.ops.checks import wide_dtype
 from fastmp.ops.linear import ACTIVATIONS
 from fastmp.ops.loss import MixedTarget
 
@@ -85,3 +86,22 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             self.label_smoothing,
             grad_scale=grad_scale,
         )
+
+
+class _InFp32(torch.nn.modules.instancenorm._InstanceNorm):
+    """Computes in fp32: torch rounds running statistics to the dtype of the input at every call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(wide_dtype(input.dtype))).to(input.dtype)
+
+
+class InstanceNorm1d(_InFp32, torch.nn.InstanceNorm1d):
+    """``torch.nn.InstanceNorm1d``, torch's own arguments; in fp32 also for 16-bit inputs."""
+
+
+class InstanceNorm2d(_InFp32, torch.nn.InstanceNorm2d):
+    """``torch.nn.InstanceNorm2d``, torch's own arguments; in fp32 also for 16-bit inputs."""
+
+
+class InstanceNorm3d(_InFp32, torch.nn.InstanceNorm3d):
+    """``torch.nn.InstanceNorm3d``, torch's own arguments; in fp32 also for 16-bit inputs."""

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
 import torch
 from torch import Tensor, nn
 
 from fastmp.amp.fusion import fuse_linear
+from fastmp.nn import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 
+_IN_FP32: dict[type[nn.Module], type[nn.Module]] = {
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
+}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def convert(
-    model: nn.Module, dtype: torch.dtype = torch.float16, *, fuse: bool = True
+    model: nn.Module,
+    dtype: torch.dtype = torch.float16,
+    *,
+    fuse: bool = True,
+    keep_fp32: Iterable[str | type[nn.Module]] = (),
 ) -> nn.Module:
-    """Give a model 16-bit weights and fused linear layers, in place; batch norms stay fp32.
+    """Give a model 16-bit weights and fused linear layers, in place.
 
-    Parameters and floating-point buffers become ``dtype``; those of batch norms become fp32,
-    because their running statistics are sums over many steps. Parameters stay the same objects and
-    ``state_dict`` keys do not change. The model then expects inputs of ``dtype``.
+    Parameters and floating-point buffers become ``dtype``. These become fp32, because a cast
+    changes what they say:
+
+    - batch norms, and instance norms with running statistics: sums over many steps;
+    - buffers without dimensions and of one whole number: counters (bf16 stops at 256) and scales.
+      Without dimensions they change the dtype of no result;
+    - buffers with "freq" in their name, and vectors that no checkpoint holds: the frequencies of
+      rotary embeddings, which are multiplied with positions;
+    - buffers of whole numbers that ``dtype`` does not have: tables of positions;
+    - what ``keep_fp32`` names.
+
+    Parameters stay the same objects and ``state_dict`` keys do not change. The model then expects
+    inputs of ``dtype``.
 
     Args:
         model: any module.
@@ -25,24 +48,82 @@ def convert(
         fuse: make every ``torch.nn.Linear`` a ``fastmp.nn.Linear`` that applies the ReLU, GELU or
             SiLU after it, wherever that certainly changes no value; see
             ``fastmp.amp.fusion.fuse_linear``. This stays so when a later call goes back to fp32.
+        keep_fp32: what else stays fp32: names or globs of modules, parameters and buffers, such as
+            "codebook.*" or "*.wo", and classes of modules. The forward has to bring the dtypes
+            together itself.
 
     Returns:
         The same module.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: another dtype.
+        ValueError: another dtype, or an entry of ``keep_fp32`` that fits nothing; the model is then
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if dtype not in _DTYPES:
         expected = ", ".join(map(str, _DTYPES))
         raise ValueError(f"expected dtype to be one of {expected}, got {dtype}")
+    kept = {id(t) for t in _named_exceptions(model, keep_fp32)}
     for module in model.modules():
-        target = torch.float32 if isinstance(module, nn.modules.batchnorm._BatchNorm) else dtype
+        kept |= {id(t) for t in _stays_fp32(module, dtype)}
 
-        def cast(tensor: Tensor, target: torch.dtype = target) -> Tensor:
-            return tensor.to(target) if tensor.is_floating_point() else tensor
+    def cast(tensor: Tensor) -> Tensor:
+        target = torch.float32 if id(tensor) in kept else dtype
+        return tensor.to(target) if tensor.is_floating_point() else tensor
 
+    for module in model.modules():
         module._apply(cast, recurse=False)
+        if type(module) in _IN_FP32 and is_fp32_norm(module):
+            module.__class__ = _IN_FP32[type(module)]  # the same object, with its hooks
     return fuse_linear(model) if fuse else model
+
+
+def is_fp32_norm(module: nn.Module) -> bool:
+    """Whether ``convert`` keeps a module in fp32: a batch norm, or one with running statistics."""
+    norms = nn.modules.batchnorm
+    if isinstance(module, norms._BatchNorm):
+        return True
+    return isinstance(module, norms._NormBase) and module.running_mean is not None
+
+
+def _stays_fp32(module: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The module's own tensors that a cast to ``dtype`` would spoil."""
+    if is_fp32_norm(module):
+        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return
+    for name, buffer in module.named_buffers(recurse=False):
+        computed = name in module._non_persistent_buffers_set
+        if (
+            buffer.dim() == 0
+            or "freq" in name
+            or (buffer.dim() == 1 and computed)
+            or _is_count(buffer, dtype)
+        ):
+            yield buffer
+
+
+def _is_count(buffer: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a buffer holds one whole number, or whole numbers that ``dtype`` does not have."""
+    if buffer.is_meta or not buffer.is_floating_point() or buffer.numel() == 0:
+        return False
+    exact = bool((buffer.to(dtype) == buffer).all())
+    if exact and buffer.numel() > 1:
+        return False
+    return bool((buffer == buffer.trunc()).all()) and bool(buffer.isfinite().all())
+
+
+def _named_exceptions(
+    model: nn.Module, keep_fp32: Iterable[str | type[nn.Module]]
+) -> Iterator[Tensor]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for entry in [keep_fp32] if isinstance(keep_fp32, str | type) else keep_fp32:
+        if isinstance(entry, str):
+            found = [t for n, t in tensors if fnmatchcase(n, entry) or fnmatchcase(n, f"{entry}.*")]
+        else:
+            modules = [m for m in model.modules() if isinstance(m, entry)]
+            found = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        if not found:
+            raise ValueError(f"keep_fp32 has {entry!r}, which fits no tensor of the model")
+        yield from found

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmp import amp
+from fastmp.amp.convert import is_fp32_norm
 from fastmp.optim.base import FusedOptimizer
 from fastmp.optim.step_reducer import GroupReducer
 
@@ -36,7 +37,7 @@ def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
     """Split a model over the ranks of the process group, in place; the first rank's weights count.
 
     Every entry of a ``Sequential`` or ``ModuleList`` is gathered on its own, the rest together.
-    Batch norms compute in fp32, everything else in ``dtype``, as after ``amp.convert``.
+    Norms with running statistics compute in fp32, the rest in ``dtype``, as after ``amp.convert``.
 
     Args:
         model: the same on every rank, on its device.
@@ -64,20 +65,18 @@ def shard(model: nn.Module, dtype: torch.dtype) -> Shards:
     usual = MixedPrecisionPolicy(param_dtype=dtype)
     norm = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
     for module in _units(model):
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        fully_shard(module, mesh=mesh, mp_policy=norm if is_norm else usual)
+        fully_shard(module, mesh=mesh, mp_policy=norm if is_fp32_norm(module) else usual)
     fully_shard(model, mesh=mesh, mp_policy=usual)
     return Shards(model)
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules to gather one by one, inner ones first: batch norms, entries of containers."""
+    """The modules to gather one by one, inner ones first: fp32 norms, entries of containers."""
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Sequential | nn.ModuleList):
             yield from (m for m in module if _is_unit(m))
         else:
-            norms = (m for m in module.children() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-            yield from (m for m in norms if _is_unit(m))
+            yield from (m for m in module.children() if is_fp32_norm(m) and _is_unit(m))
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -155,53 +155,6 @@ def test_state_travels_in_either_direction(source, target):
     assert train(second, twin[0], restored, steps=9, start=7) == rest
 
 
-# ---- convert ----
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_convert_keeps_batch_norms_in_fp32_and_every_key(dtype):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-    )
-    keys = list(model.state_dict())
-    weight = model[0].weight
-    assert fastmp.convert(model, dtype) is model
-    assert list(model.state_dict()) == keys
-    assert model[0].weight is weight
-    kinds = {k: v.dtype for k, v in model.state_dict().items()}
-    assert kinds.pop("1.num_batches_tracked") == torch.int64
-    assert {k for k, d in kinds.items() if d == torch.float32} == {
-        f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")
-    }
-    assert all(d in (dtype, torch.float32) for d in kinds.values())
-    out = model(torch.randn(8, 1, 8, 8).to(dtype))
-    assert out.dtype == dtype
-    out.float().sum().backward()
-    assert model[0].weight.grad.dtype == dtype
-    assert model[1].weight.grad.dtype == torch.float32
-    assert model.eval()(torch.randn(8, 1, 8, 8).to(dtype)).isfinite().all()
-
-
-def test_convert_goes_back_and_loads_old_checkpoints():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    saved = copy.deepcopy(model.state_dict())
-    fastmp.convert(model, torch.bfloat16)
-    model.load_state_dict(saved)
-    assert torch.equal(model[0].weight, saved["0.weight"].bfloat16())
-    fastmp.convert(model, torch.float32)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_convert_refuses_what_it_cannot_convert():
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
-        fastmp.convert(3)
-    model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"got torch\.float64"):
-        fastmp.convert(model, torch.float64)
-    assert model.weight.dtype == torch.float32
-
-
 def test_no_warning_without_fp16_gradients():
     scaler = fastmp.amp.GradScaler("cpu")
     model, optimizer = model_and_optimizer(torch.bfloat16)
