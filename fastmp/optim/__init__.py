@@ -15,7 +15,9 @@ Differences from torch, each on purpose:
   have no effect: there is one implementation.
 
 A 16-bit weight that was changed from outside (in place, through ``.data``, by ``load_state_dict``)
-replaces its master: a master is finer than the weight only while it rounds to it.
+replaces its master: a master is finer than the weight only while it rounds to it. One limit: a bf16
+weight changed through ``.data``, past autograd, to another value than 0 keeps its old remainder, at
+most half a unit in its last place. Use ``with torch.no_grad()`` there.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,6 +177,7 @@ class FusedOptimizer(RecordedOptimizer):
             self.first_nonfinite.copy_(torch.where(first < 0, self.first_nonfinite, first))
         # autograd has not seen the kernel's writes: a backward through the old weights must raise
         torch.autograd.graph.increment_version(table.params)
+        self._tables.remainders.record()
 
     def has_gradients_on(self, device: torch.device) -> bool:
         """Whether a parameter on this device has a gradient, on any rank that has a part of it."""
@@ -290,23 +292,41 @@ class FusedOptimizer(RecordedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule")
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        remainders = self._tables.remainders
+        exported = {p: remainders.saved_state(p, s) for p, s in self.state.items()}
+        own["state"] = defaultdict(dict, exported)
+        own["remainders"] = remainders.state_dict(self._params())
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, restored: dict[str, Any]) -> None:
+        restored = dict(restored)
+        remainders = restored.pop("remainders", None)
         super().__setstate__(restored)  # by load_state_dict too, which leaves the context alone
         self.__dict__.setdefault("step_context", StepContext())
         self.__dict__.setdefault("_search_reducer", ReducerSearch())
         self._tables = TableCache()
+        if remainders is not None:
+            self._tables.remainders.load_state_dict(self._params(), remainders)
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state:
                     state.to_own_state(param, self.state[param], self._state_keys(group))
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and ``counts``: applied and skipped steps, the clock of schedules."""
+        """As torch's, and ``counts``: applied and skipped steps, the clock of schedules.
+
+        With bf16 parameters also ``remainders``: checksums of the weights that they complete.
+        """
         state.adopt_masters(self.state, self._params())
         counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
-        return {**super().state_dict(), "counts": counts}
+        saved = {**super().state_dict(), "counts": counts}
+        params, remainders = self._params(), self._tables.remainders
+        for i, param in enumerate(params):
+            if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it
+                saved["state"][i] = remainders.saved_state(param, self.state[param])
+        if any(p.dtype == torch.bfloat16 for p in params):
+            saved["remainders"] = remainders.state_dict(params)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
@@ -328,6 +348,9 @@ class FusedOptimizer(RecordedOptimizer):
             handle.remove()
         for name, count in state_dict.get("counts", {}).items():
             self._read(name).copy_(count)
+        if "remainders" in state_dict:
+            remainders = self._tables.remainders
+            remainders.load_state_dict(self._params(), state_dict["remainders"])
 
     def masters(self) -> list[Tensor]:
         """The fp32 values of the parameters (fp64 of fp64), copies in the order of the groups.
@@ -336,7 +359,8 @@ class FusedOptimizer(RecordedOptimizer):
         and load the state into torch's optimizer of the same name.
         """
         state.adopt_masters(self.state, self._params())
-        return [state.master_of(p, self.state.get(p, {})).clone() for p in self._params()]
+        valid, params = self._tables.remainders.valid_state, self._params()
+        return [state.master_of(p, valid(p, self.state.get(p, {}))).clone() for p in params]
 
     @torch.no_grad()
     def load_masters(self, values: Sequence[Tensor]) -> None:
@@ -360,3 +384,4 @@ class FusedOptimizer(RecordedOptimizer):
             state.allocate(self.state, group["params"], self._state_keys(group))
         for p, value in zip(params, values, strict=True):
             state.set_master(p, self.state[p], value)
+        self._tables.remainders.adopt(params)

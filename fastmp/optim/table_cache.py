@@ -6,11 +6,13 @@ from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastmp.ops.update import TensorRow
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import state
+from fastmp.optim.remainders import Remainders
 
 if TYPE_CHECKING:
     from fastmp.optim.base import FusedOptimizer
@@ -23,6 +25,7 @@ class TableCache:
         self.table: StepTable | None = None
         self._rules: list[float] = []
         self._state: list[Any] = []
+        self.remainders = Remainders()
 
     def bind(
         self,
@@ -46,6 +49,9 @@ class TableCache:
             table = self.table = StepTable(rows, grads)
             self._rules = rules
             self._state = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+            split = [(r.param, r.master) for r in rows if r.param.dtype == torch.bfloat16]
+            self.remainders.use([p for p, _ in split], [m for _, m in split if m is not None])
+        self.remainders.drop_stale()
         return table
 
 

@@ -65,6 +65,7 @@ def leaves(value, path=""):
 
 def assert_same(state, expected):
     state, expected = leaves(state), leaves(expected)
+    state = {k: v for k, v in state.items() if ".remainders." not in k}  # newer: checksums
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+import fastmp
 from fastmp import amp
 from fastmp.training.ema import EMA
 
@@ -54,6 +57,27 @@ def test_the_model_has_its_own_weights_back_to_the_bit(dtype):
         assert not torch.equal(model[0].weight, own["0.weight"])
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert model[0].weight._version == version  # else remainders of bf16 weights are dropped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_swap_is_no_edit_of_the_weights(dtype):
+    """Masters and the steps after it are those of a run without it."""
+
+    def masters(swapped):
+        model = model_in(dtype)
+        optimizer = fastmp.optim.AdamW(model.parameters(), lr=1e-2)
+        average = EMA(model, 0.9)
+        for _ in range(3):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            average.update(optimizer.found_inf)
+            with average.swapped_in() if swapped else nullcontext():
+                pass
+        return optimizer.masters()
+
+    for with_swaps, without in zip(masters(True), masters(False), strict=True):
+        assert torch.equal(with_swaps, without)
 
 
 def test_state_goes_to_another_and_back():

@@ -1,0 +1,169 @@
+"""Which remainders still belong to the bf16 weights beside them.
+
+A remainder completes one weight to its master; beside another weight it is noise of up to half a
+unit in the last place. Every in-place change that autograd sees raises a tensor's version. At the
+first one that is not the step's own, the tensor's remainders are dropped, and from then on a copy
+of its weights (2 bytes a parameter) tells after every step which elements were changed, so that a
+mask or a clamp applied every step leaves the others their remainders. A change through ``.data``
+is not seen: the old remainder stays, and the master rounds to the new weight all the same.
+
+Between a load and the first step the order in which model and optimizer are loaded must not matter,
+nor a broadcast of equal weights: there a checksum of the weights decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmp.ops.update import current_master
+
+_CHUNK = 2**20  # words of 8 bytes that a checksum takes at a time: 40 MB of temporaries
+_version = attrgetter("_version")
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """A hash of the bits of a 16-bit tensor in the order of its indices: 0-d int64, on its device.
+
+    The same on every device. One changed element always changes it.
+    """
+    bits = weight.detach().reshape(-1).view(torch.int16)
+    words = torch.zeros(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
+    words.view(torch.int16)[: bits.numel()].copy_(bits)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK]
+        index = torch.arange(start, start + part.numel(), device=bits.device)
+        total += (_mix(part) * (2 * _mix(index * 0x1E3779B97F4A7C15) + 1)).sum()
+    return total
+
+
+def _mix(words: Tensor) -> Tensor:
+    """Injective; the upper half of a word reaches the lower one."""
+    return words ^ ((words >> 32) & 0xFFFFFFFF)
+
+
+class Remainders:
+    """The bf16 weights of an optimizer as its last step left them."""
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []  # of the current table
+        self._remainders: list[Tensor] = []
+        self._versions: list[int] = []
+        self._others: dict[Tensor, int] = {}  # versions of parameters that are not in the table
+        self._copies: dict[Tensor, Tensor] = {}  # of weights that were changed from outside once
+        self._checksums: dict[Tensor, Tensor] = {}  # loaded, not yet compared
+
+    def current(self, param: Tensor, remainder: Tensor) -> Tensor:
+        """``remainder``, or a copy that is 0 where the weight was changed since the last step."""
+        expected = self._checksums.get(param)
+        if expected is not None:
+            return remainder * (checksum(param) == expected)
+        if self._known_versions().get(param, param._version) == param._version:
+            return remainder
+        copy = self._copies.get(param)
+        if copy is None:
+            return torch.zeros_like(remainder)
+        same = copy.view(torch.int16) == param.detach().view(torch.int16)
+        return torch.where(same, remainder, 0)
+
+    def _known_versions(self) -> dict[Tensor, int]:
+        return {**self._others, **dict(zip(self._params, self._versions, strict=True))}
+
+    # ---- around a step ----
+
+    def use(self, params: list[Tensor], remainders: list[Tensor]) -> None:
+        """The next steps change these weights and their remainders."""
+        known = {p: v for p, v in self._known_versions().items() if p.dtype == torch.bfloat16}
+        self._params, self._remainders = params, remainders
+        self._versions = [known.pop(p, p._version) for p in params]
+        self._others = known
+
+    def drop_stale(self) -> None:
+        """Before a step: set remainders to 0 where weights were changed since the last one.
+
+        Raises:
+            RuntimeError: such a change just before the capture of a CUDA graph, whose every replay
+                would drop them.
+        """
+        loaded = self._checksums and any(p in self._checksums for p in self._params)
+        if not loaded and self._versions == list(map(_version, self._params)):
+            return
+        if self._params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "bf16 weights were changed, or a checkpoint was loaded, since the last step: "
+                "expected one step before the capture of a CUDA graph"
+            )
+        rows = zip(self._params, self._remainders, self._versions, strict=True)
+        for param, remainder, version in rows:
+            valid = self.current(param, remainder)
+            if valid is not remainder:
+                remainder.copy_(valid)
+            loaded = self._checksums.pop(param, None) is not None
+            if not loaded and param._version != version and param not in self._copies:
+                self._copies[param] = torch.empty_like(param)
+
+    def record(self) -> None:
+        """After a step: these weights belong to the remainders."""
+        self._versions = list(map(_version, self._params))
+        if self._copies:
+            self._copy(self._params)
+
+    def adopt(self, params: list[Tensor]) -> None:
+        """The remainders of these parameters were computed from the weights as they are."""
+        self._checksums.clear()
+        self._versions = list(map(_version, self._params))
+        self._others = {p: p._version for p in params}
+        self._copy(params)
+
+    def _copy(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            if param in self._copies:
+                self._copies[param].copy_(param.detach())
+
+    # ---- saving and loading ----
+
+    def valid_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` with the master or remainder that the next step starts from."""
+        if "remainder" in state and param.dtype == torch.bfloat16:
+            current = self.current(param, state["remainder"])
+            return state if current is state["remainder"] else {**state, "remainder": current}
+        if "master" in state and param.dtype == torch.float16:
+            current = current_master(param.detach(), state["master"])
+            unchanged = torch.equal(current, state["master"])
+            return state if unchanged else {**state, "master": current}
+        return state
+
+    def saved_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """As ``valid_state``; all of a loaded one, whose weights may still be loaded."""
+        return state if param in self._checksums else self.valid_state(param, state)
+
+    def state_dict(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What ``load_state_dict`` needs to know about the weights, one element a parameter.
+
+        ``checksum``: int64, of the bf16 weights that the remainders belong to, else 0.
+        ``edited``: bool, whether the weights were changed from outside before.
+        """
+        bf16 = [p.dtype == torch.bfloat16 for p in params]
+        sums = [
+            self._checksums[p] if p in self._checksums else checksum(p)
+            for p, is_bf16 in zip(params, bf16, strict=True)
+            if is_bf16
+        ]
+        found = torch.zeros(len(params), dtype=torch.int64)
+        if sums:
+            found[torch.tensor(bf16)] = torch.stack([s.to(sums[0].device) for s in sums]).cpu()
+        return {"checksum": found, "edited": torch.tensor([p in self._copies for p in params])}
+
+    def load_state_dict(self, params: Sequence[Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Compare the weights with the checksums before they are next used."""
+        rows = zip(params, saved["checksum"], saved["edited"].tolist(), strict=False)
+        for param, expected, edited in rows:
+            if param.dtype == torch.bfloat16 and expected != 0:
+                self._checksums[param] = expected.to(param.device)
+            if edited:
+                self._copies[param] = torch.empty_like(param)
