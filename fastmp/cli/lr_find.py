@@ -61,6 +61,8 @@ def run(given: LrFind) -> None:
         torch.set_num_threads(config.threads)
     device = recipe.device_of(config)
     dataset = recipe.load_data(config)
+    for note in dataset.notes:
+        print(f"{config.data}: {note}")
     model = recipe.build_model(config, dataset)
     recipe.load_pretrained(config, model)
     dtype = DTYPES["fp32" if config.dtype == "auto" else config.dtype]

@@ -167,17 +167,19 @@ def _recorded(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
 def _summary(
     config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device, world: World
 ) -> str:
-    """Data, model, device and batch, in three lines."""
+    """Data, what is to be known of them, model, device and batch, a line each."""
     assert config.batch_size is not None
     machine = f"{world.size} x {device.type}" if world.size > 1 else str(device)
     batch = config.batch_size * world.size * config.accumulate
     factors = [f"{config.batch_size} a device", f"{world.size} devices"]
     factors += [f"{config.accumulate} passes"] if config.accumulate > 1 else []
     parts = f" = {' x '.join(factors)}" if batch > config.batch_size else ""
+    size = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {'x'.join(map(str, dataset.shape))}, {len(dataset.classes)} classes\n"
-        f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, on {machine}\n"
+        + "".join(f"  {note}\n" for note in dataset.notes)
+        + f"{config.model}: {size:,} parameters, on {machine}\n"
         f"global batch: {batch:,}{parts}; peak lr {config.lr:.3g}"
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, int, int]
+CONSTANT_STD = 1.0  # no channel of values in [0, 1] has one above 0.5
 
 
 class DataError(ValueError):
@@ -89,7 +90,11 @@ class Dataset:
     """Images and labels for training and testing, ``train`` and ``test``.
 
     ``mean`` and ``std`` are the training images' statistics per channel after scaling to [0, 1];
-    ``classes`` are the names of the labels, ``name`` is the data set's name.
+    ``classes`` are the names of the labels, ``name`` is the data set's name; ``notes`` say in a
+    line each what was decided or passed over when it was loaded.
+
+    Raises:
+        DataError: a label that is no index of ``classes``.
     """
 
     name: str
@@ -98,6 +103,17 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part, source in (("training", self.train), ("test", self.test)):
+            wrong = source.labels[(source.labels < 0) | (source.labels >= len(self.classes))]
+            if len(wrong):
+                raise DataError(
+                    f"{self.name}: expected labels from 0 to {len(self.classes) - 1}, got "
+                    f"{int(wrong[0])} among the {part} labels ({len(wrong):,} of "
+                    f"{len(source.labels):,} are out of range)"
+                )
 
     @property
     def shape(self) -> Shape:
@@ -106,9 +122,14 @@ class Dataset:
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 (N, C, H, W), scaled to [0, 1]."""
+    """Mean and standard deviation per channel of uint8 (N, C, H, W), scaled to [0, 1].
+
+    The standard deviation of a channel that is constant, or varies by less than one of 255 levels,
+    is given as 1: divided by it the channel is 0 where it has its mean, and finite elsewhere.
+    """
     pixels = images.numpy() / 255.0
     mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+    std[std < 1 / 255] = CONSTANT_STD
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

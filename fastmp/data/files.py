@@ -1,24 +1,29 @@
-"""Image files, a folder per class, and Hugging Face data sets; needs the extra ``[data]``."""
+"""Data sets of image files, a folder per class; needs the extra ``[data]``."""
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Callable, Sequence
+import statistics as stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.data.dataset import DataError, Dataset, Shape, statistics
+from fastmp.data import folders, pixels
+from fastmp.data.dataset import CONSTANT_STD, DataError, Dataset, Shape, statistics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Read = Callable[[int], "tuple[Image, str]"]
+
 MAX_DEFAULT_SIDE = 224  # pixels, without an image_size: the input of ImageNet models
-_SAMPLE = 1000  # images for mean and std
+_SAMPLE = 1000  # images for mean, std, default side and the range of wide values
 _MAX_PIXELS = 10**8  # of an image, 300 MB decoded: a small file may decode to any size
 _CROP_AREA = (0.08, 1.0)  # of the image (Szegedy et al. 2015, 1409.4842)
 _CROP_RATIO = (3 / 4, 4 / 3)  # width : height
@@ -34,14 +39,16 @@ class Images:
         read: index to the opened image and its name in messages.
         labels: int64 (N,).
         shape: (C, H, W) of the result; C is 1 or 3.
+        ranges: of values wider than 8 bits; see ``fastmp.data.pixels.measure_ranges``.
     """
 
     def __init__(
-        self, read: Callable[[int], tuple[Image, str]], labels: Tensor, shape: Shape
+        self, read: Read, labels: Tensor, shape: Shape, ranges: pixels.Ranges | None = None
     ) -> None:
         self._read = read
         self.labels = labels
         self._shape = shape
+        self._ranges = ranges or {}
 
     @property
     def shape(self) -> Shape:
@@ -63,23 +70,43 @@ class Images:
 
     def _decoded(self, index: int, seed: int | None) -> Tensor:
         channels, height, width = self._shape
-        name = f"image {index}"
-        try:
-            image, name = self._read(index)
-            if image.width * image.height > _MAX_PIXELS:  # from the header, before decoding
-                raise OSError(f"{image.width} x {image.height} pixels, {_MAX_PIXELS} at most")
-            image = image.convert("L" if channels == 1 else "RGB")
-            rng = None if seed is None else random.Random(f"{seed} {index}")
-            box = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
-            image = image.resize((width, height), 2, box=box, reducing_gap=2.0)  # 2: bilinear
-        except OSError as error:
-            raise DataError(
-                f"{name} cannot be read: expected an image, got: {error}; replace or delete it"
-            ) from error
-        pixels = torch.from_numpy(np.array(image, np.uint8)).reshape(height, width, channels)
+        image, name = _load(self._read, index)
+        with Reading(name):
+            image = pixels.to_8_bits(image, channels, self._ranges)
+        rng = None if seed is None else random.Random(f"{seed} {index}")
+        box = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
+        image = image.resize((width, height), 2, box=box, reducing_gap=2.0)  # 2: bilinear
+        values = torch.from_numpy(np.array(image, np.uint8)).reshape(height, width, channels)
         if rng is not None and rng.random() < 0.5:
-            pixels = pixels.flip(1)
-        return pixels.permute(2, 0, 1).contiguous()
+            values = values.flip(1)
+        return values.permute(2, 0, 1).contiguous()
+
+
+class Reading:
+    """Whatever a decoder raises (OSError, SyntaxError, struct.error, MemoryError, ...) becomes the
+    error that names the file."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DataError):
+            raise DataError(
+                f"{self._name} cannot be read: expected an image, got: "
+                f"{error or type(error).__name__}; replace or delete it"
+            ) from error
+
+
+def _load(read: Read, index: int) -> tuple[Image, str]:
+    """An image, decoded, and its name."""
+    image, name = read(index)
+    with Reading(name):
+        if image.width * image.height > _MAX_PIXELS:  # from the header, before decoding
+            raise OSError(f"{image.width} x {image.height} pixels, {_MAX_PIXELS} at most")
+        image.load()
+    return image, name
 
 
 def _centre_square(width: int, height: int) -> tuple[float, float, float, float]:
@@ -99,95 +126,125 @@ def _random_crop(width: int, height: int, rng: random.Random) -> tuple[float, fl
     return _centre_square(width, height)
 
 
-def _dataset(
+def dataset_of(
     name: str,
-    parts: Sequence[tuple[Callable[[int], tuple[Image, str]], list[int]]],
+    parts: Sequence[tuple[Read, Tensor]],
     classes: Sequence[str],
     size: int | None,
+    notes: Sequence[str],
 ) -> Dataset:
+    """The data set of (read, labels int64 (N,)) for training and for testing.
+
+    Args:
+        name: of the data set.
+        parts: index to the opened image and its name in messages, and labels.
+        classes: names of the labels.
+        size: height and width; None: see ``fastmp.data.load``.
+        notes: what the user should know, a line each; more are added.
+
+    Raises:
+        DataError: an image that cannot be read, a label out of range.
+    """
     (read, labels), (read_test, test_labels) = parts
-    try:
-        first, _ = read(0)
-    except OSError as error:
-        raise DataError(f"the first image of {name} cannot be read: {error}") from error
-    side = min(MAX_DEFAULT_SIDE, *first.size) if size is None else size
-    shape = (1 if first.mode in ("1", "L") else 3, side, side)
-    train = Images(read, torch.tensor(labels), shape)
-    test = Images(read_test, torch.tensor(test_labels), shape)
-    step = -(-len(train) // _SAMPLE)
-    mean, std = statistics(train.batch(range(0, len(train), step))[0])
-    return Dataset(name, train, test, mean, std, tuple(classes))
+    sample = range(0, len(labels), -(-len(labels) // _SAMPLE))
+    headers = list(_headers(read, sample))
+    side = MAX_DEFAULT_SIDE
+    side = min(side, stat.median_low(h.side for h in headers)) if size is None else size
+    everything = chain(  # one colour image ends it: the sample first
+        headers, _headers(read, range(len(labels))), _headers(read_test, range(len(test_labels)))
+    )
+    shape = (1 if all(header.channels == 1 for header in everything) else 3, side, side)
+    wide = [index for index, header in zip(sample, headers, strict=True) if header.wide]
+    ranges = pixels.measure_ranges(_load(read, index)[0] for index in wide)
+    train = Images(read, labels, shape, ranges)
+    test = Images(read_test, test_labels, shape, ranges)
+    mean, std = statistics(train.batch(sample)[0])
+    notes = [*notes, *_decided(train, test, classes, ranges, std)]
+    return Dataset(name, train, test, mean, std, tuple(classes), tuple(notes))
 
 
-# ---- a folder ----
+class _Header(NamedTuple):
+    channels: int
+    side: int  # the shorter one
+    wide: bool
+
+
+def _headers(read: Read, indices: Iterable[int]) -> Iterator[_Header]:
+    """What the headers say, without decoding."""
+    for index in indices:
+        image, name = read(index)
+        with Reading(name), image:
+            wide = pixels.wide_kind(image.mode) is not None
+            header = _Header(pixels.channels(image), min(image.size), wide)
+        yield header
+
+
+def _decided(
+    train: Images,
+    test: Images,
+    classes: Sequence[str],
+    ranges: pixels.Ranges,
+    std: Sequence[float],
+) -> Iterator[str]:
+    """What the data made of the settings, a line each."""
+    for part, source in (("training", train), ("validation", test)):
+        present = set(source.labels.tolist())
+        absent = [name for label, name in enumerate(classes) if label not in present]
+        if absent:
+            yield f"{len(absent)} of {len(classes)} classes have no {part} images: " + folders.few(
+                absent
+            )
+    for kind, (low, high) in ranges.items():
+        what = "floats" if kind == "F" else "integers of more than 8 bits"
+        yield f"pixels that are {what}: {low:g} to {high:g} becomes 0 to 255"
+    constant = [str(channel) for channel, value in enumerate(std) if value == CONSTANT_STD]
+    if constant:
+        yield f"constant over the training images: channel {', '.join(constant)}; std taken as 1"
 
 
 class _Files:
     """Opens files by index; a class, so that worker processes can unpickle it."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[str]) -> None:
         self._paths = paths
 
     def __call__(self, index: int) -> tuple[Image, str]:
-        image = _pillow()
         path = self._paths[index]
-        try:
-            return image.open(path), str(path)
-        except (OSError, image.DecompressionBombError) as error:
-            raise DataError(
-                f"{path} cannot be read: expected an image, got: {error}; replace or delete it"
-            ) from error
+        name = folders.shown(path)
+        return opened(path, name), name
+
+
+def opened(file: str | io.BytesIO, name: str) -> Image:
+    """An image with its header read; ``name`` for messages."""
+    with Reading(name):
+        image: Image = pillow().open(file, formats=folders.formats())
+    # Without a name the file is not mapped into memory. Pillow 13 maps a TIFF of EXIF orientation 5
+    # to 8 with its sides exchanged: the pixels are scrambled.
+    image.filename = ""  # type: ignore[attr-defined]
+    return image
 
 
 def from_folder(folder: Path, size: int | None) -> Dataset:
     """The images below ``folder``; see ``fastmp.data.load``.
 
     Raises:
-        DataError: no images, or a test class without training images.
+        DataError: no images, fewer than two classes, or a test class without training images.
     """
-    _pillow()
-    train = folder / "train"
-    tests = [folder / name for name in ("val", "valid", "validation", "test")]
-    test = next((path for path in tests if path.is_dir()), None)
-    if train.is_dir() and test is not None:
-        found, found_test = _by_class(train), _by_class(test)
-    else:
-        whole = _by_class(train if train.is_dir() else folder)
-        found = {name: [p for i, p in enumerate(paths) if i % 10] for name, paths in whole.items()}
-        found_test = {name: paths[::10] for name, paths in whole.items()}
-    classes = sorted(found)
-    unknown = sorted(found_test.keys() - found.keys())
-    if unknown:
-        raise DataError(
-            f"{test} has classes without images in {train}: {', '.join(unknown)}; "
-            "the folders must have the same names"
-        )
-    parts = []
-    for images in (found, found_test):
-        pairs = [(path, label) for label, c in enumerate(classes) for path in images.get(c, [])]
-        if not pairs:
-            raise DataError(f"{folder}: expected images for training and for testing, got too few")
-        parts.append((_Files([path for path, _ in pairs]), [label for _, label in pairs]))
-    return _dataset(str(folder), parts, classes, size)
+    pillow()
+    found = folders.split(folder)
+    parts = [
+        (_Files([path for path, _ in pairs]), torch.tensor([label for _, label in pairs]))
+        for pairs in (found.train, found.test)
+    ]
+    return dataset_of(folders.shown(folder), parts, found.classes, size, found.notes)
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """The images below each subfolder of ``folder``, sorted by name."""
-    found = {
-        path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
-        for path in folder.iterdir()
-        if path.is_dir()
-    }
-    found = {name: paths for name, paths in found.items() if paths}
-    if not found:
-        raise DataError(
-            f"{folder}: expected one subfolder per class with images ({', '.join(ENDINGS)}), "
-            "found none"
-        )
-    return found
+def pillow() -> Any:
+    """The module ``PIL.Image``.
 
-
-def _pillow() -> Any:
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -195,62 +252,3 @@ def _pillow() -> Any:
             "image files need pillow; install it with: pip install 'fastmp[data]'"
         ) from error
     return Image
-
-
-# ---- Hugging Face ----
-
-
-class _Rows:
-    """Opens the images of a column by index."""
-
-    def __init__(self, rows: Any, column: str, name: str) -> None:
-        self._rows, self._column, self._name = rows, column, name
-
-    def __call__(self, index: int) -> tuple[Image, str]:
-        return self._rows[index][self._column], f"image {index} of {self._name}"
-
-
-def from_hugging_face(name: str, size: int | None) -> Dataset:
-    """A data set on the Hugging Face hub or in a folder; see ``fastmp.data.load``.
-
-    Raises:
-        DataError: it cannot be loaded, or has no column of images or of class labels.
-    """
-    _pillow()
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"hf:{name} needs the package datasets; install it with: pip install 'fastmp[data]'"
-        ) from error
-    path, _, config = name.partition(":")
-    try:
-        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
-            found = datasets.load_from_disk(path)
-        else:
-            found = datasets.load_dataset(path, config or None)
-    except Exception as error:  # datasets has no base class for its errors
-        raise DataError(f"hf:{name} cannot be loaded: {error}") from error
-    train, test = _splits(found, name)
-    kinds = {column: type(kind).__name__ for column, kind in train.features.items()}
-    columns = {kind: column for column, kind in reversed(kinds.items())}
-    if not {"Image", "ClassLabel"} <= columns.keys():
-        raise DataError(
-            f"hf:{name}: expected a column of type Image and one of type ClassLabel, got {kinds}"
-        )
-    image, label = columns["Image"], columns["ClassLabel"]
-    parts = [(_Rows(rows, image, f"hf:{name}"), list(rows[label])) for rows in (train, test)]
-    return _dataset(f"hf:{name}", parts, train.features[label].names, size)
-
-
-def _splits(found: Any, name: str) -> tuple[Any, Any]:
-    """The training and the test split; without a test split a fixed tenth of the training split."""
-    if not hasattr(found, "keys"):
-        found = {"train": found}
-    if "train" not in found:
-        raise DataError(f"hf:{name}: expected a split 'train', got {', '.join(found)}")
-    for split in ("validation", "test", "val", "valid"):
-        if split in found:
-            return found["train"], found[split]
-    parts = found["train"].train_test_split(test_size=0.1, seed=0)
-    return parts["train"], parts["test"]

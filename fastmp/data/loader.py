@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastmp.data.dataset import Arrays, Source
+from fastmp.data.dataset import Arrays, DataError, Source
 
 Batch = tuple[Tensor, Tensor]
 _GPU_MEMORY_FRACTION = 1 / 4  # of the free memory, for a data set
@@ -156,7 +156,7 @@ class Loader:
         wanted = [(indices, seed) for indices in self._order.batches(self._epoch)[first:]]
         if not self._pinned and self._workers == 0:
             return (self.source.batch(*request) for request in wanted)
-        return iter(
+        return _unless_failed(
             DataLoader(
                 _Requests(self.source),
                 batch_size=None,
@@ -168,11 +168,24 @@ class Loader:
         )
 
 
-class _Requests(torch.utils.data.Dataset[Batch]):
-    """A source as a map-style data set: (indices, seed) to a batch."""
+def _unless_failed(results: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    for result in results:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+class _Requests(torch.utils.data.Dataset[Batch | DataError]):
+    """A source as a map-style data set: (indices, seed) to a batch.
+
+    Errors of the data are handed on as values: torch would put a worker's traceback into them.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def __getitem__(self, request: tuple[Sequence[int], int | None]) -> Batch:
-        return self._source.batch(*request)
+    def __getitem__(self, request: tuple[Sequence[int], int | None]) -> Batch | DataError:
+        try:
+            return self._source.batch(*request)
+        except DataError as error:
+            return error

@@ -42,12 +42,12 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def load_data(config: TrainConfig) -> Dataset:
-    """The recipe's data set.
+    """The recipe's data set; its ``notes`` are for the command to print.
 
     Raises:
         fastmp.data.DataError: it cannot be found or read.
     """
-    return data.load(config.data, image_size=config.image_size)
+    return data.load(config.data, image_size=config.image_size, warn=False)
 
 
 def loaders(

@@ -8,7 +8,7 @@ pytest.importorskip("tyro", reason="tyro is not installed: no command line to te
 from fastmp import cli, recipe
 from fastmp.training import log
 from tests.cli.runs import FAST, newest, run
-from tests.data.test_files import write
+from tests.data.image_cases import write
 
 
 def test_accumulate_and_schedule(tmp_path):
@@ -48,13 +48,15 @@ def test_transfer_and_frozen_layers(tmp_path, capsys):
     assert moved == ["5.weight", "5.bias"]
 
 
-def test_images_from_a_folder(tmp_path):
+def test_images_from_a_folder(tmp_path, capsys):
     write(tmp_path / "pets", ("train", "val"))
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").touch()
     out = tmp_path / "out"
     flags = ["--data", str(tmp_path / "pets"), "--image-size", "8", "--workers", "0"]
     assert cli.main(["train", *FAST, *flags, "--batch-size", "4", "--out", str(out)]) == 0
     assert len(log.read(out / "metrics.jsonl", "step")) == 4
     assert recipe.read_toml(out / "config.toml").image_size == 8
+    assert capsys.readouterr().out.count("files that are no images: 1 (cat/notes.txt)\n") == 1
 
 
 def test_resuming_needs_the_folder_of_a_run(tmp_path, capsys):

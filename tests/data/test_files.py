@@ -1,7 +1,8 @@
-"""Image files and Hugging Face data sets: splits, crops, random numbers, errors."""
+"""Image files: splits, crops, random numbers, errors."""
 
 from __future__ import annotations
 
+import random
 import struct
 import sys
 import zlib
@@ -12,24 +13,8 @@ import torch
 
 from fastmp import data
 from fastmp.data import DataError
-
-Image = pytest.importorskip("PIL.Image", reason="pillow is not installed: no image files")
-
-
-def picture(seed, size=(24, 16), mode="RGB"):
-    """Random pixels, so that no two crops are equal."""
-    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def write(folder, parts, per_class=4, **options):
-    for number, (part, name) in enumerate((p, c) for p in parts for c in ("cat", "dog")):
-        target = folder / part / name
-        target.mkdir(parents=True)
-        for i in range(per_class):
-            picture(100 * number + i, **options).save(target / f"{i:03}.png")
-    return folder
+from fastmp.data.files import Images, opened
+from tests.data.image_cases import picture, write
 
 
 def test_a_folder_with_training_and_validation(tmp_path):
@@ -50,7 +35,7 @@ def test_a_folder_with_training_and_validation(tmp_path):
 
 def test_a_folder_of_classes_is_split(tmp_path):
     write(tmp_path, (".",), per_class=20, mode="L")
-    dataset = data.load(str(tmp_path), image_size=8)
+    dataset = data.load(str(tmp_path), image_size=8, warn=False)
     assert (len(dataset.train), len(dataset.test)) == (36, 4)
     assert dataset.shape == (1, 8, 8)
     assert torch.bincount(dataset.test.labels).tolist() == [2, 2]
@@ -111,6 +96,49 @@ def test_an_image_that_decodes_to_gigabytes_is_refused_before_decoding(tmp_path,
         data.load(str(tmp_path))
 
 
+def damaged(whole, rng):
+    """Cut, or with bytes exchanged in the header or anywhere."""
+    if rng.random() < 0.3:
+        return whole[: rng.randrange(len(whole))]
+    bytes_ = bytearray(whole)
+    for _ in range(rng.choice([1, 3, 20])):
+        bytes_[rng.randrange(min(rng.choice([40, 200, 9999]), len(whole)))] = rng.choice(
+            [0, 1, 127, 255, rng.randrange(256)]
+        )
+    return bytes(bytes_)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore:Image size")
+def test_whatever_a_decoder_raises_names_the_file(tmp_path):
+    """Pillow's decoders raise OSError, SyntaxError, ValueError, RuntimeError and more."""
+    rng, raised = random.Random(0), {}
+    path = tmp_path / "x.png"
+    source = Images(lambda _: (opened(str(path), "x.png"), "x.png"), torch.tensor([0]), (3, 16, 16))
+    for kind in ("PNG", "PPM", "TIFF", "DDS", "SGI", "JPEG", "QOI"):
+        picture(1, size=(32, 32)).save(path, kind)
+        whole = path.read_bytes()
+        for broken in (b"", *(damaged(whole, rng) for _ in range(30))):
+            path.write_bytes(broken)
+            try:
+                source.batch([0])
+            except DataError as error:
+                raised.setdefault(type(error.__cause__), str(error))
+    assert ValueError in raised
+    assert len(raised) >= 3
+    for message in raised.values():
+        assert message.startswith("x.png cannot be read: expected an image, got: ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_in_the_middle_of_an_epoch(tmp_path, workers):
+    write(tmp_path, ("train", "val"))
+    source = data.load(str(tmp_path)).train
+    (tmp_path / "train" / "dog" / "003.png").write_bytes(b"P5 4 4 0 ")  # a ValueError of Pillow's
+    with pytest.raises(DataError, match=r"dog/003\.png cannot be read: .*; replace or d") as error:
+        list(data.loader(source, 2, shuffle=True, workers=workers))
+    assert "\n" not in str(error.value)  # the worker's traceback
+
+
 def test_wrong_folders(tmp_path):
     with pytest.raises(DataError, match="expected one subfolder per class with images"):
         data.load(str(tmp_path))
@@ -118,38 +146,6 @@ def test_wrong_folders(tmp_path):
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "cow")
     with pytest.raises(DataError, match=r"has classes without images in .*train: cow"):
         data.load(str(tmp_path))
-
-
-def hugging_face(count=12):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
-    features = datasets.Features(
-        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-    content = {"picture": [picture(i) for i in range(count)], "kind": [i % 2 for i in range(count)]}
-    return datasets, datasets.Dataset.from_dict(content, features=features)
-
-
-def test_hugging_face_splits(tmp_path):
-    datasets, rows = hugging_face()
-    parts = datasets.DatasetDict({"train": rows.select(range(8)), "test": rows.select([8, 9])})
-    parts.save_to_disk(tmp_path / "two")
-    dataset = data.load(f"hf:{tmp_path}/two")
-    assert dataset.classes == ("cat", "dog")
-    assert (len(dataset.train), len(dataset.test)) == (8, 2)
-    expected = np.asarray(picture(9))[:, 4:20]
-    image = dataset.test.batch([1])[0][0].permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(image, expected)
-
-    rows.save_to_disk(tmp_path / "one")
-    dataset = data.load(f"hf:{tmp_path}/one")
-    assert (len(dataset.train), len(dataset.test)) == (10, 2)
-
-
-def test_hugging_face_without_the_columns(tmp_path):
-    _, rows = hugging_face()
-    rows.remove_columns("kind").save_to_disk(tmp_path / "d")
-    with pytest.raises(DataError, match=r"type ClassLabel, got {'picture': 'Image'}"):
-        data.load(f"hf:{tmp_path}/d")
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
