@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastmp import transfer
+from fastmp.amp.accumulation import loss_divisor, weighted
 from fastmp.distributed import data_parallel
 from fastmp.distributed.rendezvous import World
 from fastmp.training.settings import Settings
@@ -17,7 +19,10 @@ from fastmp.training.step import Batch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per sample, and the fraction of samples whose label has the largest logit."""
+    """The loss of all samples as one batch (a sum is divided by their number), and the accuracy.
+
+    That is the fraction of labels, other than ignored ones, that have the largest logit.
+    """
 
     loss: float
     accuracy: float
@@ -27,7 +32,7 @@ class Evaluation:
 def evaluate(
     settings: Settings, loader: Iterable[Batch], after_batch: Callable[[], None]
 ) -> Evaluation:
-    """The mean loss and the accuracy over all samples of all ranks, which must all call this.
+    """The loss and the accuracy over all samples of all ranks, which must all call this.
 
     The layers of a model in shards exchange weights, so every rank runs it equally often: ranks
     with fewer batches run their last one again, without counting it.
@@ -50,24 +55,37 @@ def evaluate(
         data_parallel.broadcast_buffers(model)
     training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct samples, samples
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     try:
         for images, labels in loader:
             images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
             logits = model(prepare(images))
-            loss = settings.criterion(logits, labels).double() * len(labels)
-            correct = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([loss, correct.double(), torch.full_like(loss, len(labels))])
+            sums += _sums(settings.criterion, logits, labels)
             after_batch()
         for _ in range(padding_steps):
             model(prepare(images))
     finally:
         if training:
             transfer.train_mode(model)
-    loss_sum, correct_sum, samples = world.sum(sums).tolist()
-    if samples == 0:
-        raise ValueError("the loader gave no batches; expected at least one")
-    return Evaluation(loss_sum / samples, correct_sum / samples)
+    loss_sum, divisor, correct, counted = world.sum(sums).tolist()
+    if divisor == 0 or counted == 0:
+        raise ValueError("the loader gave no batches with labels that count; expected at least one")
+    return Evaluation(loss_sum / divisor, correct / counted)
+
+
+def _sums(criterion: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of one batch, fp64 (4): loss and its divisor, correct labels and all that count."""
+    loss, divisor = criterion(logits, labels).double(), loss_divisor(criterion, labels)
+    if divisor is None:  # a sum already
+        divisor = len(labels)
+    else:
+        loss = weighted(loss, divisor)
+    correct = logits.argmax(1) == labels
+    ignored = getattr(criterion, "ignore_index", None)
+    counted = torch.ones_like(correct) if ignored is None else labels != ignored
+    if not isinstance(divisor, Tensor):
+        divisor = torch.full_like(loss, divisor)
+    return torch.stack([loss, divisor, (correct & counted).sum(), counted.sum()])
 
 
 def _padding_steps(loader: Iterable[Any], world: World) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmp import transfer
-from fastmp.amp.accumulation import Accumulator
+from fastmp.amp.accumulation import Accumulator, batch_weights, weighted
 from fastmp.amp.underflow import Telemetry
 from fastmp.data.mixup import MixParams
 from fastmp.distributed import data_parallel
@@ -147,7 +147,7 @@ class TrainStep:
     # ---- the step ----
 
     def __call__(self, batches: list[Batch]) -> StepOutput:
-        """One optimizer step on the mean loss over ``batches``.
+        """One optimizer step on the loss of ``batches``, of all ranks, as if they were one.
 
         Raises:
             ValueError: no batch, or more than ``accumulate``.
@@ -186,24 +186,25 @@ class TrainStep:
         return self._update(loss, scale)
 
     def _backward(self, batches: list[PreparedBatch]) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss; returns the loss and the scale of the gradients."""
+        """Gradients of the loss over all batches; returns it and the scale of the gradients."""
         if self._parallel is None:
             self._wrap_model()
         assert self._parallel is not None
         device = self.settings.device
         scale = self.settings.scaler.scale(torch.ones((), device=device))
-        # Each loss is multiplied by this before its backward. The last group of an epoch may be
-        # short: the divisor is its own length, not ``accumulate``.
-        loss_scale = scale / len(batches)
+        labels = [batch.labels for batch in batches]
+        weights = batch_weights(self.settings.criterion, labels, self.settings.world)
         total = torch.zeros((), device=device)
-        for i, batch in enumerate(batches):
+        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             is_last = i == len(batches) - 1
+            # the loss is multiplied by this before its backward
+            loss_scale = weighted(scale, weight).to(scale.dtype)
             with nullcontext() if is_last else data_parallel.unsynchronised(self._parallel):
                 loss = self._loss(self._parallel, batch, loss_scale)
                 (loss * loss_scale).backward()
             if not is_last:
                 self._accumulator.stash()
-            total += loss.detach() / len(batches)
+            total += weighted(loss.detach(), weight).float()
         self._accumulator.finish()
         return total, scale
 

@@ -54,7 +54,8 @@ class Trainer:
         scaler: the loss scale; None for none.
         mixup: turns (images, labels) into the model's input and mixed targets, and images alone
             into input for evaluation; None: the model takes the batches unchanged.
-        accumulate: batches whose gradients are averaged for one optimizer step; summed in fp32.
+        accumulate: batches of one optimizer step, which with those of the other ranks count as one
+            batch, whatever their sizes (``amp.accumulation.batch_weights``); summed in fp32.
         ema: decay of an average of the weights, which evaluation then uses; None: no average.
         unfreeze: which layers train in which epoch; None leaves that alone.
         cuda_graph: replay whole steps as CUDA graphs; where that is impossible, print why.
@@ -218,7 +219,7 @@ class Trainer:
         self._steps.log_all()
 
     def train_step(self, group: list[Batch]) -> None:
-        """One optimizer step, on the mean loss over the batches of ``group``.
+        """One optimizer step, on the batches of ``group`` and of the other ranks as one.
 
         On a GPU its results are logged by the next step, or at the end of the epoch.
 

@@ -121,6 +121,36 @@ def accumulation(world, dtype=torch.bfloat16):
     return {"digest": digest(trainer.model), "weights": weights, "alone": expected}
 
 
+def unequal_parts(world, dtype, *, shards=False):
+    """Passes of 4 and 1 samples on rank 0, of 2 and 1 on rank 1, against one batch of 8."""
+    criterion = CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]), ignore_index=2)
+    scaler = amp.GradScaler("cpu", init_scale=64.0)
+
+    def trainer(params, model, **options):
+        optimizer = fastmp.optim.SGD(params, lr=1.0, max_grad_norm=0.5)
+        if "shards" in options:
+            options["shards"].attach(optimizer)
+        return Trainer(model, optimizer, criterion, progress=False, accumulate=2, **options)
+
+    model = model_in() if shards else model_in(dtype)
+    options = {"shards": fsdp.shard(model, dtype)} if shards else {}
+    params = (options["shards"] if shards else model).named_parameters()
+    split = trainer(params, model, scaler=scaler, **options)
+    whole = model_in(dtype)
+    alone = trainer(whole.parameters(), whole, world=World())
+    for images, labels in batches(3, 8, dtype):
+        labels[-1] = 2  # the last part has none that counts
+        parts = list(zip(images.split([4, 1, 2, 1]), labels.split([4, 1, 2, 1]), strict=True))
+        split.train_step(parts[:2] if world.is_first else parts[2:])
+        alone.train_step([(images, labels)])
+    return {
+        "weights": {k: v.float() for k, v in split.state_dict()["model"].items()},
+        "alone": {k: v.float() for k, v in whole.state_dict().items()},
+        "losses": [split.last_loss(), alone.last_loss()],
+        "norms": [float(t.optimizer.grad_norm) for t in (split, alone)],
+    }
+
+
 def evaluation(world):
     """Unequal numbers of batches on the ranks; both report the mean over all batches."""
     data = batches(3, 2 * BATCH)
@@ -262,6 +292,9 @@ def main(folder):
             "overflow": overflow_on_one_rank(world),
             "accumulation": accumulation(world),
             "evaluation": evaluation(world),
+            "unequal": unequal_parts(world, torch.float32),
+            "unequal fp16": unequal_parts(world, torch.float16),
+            "unequal shards": unequal_parts(world, torch.float32, shards=True),
             "sharded": sharded_equals_whole(world, torch.float32),
             "sharded accumulation": sharded_equals_whole(world, torch.float32, accumulate=2),
             "sharded norm": sharded_equals_whole(world, torch.float32, norm=True),

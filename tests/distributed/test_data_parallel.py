@@ -35,6 +35,17 @@ def test_gradients_are_accumulated_before_the_all_reduce(results):
         torch.testing.assert_close(value, one["alone"][name], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("case", "rtol"), [("unequal", 1e-5), ("unequal fp16", 3e-3), ("unequal shards", 1e-5)]
+)
+def test_unequal_parts_on_the_ranks_train_as_one_batch(results, case, rtol):
+    for part in (results[0][case], results[1][case]):
+        assert part["losses"][0] == pytest.approx(part["losses"][1], rel=rtol)
+        assert part["norms"][0] == pytest.approx(part["norms"][1], rel=rtol)
+        for name, value in part["weights"].items():
+            torch.testing.assert_close(value, part["alone"][name], rtol=rtol, atol=rtol)
+
+
 def test_evaluation_covers_the_batches_of_all_ranks(results):
     for part in results[:2]:
         result = part["evaluation"]

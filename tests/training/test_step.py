@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import fastmp
 from fastmp import amp
 from fastmp.data.mixup import Mixup
 from fastmp.schedule import Constant, Cyclic, OneCycle
@@ -178,3 +179,82 @@ def test_a_schedule_of_unknown_length_is_no_graph(monkeypatch, capsys):
     assert "no CUDA graph: the schedule has no table" in capsys.readouterr().out
     trainer = graphed(monkeypatch, Unsized(batches(5)), OneCycle(0.1, 10))
     assert trainer._step_fn.uses_graph
+
+
+# ---- parts of a batch ----
+
+
+class Margin(torch.nn.Module):
+    """A loss that says nothing of its divisor: a mean over samples."""
+
+    def forward(self, logits, labels):
+        return torch.nn.functional.multi_margin_loss(logits.float(), labels)
+
+
+def one_batch(size, dtype=torch.float32):
+    ((images, labels),) = batches(1, size, dtype)
+    labels[-1] = 1
+    return images, labels
+
+
+def parts_of(batch, sizes):
+    return list(zip(*(part.split(sizes) for part in batch), strict=True))
+
+
+def step_with(group, criterion, dtype=torch.float32, **options):
+    model = small_model(dtype)
+    trainer = trainer_for(model, lr=1.0, momentum=0.0, criterion=criterion, accumulate=9, **options)
+    trainer.train_step(group)
+    return trainer, torch.cat([value.flatten() for value in trainer.optimizer.masters()])
+
+
+@pytest.mark.parametrize("sizes", [(5, 1), (1, 5), (2, 3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        fastmp.nn.CrossEntropyLoss(),
+        fastmp.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]), ignore_index=1),
+        fastmp.nn.CrossEntropyLoss(reduction="sum"),
+        torch.nn.CrossEntropyLoss(ignore_index=1),
+        Margin(),
+    ],
+    ids=repr,
+)
+def test_parts_of_a_batch_train_as_the_batch(criterion, dtype, sizes):
+    batch = one_batch(6, dtype)
+    scaler = amp.GradScaler("cpu", init_scale=64.0, enabled=dtype == torch.float16)
+    whole, expected = step_with([batch], criterion, dtype, scaler=scaler)
+    trainer, found = step_with(parts_of(batch, sizes), criterion, dtype)
+    eps = torch.finfo(dtype).eps
+    assert (found - expected).norm() <= 2 * eps * expected.norm()
+    assert trainer.last_loss() == pytest.approx(whole.last_loss(), rel=4 * eps)
+
+
+def test_equal_parts_give_the_bits_of_their_mean():
+    """What accumulation did before parts had weights."""
+    group, scale = batches(3, 4), torch.tensor(3.0e3)
+    scaler = amp.GradScaler("cpu", init_scale=float(scale))
+    _, found = step_with(group, fastmp.nn.CrossEntropyLoss(), scaler=scaler)
+    model = small_model()
+    optimizer = fastmp.optim.SGD(model.parameters(), 1.0)
+    for images, labels in group:
+        loss = fastmp.nn.CrossEntropyLoss()(model(images), labels, grad_scale=scale / 3)
+        (loss * (scale / 3)).backward()
+    optimizer.step_context.grad_scale = scale
+    optimizer.step()
+    assert torch.equal(found, weights(model))
+
+
+def test_mixed_parts_of_unequal_sizes_are_weighted():
+    """Each part draws its own mixture; classes are counted before it, for it permutes them."""
+    criterion = fastmp.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]))
+    group = parts_of(one_batch(6), (4, 2))
+    _, found = step_with(group, criterion, mixup=mixup())
+    model, twin = small_model(), mixup()
+    counts = [float(criterion.weight[labels].sum()) for _, labels in group]
+    for (images, labels), count in zip(group, counts, strict=True):
+        inputs, target = twin(images, labels)
+        (criterion(model(inputs), target) * (count / sum(counts))).backward()
+    expected = torch.cat([(p - p.grad).detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -268,6 +268,37 @@ def test_an_interrupt_saves_the_state(tmp_path):
     assert [row["step"] for row in steps] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 2, 2)], ids=["classes", "maps"])
+def test_evaluation_is_that_of_one_batch(shape):
+    """Of unequal batches with class weights and ignored labels, one batch with nothing else."""
+    criterion = CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]), ignore_index=2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, *shape[1:], generator=generator)
+    labels = torch.randint(0, 3, shape, generator=generator)
+    labels[7] = 2
+    model = torch.nn.Conv2d(1, 1, 1)  # its parameters tell the device
+    trainer = trainer_for(
+        torch.nn.Sequential(torch.nn.Identity(), Forget(model)), criterion=criterion
+    )
+    parts = [(logits[s], labels[s]) for s in (slice(5), slice(5, 7), slice(7, 8))]
+    found = trainer.evaluate(parts)
+    counted = labels != 2
+    correct = (logits.argmax(1) == labels)[counted].double().mean()
+    assert found.loss == pytest.approx(float(criterion(logits, labels)), rel=1e-6)
+    assert found.accuracy == pytest.approx(float(correct))
+
+
+class Forget(torch.nn.Module):
+    """The input; the trainer looks for parameters."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return x
+
+
 def test_bad_arguments():
     model = small_model()
     with pytest.raises(TypeError, match=r"expected an optimizer from fastmp.optim.* got Adam$"):
@@ -278,7 +309,7 @@ def test_bad_arguments():
         trainer_for(model, accumulate=0)
     with pytest.raises(ValueError, match="train_loader gave no batches"):
         trainer_for(model).fit([], batches(1), 1)
-    with pytest.raises(ValueError, match="the loader gave no batches"):
+    with pytest.raises(ValueError, match="the loader gave no batches with labels that count"):
         trainer_for(model).evaluate([])
 
 
