@@ -20,6 +20,12 @@ from typing import Any, Literal
 Schedule = Callable[[int], tuple[float, float | None]]
 
 
+def evaluate(schedule: Schedule, step: int) -> tuple[float, float | None]:
+    """``schedule(step)`` in Python's numbers, where it computes with NumPy's or with tensors."""
+    lr, momentum = schedule(step)
+    return float(lr), None if momentum is None else float(momentum)
+
+
 def scale_lr(
     lr: float,
     batch_size: int,
@@ -38,7 +44,7 @@ def scale_lr(
     _check_counts(batch_size=batch_size, base_batch_size=base_batch_size)
     _check(rule in ("linear", "sqrt"), "rule must be 'linear' or 'sqrt'", rule)
     ratio = batch_size / base_batch_size
-    return lr * (ratio if rule == "linear" else math.sqrt(ratio))
+    return float(lr * (ratio if rule == "linear" else math.sqrt(ratio)))
 
 
 class Bindable:

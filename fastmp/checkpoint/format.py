@@ -7,7 +7,8 @@ current one: before it the old pair is complete, after it the new one. (A finish
 renamed over an old one: POSIX replaces only empty folders.)
 
 Every value is restored bit for bit: dicts with str or int keys, lists, tuples, None, bools, ints,
-floats (infinities and NaN too), strings, and dense tensors of any dtype of safetensors.
+floats (infinities and NaN too), strings, and dense tensors of any dtype of safetensors. NumPy's
+numbers and arrays without dimensions come back as Python's, as do enumerations of numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -154,6 +156,7 @@ def _corrupt_error(path: Path, expected: str, found: str) -> CheckpointError:
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; its tensors are added to ``tensors``, under their path in the state."""
+    value = _plain(value)
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -170,15 +173,29 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         items = [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, Mapping):
-        for key in value:
+        items = [(_plain(key), item) for key, item in value.items()]
+        for key, _ in items:
             if type(key) not in (str, int):
                 raise CheckpointError(f"{name}: keys must be str or int, got {key!r}")
-        pairs = [[k, _flatten(v, f"{name}.{k}", tensors)] for k, v in value.items()]
-        return {"$dict": pairs}
+        return {"$dict": [[k, _flatten(v, f"{name}.{k}", tensors)] for k, v in items]}
     raise CheckpointError(
         f"{name}: expected tensors, numbers, strings, None and dicts, lists or tuples of them, "
         f"got {type(value).__name__}"
     )
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and strings of other types than Python's own as these, where no bit is lost."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        value = value.item()
+    if type(value) is bool:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration its value
+    for number in (int, float):
+        if isinstance(value, number):
+            return number(value)
+    return value
 
 
 def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:

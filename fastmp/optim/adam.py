@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.ops.update.rules import rule
@@ -21,15 +22,50 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in torch.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
-            ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
+            ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
             bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
             weights, as in torch.
 
     Raises:
-        ValueError: as torch, or a negative ``max_grad_norm``, ``differentiable=True``, or a
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, ``differentiable=True``, or a
             sparse, complex or integer parameter.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )
 
     @rule(0)
     @rule(1)  # amsgrad
@@ -72,3 +108,37 @@ class AdamW(Adam, torch.optim.AdamW):
 
     Arguments and errors are those of ``Adam``, but for ``decoupled_weight_decay``, which is on.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        FusedOptimizer.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )

@@ -17,6 +17,7 @@ from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import schedule_table, state
+from fastmp.optim.options import norm_limit, plain
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
 from fastmp.optim.step_record import RecordedOptimizer
 from fastmp.optim.step_reducer import ReducerSearch, check_scaler, watch_wrappers
@@ -42,15 +43,23 @@ class FusedOptimizer(RecordedOptimizer):
         skip_nonfinite: bool = True,
         **kwargs: Any,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(f"Invalid max_grad_norm: expected a number >= 0, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.step_context = StepContext()
         self._tables = TableCache()
         self._search_reducer = ReducerSearch()
         watch_wrappers()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args[:1], *map(plain, args[1:]), **plain(kwargs))
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that gradients are clipped to, above 0; None: they are not clipped."""
+        limit: float | None = self.__dict__["max_grad_norm"]
+        return limit
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.__dict__["max_grad_norm"] = norm_limit(value)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -74,6 +83,7 @@ class FusedOptimizer(RecordedOptimizer):
         """
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        added.update(plain(added))
         try:
             if added.get("differentiable"):
                 raise ValueError("differentiable=True is not supported; use torch.optim for it")
@@ -267,7 +277,7 @@ class FusedOptimizer(RecordedOptimizer):
         Args:
             lr: one for each step.
             momentum: likewise, for SGD's momentum or the first of the betas; None: the groups' own.
-            max_grad_norm: likewise, the norm to clip to; None: the optimizer's own.
+            max_grad_norm: likewise, the norm to clip to, above 0; None: the optimizer's own.
 
         Raises:
             ValueError: an empty table, columns of several lengths, a negative number or one that is
@@ -320,6 +330,8 @@ class FusedOptimizer(RecordedOptimizer):
         state.adopt_masters(self.state, self._params())
         counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
         saved = {**super().state_dict(), "counts": counts}
+        # a scheduler may have written numbers of NumPy's
+        saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
         params, remainders = self._params(), self._tables.remainders
         for i, param in enumerate(params):
             if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it

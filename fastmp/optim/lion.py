@@ -26,12 +26,12 @@ class Lion(FusedOptimizer):
         weight_decay: decoupled, as in AdamW, at least 0.
         maximize: ascend instead of descend.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
-            ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
+            ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
         skip_nonfinite: as in ``Adam``.
 
     Raises:
-        ValueError: a negative ``lr``, ``weight_decay`` or ``max_grad_norm``, a beta outside [0, 1),
-            or a sparse, complex or integer parameter.
+        ValueError: a negative ``lr`` or ``weight_decay``, a beta outside [0, 1), a
+            ``max_grad_norm`` that is not above 0, or a sparse, complex or integer parameter.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmp.optim.base import FusedOptimizer
-from fastmp.schedule import Schedule
+from fastmp.schedule import Schedule, evaluate
 
 
 class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
@@ -77,13 +77,13 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self._write()
 
     def _write(self) -> None:
-        apply(self.optimizer, *self.schedule(self.last_epoch))
+        apply(self.optimizer, *evaluate(self.schedule, self.last_epoch))
         self._last_lr = [_copy(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[float | Tensor]:
         """The lr of the current step, a float for each group (in torch it may be a tensor)."""
-        lr, _ = self.schedule(self.last_epoch)
-        return [lr * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        lr, _ = evaluate(self.schedule, self.last_epoch)
+        return [lr * float(group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, without the schedule: plain numbers that ``weights_only`` loading takes."""
@@ -133,7 +133,7 @@ def apply(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -
         )
     filled: dict[int, float] = {}
     for group in groups:
-        own = lr * group.get("lr_scale", 1.0)
+        own = lr * float(group.get("lr_scale", 1.0))
         if isinstance(group["lr"], Tensor):
             # groups made with one tensor share it, until their scales differ
             if filled.setdefault(id(group["lr"]), own) != own:

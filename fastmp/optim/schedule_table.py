@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.schedule import Schedule
+from fastmp.optim.options import norm_limit
+from fastmp.schedule import Schedule, evaluate
 
 Column = Sequence[float] | None
 
@@ -34,7 +35,7 @@ def tabulate(schedule: Schedule, steps: int | None) -> tuple[list[float], list[f
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}")
-    lrs, momenta = zip(*map(schedule, range(steps)), strict=True)
+    lrs, momenta = zip(*(evaluate(schedule, step) for step in range(steps)), strict=True)
     unset = momenta.count(None)
     if unset not in (0, steps):
         raise ValueError(
@@ -49,7 +50,7 @@ def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tenso
 
     Raises:
         ValueError: an empty table, columns of several lengths, a negative number or one that is
-            not finite.
+            not finite, or a ``max_grad_norm`` of 0.
     """
     steps = len(lr)
     if steps == 0:
@@ -64,6 +65,8 @@ def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tenso
         table[:, i] = column
         if not (np.isfinite(table[:, i]) & (table[:, i] >= 0)).all():
             raise ValueError(f"{name}: expected finite numbers >= 0, got {list(column)}")
+    if max_grad_norm is not None:
+        norm_limit(min(max_grad_norm))
     return torch.from_numpy(table)
 
 

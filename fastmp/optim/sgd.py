@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.ops.update.rules import rule
@@ -21,15 +22,46 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             as in torch.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
-            ``torch.nn.utils.clip_grad_norm_`` does; None: do not clip.
+            ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
             bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
             weights, as in torch.
 
     Raises:
-        ValueError: as torch, or a negative ``max_grad_norm``, ``differentiable=True``, or a
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, ``differentiable=True``, or a
             sparse, complex or integer parameter.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+        )
 
     @rule(2)
     @rule(3)  # with momentum

@@ -24,7 +24,7 @@ from fastmp.nn import CrossEntropyLoss
 from fastmp.ops.loss import MixedTarget
 from fastmp.optim.lr_scheduler import apply
 from fastmp.optim.schedule_table import tabulate
-from fastmp.schedule import Schedule
+from fastmp.schedule import Schedule, evaluate
 from fastmp.training import cuda_graph
 from fastmp.training.ema import EMA
 from fastmp.training.settings import Settings
@@ -182,7 +182,7 @@ class TrainStep:
         loss, scale = self._backward(batches)
         if self.schedule is not None and self._not_tabulated:
             optimizer = self.settings.optimizer
-            apply(optimizer, *self.schedule(int(optimizer.applied_steps)))
+            apply(optimizer, *evaluate(self.schedule, int(optimizer.applied_steps)))
         return self._update(loss, scale)
 
     def _backward(self, batches: list[PreparedBatch]) -> tuple[Tensor, Tensor]:

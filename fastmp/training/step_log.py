@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmp.amp import underflow
 from fastmp.optim.lr_scheduler import apply
+from fastmp.schedule import evaluate
 from fastmp.training.progress import StepResult, raise_if_diverged
 from fastmp.training.settings import Settings
 from fastmp.training.signals import StopSignal
@@ -135,7 +136,7 @@ class StepLog:
         optimizer, schedule = self._settings.optimizer, self._step_fn.schedule
         if schedule is None:
             return float(optimizer.param_groups[0]["lr"])
-        lr, momentum = schedule(applied)
+        lr, momentum = evaluate(schedule, applied)
         if not self._records:  # the groups, and so a checkpoint, show the newest step's values
             apply(optimizer, lr, momentum)
         return lr

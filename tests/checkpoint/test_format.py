@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,6 +95,36 @@ def test_paths_that_spell_the_same_do_not_collide(tmp_path):
     }
     checkpoint.save(tmp_path / "c", state)
     assert same(checkpoint.load(tmp_path / "c"), state)
+
+
+class Mode(enum.IntEnum):
+    FAST = 3
+
+
+def test_numbers_of_numpy_come_back_as_pythons(tmp_path):
+    state = {
+        "float64": np.float64(0.1), "float32": np.float32(0.1), "int": np.int64(-7),
+        "bool": np.bool_(True), "str": np.str_("a"), "0-d": np.array(2.5), "enum": Mode.FAST,
+        np.int64(4): [np.float16("inf"), (np.uint8(255),)],
+    }  # fmt: skip
+    checkpoint.save(tmp_path, state)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded == {
+        "float64": 0.1, "float32": float(np.float32(0.1)), "int": -7, "bool": True, "str": "a",
+        "0-d": 2.5, "enum": 3, 4: [math.inf, (255,)],
+    }  # fmt: skip
+    assert [type(value) for value in loaded.values()][:7] == [
+        float,
+        float,
+        int,
+        bool,
+        str,
+        float,
+        int,
+    ]
+    for refused in (np.longdouble(0.1), np.complex64(1j), np.zeros(3)):
+        with pytest.raises(CheckpointError, match="expected tensors, numbers"):
+            checkpoint.save(tmp_path, {"x": refused})
 
 
 def test_views_of_one_arena_are_saved_as_what_they_show(tmp_path):

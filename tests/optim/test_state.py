@@ -260,7 +260,7 @@ def test_torchs_errors(name, options):
 
 
 def test_errors_of_our_own():
-    with pytest.raises(ValueError, match="max_grad_norm: expected a number >= 0, got -1"):
+    with pytest.raises(ValueError, match="max_grad_norm: expected a number above 0, got -1"):
         adam_w(parameters(), max_grad_norm=-1)
     with pytest.raises(ValueError, match="max_grad_norm"):
         adam_w(parameters(), max_grad_norm=float("nan"))

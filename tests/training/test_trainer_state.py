@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,6 +16,7 @@ from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
+from fastmp.optim import SGD
 from fastmp.schedule import OneCycle
 from fastmp.training import cuda_graph, log, rng, signals
 from fastmp.training.trainer import Trainer
@@ -129,6 +131,29 @@ def test_the_state_of_another_model_or_optimizer_is_refused_and_nothing_has_chan
         ):
             trainer.load_state_dict(saved)
         assert torch.equal(weights(trainer.model), before)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    def schedule(step):
+        return np.float32(0.5**step), None
+
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=np.float64(0.1), weight_decay=np.float32(0.01))
+    trainer = Trainer(
+        model,
+        optimizer,
+        CrossEntropyLoss(label_smoothing=np.float64(0.1)),
+        schedule=schedule,
+        scaler=amp.GradScaler("cpu", init_scale=np.float64(8), growth_interval=np.int64(3)),
+        mixup=Mixup(np.float64(0.4)),
+        ema=np.float64(0.5),
+        folder=tmp_path,
+    )
+    trainer.fit(batches(3), batches(1), 1)
+    trainer.save(tmp_path / "mine")
+    assert newest(tmp_path)["optimizer"]["param_groups"][0]["weight_decay"] == np.float32(0.01)
+    rows = log.read(tmp_path / "metrics.jsonl", "step")
+    assert [row["lr"] for row in rows] == [1.0, 0.5, 0.25]
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path):
