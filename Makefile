@@ -1,12 +1,14 @@
-# The commands to remember: make train, make test, make test-fast, make soak, make sanitize, make bench,
-# make gpu-check, make lint.
+# The commands to remember: make train, make test, make test-fast, make test-oldest, make soak,
+# make sanitize, make bench, make gpu-check, make lint.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=
-BIN := .venv/bin
-STAMP := .venv/.installed
+ENV := .venv
+BIN := $(ENV)/bin
+STAMP := $(ENV)/.installed
+CONSTRAINTS := constraints.txt
 
-.PHONY: train test test-fast soak sanitize bench gpu-check lint format clean
+.PHONY: train test test-fast test-oldest soak sanitize bench gpu-check lint format clean
 
 train: $(STAMP)
 	$(BIN)/fastmp train $(ARGS)
@@ -21,6 +23,19 @@ test: $(STAMP)
 # Without the tests marked slow: under 3 minutes on 2 cores.
 test-fast: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+# The suite on the oldest supported versions, in an environment of its own. PyPI's torch 2.11 is a CUDA
+# build: 3 GB with its libraries, which runs on a CPU too.
+OLDEST := numpy==2.0.2 pillow==10.1.0 torch==2.11.0 triton==3.6.0
+OLDEST_CONSTRAINTS := build/constraints-oldest.txt
+test-oldest: $(OLDEST_CONSTRAINTS)
+	$(MAKE) test ENV=.venv-oldest CONSTRAINTS=$<
+
+# nvidia-cuda-nvrtc is of the release that this torch asks for.
+$(OLDEST_CONSTRAINTS): constraints.txt Makefile
+	mkdir -p build
+	grep -vE '^(numpy|nvidia-cuda-nvrtc|pillow|torch|triton)==' $< > $@
+	printf '%s\n' $(OLDEST) >> $@
 
 # The kill loops in full: 20 runs killed and resumed, 50 saves killed; memory over 20,000 steps.
 soak: $(STAMP)
@@ -73,13 +88,13 @@ format: $(STAMP)
 
 # The native library is rebuilt whenever its sources or the package description change. torch is
 # pinned by constraints.txt and never asked for unpinned.
-$(STAMP): pyproject.toml constraints.txt $(shell find csrc -type f)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt scikit-build-core cmake ninja
-	FASTMP_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --constraint constraints.txt \
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) scikit-build-core cmake ninja
+	FASTMP_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
 		--no-build-isolation --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps timm
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

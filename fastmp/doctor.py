@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -126,8 +125,7 @@ def _tools() -> Iterator[Finding]:
 
 
 def _nvrtc() -> Finding:
-    # find_spec("cuda.bindings") raises where there is no package cuda
-    if not all(map(importlib.util.find_spec, ("cuda", "cuda.bindings"))):
+    if not cuda.has_bindings():
         return Finding("tools", "NVRTC", "not checked: cuda-bindings is not installed")
     from fastmp.backends.cuda import nvrtc
 

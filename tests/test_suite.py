@@ -1,6 +1,8 @@
-"""The suite itself: every test checks something."""
+"""The suite itself: every test checks something, and the oldest versions are tried."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,14 @@ def test_every_test_checks_something(path):
 
 def test_the_scan_finds_a_test_without_a_check():
     assert unchecked("def test_a():\n    f()\ndef test_b():\n    assert f()\n") == ["test_a"]
+
+
+def test_make_test_oldest_tries_the_lowest_versions_that_are_allowed():
+    makefile, project = (TESTS.parent / name for name in ("Makefile", "pyproject.toml"))
+    (line,) = re.findall(r"^OLDEST := (.*)$", makefile.read_text(), re.MULTILINE)
+    pins = dict(pin.split("==") for pin in line.split())
+    described = tomllib.loads(project.read_text())["project"]
+    allowed = sum(described["optional-dependencies"].values(), described["dependencies"])
+    floors = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(allowed), re.MULTILINE))
+    assert floors.keys() == pins.keys()
+    assert all(f"{pins[name]}.".startswith(f"{floor}.") for name, floor in floors.items())

@@ -40,6 +40,8 @@ def levels(image, channels=1):
     ("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("F", "tif"), ("F", "pfm")]
 )
 def test_wide_values_are_scaled(tmp_path, mode, suffix):
+    if f".{suffix}" not in Image.registered_extensions():
+        pytest.skip(f"this pillow cannot write .{suffix}")
     image = reopened(ramp(mode), tmp_path / f"x.{suffix}")
     assert pixels.wide_kind(image.mode) == mode[0]
     np.testing.assert_array_equal(levels(image), LEVELS)

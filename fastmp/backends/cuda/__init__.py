@@ -6,13 +6,18 @@ is imported at first use only. No CUDA toolkit is needed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from functools import cache
 
 import torch
 
 from fastmp.backends import registry
+
+
+def has_bindings() -> bool:
+    """Whether ``cuda.bindings`` is installed."""
+    # find_spec of a part raises ModuleNotFoundError where the package itself is absent
+    return all(map(importlib.util.find_spec, ("cuda", "cuda.bindings")))
 
 
 @cache
@@ -24,10 +29,10 @@ def load() -> tuple[bool, str]:
     """
     if torch.version.cuda is None:
         reason = "this PyTorch is built without CUDA"
-    elif importlib.util.find_spec("cuda.bindings") is None:
+    elif not has_bindings():
         reason = "cuda.bindings is not installed: pip install cuda-bindings nvidia-cuda-nvrtc"
     else:
-        reason = f"NVRTC through cuda.bindings {importlib.metadata.version('cuda-bindings')}"
+        reason = "NVRTC through cuda.bindings"
         registry.mark_available("cuda", reason)
         return True, reason
     registry.mark_unavailable("cuda", reason, warn=False)
