@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastmp.functional.cross_entropy import cross_entropy
-from fastmp.functional.linear import linear
+from fastmp.functional.linear import activate_after, linear, linear_before
 from fastmp.ops.checks import wide_dtype
 from fastmp.ops.linear import ACTIVATIONS
 from fastmp.ops.loss import MixedTarget
 
-torch.fx.wrap("linear")  # one node where a model is traced, as torch's own layers are
+for name in ("activate_after", "linear", "linear_before"):
+    torch.fx.wrap(name)  # one node where a model is traced, as torch's own layers are
 
 
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` and its activation in one operation: ``act(x Wᵀ + b)``.
 
-    The parameters, their initialisation and the ``state_dict`` are torch's.
+    The parameters, their initialisation and the ``state_dict`` are torch's. ``following`` is the
+    activation of another module that may get the result: it changes when the operation is worth a
+    call, and no value.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.
@@ -27,6 +33,8 @@ class Linear(torch.nn.Linear):
     Raises:
         ValueError: an unknown activation.
     """
+
+    following = "none"
 
     def __init__(
         self,
@@ -47,11 +55,82 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features); see ``fastmp.functional.linear``."""
+        if self.activation == "none" != self.following:
+            return linear_before(input, self.weight, self.bias, self.following)
         return linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
         """torch's, and the activation."""
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class ReLU(torch.nn.ReLU):
+    """``torch.nn.ReLU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+
+    kind = "relu"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape, fp32, bf16, fp16 or fp64, to the same."""
+        return super().forward(input) if self.inplace else activate_after(input, self.kind)
+
+
+class SiLU(torch.nn.SiLU):
+    """``torch.nn.SiLU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+
+    kind = "silu"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape, fp32, bf16, fp16 or fp64, to the same."""
+        return super().forward(input) if self.inplace else activate_after(input, self.kind)
+
+
+class GELU(torch.nn.GELU):
+    """``torch.nn.GELU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+
+    @property
+    def kind(self) -> str:
+        """Its name among the activations of ``fastmp.functional.linear``."""
+        return "gelu" if self.approximate == "none" else "gelu_tanh"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape, fp32, bf16, fp16 or fp64, to the same."""
+        return activate_after(input, self.kind)
+
+
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential``, torch's own arguments; a layer and its activation are one operation.
+
+    Neighbours are looked up at each call. They are one operation if both are modules of fastmp and
+    neither has hooks: then nothing but this loop can see the value in between.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the modules return one after the other, in their shapes and dtypes."""
+        if _has_any_global_hook():
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+        layer = None  # not yet called: an activation may follow
+        for module in self._modules.values():
+            if layer is not None:
+                if type(module) in ACTIVATION_MODULES and _is_plain(module):
+                    kind = cast(ReLU | SiLU | GELU, module).kind
+                    input, layer = linear(input, layer.weight, layer.bias, kind), None
+                    continue
+                input, layer = layer(input), None
+            if type(module) is Linear and type(input) is Tensor and _is_plain(module):
+                layer = module
+            else:
+                input = module(input)
+        return input if layer is None else layer(input)
+
+
+ACTIVATION_MODULES = (ReLU, SiLU, GELU)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module computes ``x Wᵀ + b`` or act(z) and does nothing else."""
+    forward = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    extra = module._backward_hooks or module._backward_pre_hooks
+    return not (forward or extra) and getattr(module, "activation", "none") == "none"
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

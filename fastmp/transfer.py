@@ -160,7 +160,7 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> nn.
         name: of the layer. Default: the last ``nn.Linear`` of the model.
 
     Returns:
-        the new layer, with the class, inputs, dtype and device of the old one.
+        the new layer, with the class, activation, inputs, dtype and device of the old one.
 
     Raises:
         TransferError: no linear layer of that name.
@@ -171,9 +171,11 @@ def replace_head(model: nn.Module, classes: int, name: str | None = None) -> nn.
         names = ", ".join(linear) or "none"
         raise TransferError(f"expected a linear layer {wanted!r}; the model has: {names}")
     old = linear[wanted]
-    kind = fastmp.nn.Linear if isinstance(old, fastmp.nn.Linear) else nn.Linear
-    weight = old.weight
-    new = kind(old.in_features, classes, old.bias is not None, weight.device, weight.dtype)
+    arguments = old.in_features, classes, old.bias is not None, old.weight.device, old.weight.dtype
+    if isinstance(old, fastmp.nn.Linear):
+        new: nn.Linear = fastmp.nn.Linear(*arguments, activation=old.activation)
+    else:
+        new = nn.Linear(*arguments)
     model.set_submodule(wanted, new)
     return new
 

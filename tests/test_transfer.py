@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastmp
 import fastmp.optim
 from fastmp import amp, checkpoint, models, transfer
 from fastmp.nn import CrossEntropyLoss
@@ -105,6 +106,8 @@ def test_a_new_head(dtype):
     assert type(new) is type(old)
     assert (new.in_features, new.out_features, new.weight.dtype) == (8, 2, dtype)
     assert model(torch.zeros(3, 4, dtype=dtype)).shape == (3, 2)
+    gated = torch.nn.Sequential(fastmp.nn.Linear(4, 8, activation="relu"))
+    assert transfer.replace_head(gated, 2).activation == "relu"
     vit = models.build("vit", (1, 28, 28), 10)
     assert transfer.replace_head(vit, 4) is vit.head
     with pytest.raises(TransferError, match="linear layer 'last'; the model has: 0, 2, 4"):

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from fastmp.amp.fusion import fuse_linear
+from fastmp.amp.fusion import fuse_linear, unfuse_linear
 from fastmp.nn import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 
 _IN_FP32: dict[type[nn.Module], type[nn.Module]] = {
@@ -45,9 +45,9 @@ def convert(
     Args:
         model: any module.
         dtype: ``torch.float16``, ``torch.bfloat16``, or ``torch.float32`` to go back.
-        fuse: make every ``torch.nn.Linear`` a ``fastmp.nn.Linear`` that applies the ReLU, GELU or
-            SiLU after it, wherever that certainly changes no value; see
-            ``fastmp.amp.fusion.fuse_linear``. This stays so when a later call goes back to fp32.
+        fuse: make linear layers, ReLU, GELU and SiLU modules of ``fastmp.nn``, which compute the
+            same and share a pass in the backward; see ``fastmp.amp.fusion.fuse_linear``. False:
+            make them torch's again.
         keep_fp32: what else stays fp32: names or globs of modules, parameters and buffers, such as
             "codebook.*" or "*.wo", and classes of modules. The forward has to bring the dtypes
             together itself.
@@ -77,7 +77,7 @@ def convert(
         module._apply(cast, recurse=False)
         if type(module) in _IN_FP32 and is_fp32_norm(module):
             module.__class__ = _IN_FP32[type(module)]  # the same object, with its hooks
-    return fuse_linear(model) if fuse else model
+    return fuse_linear(model) if fuse else unfuse_linear(model)
 
 
 def is_fp32_norm(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastmp.ops import linear as operation
 from fastmp.ops.checks import check_device, transformed
-from fastmp.ops.linear import ACTIVATIONS, activate
+from fastmp.ops.linear import ACTIVATIONS, activate, activation_gradient
 
 # Device types for which torch.is_autocast_enabled raises. Dynamo of torch 2.11 cannot trace
 # torch.amp.is_autocast_available.
@@ -33,6 +33,7 @@ class _Linear(torch.autograd.Function):
             input if needs_weight else None, weight if keep_weight else None, bias, saved
         )
         ctx.activation = activation
+        ctx.bias_gradient = None
         ctx.shapes = input.shape, weight.shape
         return cast(Tensor, y)
 
@@ -41,6 +42,8 @@ class _Linear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             return (*_differentiable_backward(ctx, grad, needs), None)
+        db = None if torch.compiler.is_compiling() else _Activation.bias_gradient(ctx, grad)
+        needs[2] = needs[2] and db is None
         input, weight, _, saved = ctx.saved_tensors
         # Of a tensor that was not saved the operation reads the shape only.
         input, weight = (
@@ -48,8 +51,72 @@ class _Linear(torch.autograd.Function):
             for kept, shape in zip((input, weight), ctx.shapes, strict=True)
         )
         grads = torch.ops.fastmp.linear_backward(grad, saved, input, weight, ctx.activation, needs)
-        kept = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return (*kept, None)
+        dx, dw, own_db = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return dx, dw, own_db if db is None else db, None
+
+
+class _Activation(torch.autograd.Function):
+    """act of a linear layer's output; its backward finds the gradient of the bias in the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, activation: str, layer: Any) -> Tensor:
+        y = activate(z, activation)
+        ctx.save_for_backward(y if activation == "relu" else z)
+        ctx.activation, ctx.layer = activation, layer
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.activation != "relu":  # create_graph=True
+            z = saved.view_as(saved)
+            y = activate(z, ctx.activation)
+            return (*torch.autograd.grad(y, z, grad, create_graph=True), None, None)
+        if torch.is_grad_enabled() or transformed(grad):
+            return activation_gradient(grad, saved, ctx.activation), None, None
+        needs_bias = ctx.layer.needs_input_grad[2]
+        dz, db = torch.ops.fastmp.activation_backward(grad, saved, ctx.activation, needs_bias)
+        if needs_bias:
+            ctx.layer.bias_gradient = dz, dz._version, db
+        return dz, None, None
+
+    @staticmethod
+    def bias_gradient(layer: Any, grad: Tensor) -> Tensor | None:
+        """What the backward of the activation left for its layer, if it fits this gradient.
+
+        It does not where the output of the layer was used elsewhere too, or a hook changed the
+        gradient.
+        """
+        left, layer.bias_gradient = layer.bias_gradient, None
+        if left is None or left[0] is not grad or left[1] != grad._version:
+            return None
+        return cast(Tensor, left[2])
+
+
+def activate_after(z: Tensor, activation: str) -> Tensor:
+    """act(z); where ``linear_before`` made z, the two have one pass less backward.
+
+    Args:
+        z: any shape, floating.
+        activation: one of ``ACTIVATIONS``, not none.
+
+    Returns:
+        torch's values, in the shape and dtype of z.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+        layer = cast(Any, z.grad_fn)
+        if (
+            type(layer) is _LINEAR_NODE
+            and layer.activation == "none"
+            and operation.worthwhile_after(z, activation)
+            and not transformed()
+        ):
+            y: Tensor = _Activation.apply(z, activation, layer)  # type: ignore[no-untyped-call]
+            return y
+    return activate(z, activation)
+
+
+_LINEAR_NODE: Any = _Linear._backward_cls
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -102,13 +169,30 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    # Nested tensors have rules for torch's own operations only; a vector as weight is rare, as are
-    # complex and whole numbers.
+    return _linear(input, weight, bias, activation, activation)
+
+
+def linear_before(input: Tensor, weight: Tensor, bias: Tensor | None, following: str) -> Tensor:
+    """``x Wᵀ + b`` for ``activate_after``; arguments and errors as those of ``linear``.
+
+    Args:
+        following: the activation that probably follows. No value depends on it.
+    """
+    return _linear(input, weight, bias, "none", following)
+
+
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, following: str
+) -> Tensor:
+    # Exported programs hold torch's operations only, and nested tensors have rules for no others; a
+    # vector as weight is rare, as are complex and whole numbers.
     if (
         weight.dim() != 2
         or (not weight.is_floating_point() and weight.dtype == input.dtype)
         or input.is_nested
         or transformed()
+        or torch._C._get_tracing_state()
+        or torch.compiler.is_exporting()
     ):
         return activate(F.linear(input, weight, bias), activation)
     kind = input.device.type
@@ -117,10 +201,11 @@ def linear(
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     _check(input, weight, bias)
-    if not operation.worthwhile(input, weight, activation):
-        return activate(F.linear(input, weight, bias), activation)
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not operation.worthwhile(input, weight, following if differentiable else activation):
+        return activate(F.linear(input, weight, bias), activation)
+    if differentiable:
         y: Tensor = _Linear.apply(input, weight, bias, activation)  # type: ignore[no-untyped-call]
     else:
         y = torch.ops.fastmp.linear(input, weight, bias, activation, False)[0]

@@ -35,6 +35,11 @@ def worthwhile(input: Tensor, weight: Tensor, activation: str) -> bool:
     )
 
 
+def worthwhile_after(z: Tensor, activation: str) -> bool:
+    """Whether one backward pass for activation and bias beats torch's two on this device."""
+    return registry.ask("activation_backward", "worthwhile", z.device, activation, default=True)
+
+
 # ---- reference: plain PyTorch, any floating dtype, any device ----
 
 
@@ -47,7 +52,8 @@ def activate(z: Tensor, activation: str) -> Tensor:
     return {"relu": F.relu, "silu": F.silu}[activation](z)
 
 
-def _activation_gradient(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
+def activation_gradient(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
+    """dy · act'(z), by torch's own functions, differentiable; saved is z, or y for relu."""
     aten = torch.ops.aten
     if activation == "none":
         return grad
@@ -100,10 +106,28 @@ def backward_reference(
         dx, dW and db in the dtype of ``grad``; an empty tensor (of its own: the results of an
         operation must not share memory) for each that is not needed.
     """
-    dz = as_rows(_activation_gradient(grad, saved, activation))
+    dz = as_rows(activation_gradient(grad, saved, activation))
     dx, dw = torch_linear.product_gradients(dz, input, weight, needs)
     db = dz.sum(0) if needs[2] else grad.new_empty(0)
     return dx, dw, db
+
+
+def activation_backward_reference(
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::activation_backward`` in plain PyTorch: that of the activation alone.
+
+    Args:
+        grad: dy, (..., out_features).
+        saved: z, or y for relu, of the same shape.
+        activation: one of ``ACTIVATIONS``, not none.
+        needs_bias: whether to compute db.
+
+    Returns:
+        dz in the shape and dtype of ``grad``; db (out_features), or an empty tensor.
+    """
+    dz = activation_gradient(grad, saved, activation)
+    return dz, as_rows(dz).sum(0) if needs_bias else grad.new_empty(0)
 
 
 # ---- schema and fakes ----
@@ -127,6 +151,12 @@ def _backward_fake(
     return dx, dw, db
 
 
+def _activation_backward_fake(
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), grad.new_empty(grad.shape[-1] if needs_bias else 0)
+
+
 registry.define(
     "linear",
     registry.TorchOp(
@@ -140,5 +170,11 @@ registry.define(
         "bool[3] needs) -> (Tensor, Tensor, Tensor)",
         backward_reference,
         _backward_fake,
+    ),
+    registry.TorchOp(
+        "activation_backward(Tensor grad, Tensor saved, str activation, bool needs_bias) "
+        "-> (Tensor, Tensor)",
+        activation_backward_reference,
+        _activation_backward_fake,
     ),
 )

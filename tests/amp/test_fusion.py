@@ -1,8 +1,8 @@
-"""Activations move into their linear layers, and no value changes."""
+"""Layers and activations of a converted model are one operation, and each alone is torch's."""
 
 import copy
+import io
 import pickle
-import random
 
 import pytest
 import torch
@@ -12,193 +12,300 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 import fastmp
-from fastmp import models
+from fastmp import models, transfer
 from fastmp.amp.fusion import fuse_linear
-from tests.amp.fusion_cases import Block, assert_unchanged, chain, fused
+from tests.amp.fusion_cases import Block, assert_unchanged, chain, fused, results
+
+pytestmark = pytest.mark.usefixtures("every_size")
 
 ACTIVATIONS = {
-    "relu": nn.ReLU(inplace=True),
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU(),
-}
+    "relu": nn.ReLU(), "relu inplace": nn.ReLU(inplace=True), "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"), "silu": nn.SiLU(),
+}  # fmt: skip
+X = torch.linspace(-2, 2, 20).view(5, 4)
 
 
 # ---- what is fused ----
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("make", [chain, Block])
-def test_values_and_gradients_stay(name, make):
-    model = make(ACTIVATIONS[name])
-    assert_unchanged(model, torch.randn(5, 4))
-    assert list(fused(model).values()) == [name]
-    assert not any(isinstance(m, type(ACTIVATIONS[name])) for m in model.modules())
+def test_in_a_sequential_they_are_one_operation(name):
+    assert assert_unchanged(chain(ACTIVATIONS[name]), X) == [name.split()[0]]
 
 
-@pytest.mark.parametrize(("name", "count"), [("mlp", 2), ("vit", 4), ("convnet", 0)])
-def test_our_own_models(name, count):
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_elsewhere_they_share_a_pass(name):
+    # For relu torch's pass takes less than a call, and in place there is no other way.
+    expected = [] if name.startswith("relu") else [f"after {name}"]
+    assert assert_unchanged(Block(ACTIVATIONS[name]), X) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mlp", ["relu"] * 2), ("vit", ["after gelu"] * 4)])
+def test_our_own_models(name, expected):
     model = models.build(name, (1, 8, 8), 10)
-    keys, params = list(model.state_dict()), list(model.parameters())
-    assert_unchanged(model, torch.randn(3, 1, 8, 8))
-    assert len(fused(model)) == count
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    assert all(type(m) is fastmp.nn.Linear for m in linears)
-    left = sum(isinstance(m, (nn.ReLU, nn.GELU)) for m in model.modules())
-    assert left == (4 if name == "convnet" else 0)  # those after its batch norms
+    keys, parts = list(model.state_dict()), list(model.modules())
+    params = list(model.parameters())
+    assert assert_unchanged(model, torch.randn(3, 1, 8, 8)) == expected
     assert list(model.state_dict()) == keys
     assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+    assert all(m is n for m, n in zip(parts, model.modules(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [chain, Block])
+def test_16_bit_gradients_are_within_torchs_error(make, dtype):
+    torch.manual_seed(0)
+    plain = make().to(dtype)
+    model, x = fastmp.convert(copy.deepcopy(plain), dtype), torch.randn(50, 4).to(dtype)
+    exact = results(copy.deepcopy(plain).double(), x.double())
+    for ours, theirs, truth in zip(results(model, x), results(plain, x), exact, strict=True):
+        tiny = 4 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= 3 * (theirs - truth).abs().max() + tiny
 
 
 @pytest.mark.parametrize("make", [chain, Block])
-def test_checkpoints_travel_in_either_direction(make):
-    torch.manual_seed(1)
-    plain, other = make(), fuse_linear(make())
-    x = torch.randn(5, 4)
-    other.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(other(x), plain(x))
-    trained = fuse_linear(make())
-    plain.load_state_dict(trained.state_dict())
-    torch.testing.assert_close(plain(x), trained(x))
+def test_there_and_back(make):
+    plain = make()
+    model = fastmp.convert(copy.deepcopy(plain), torch.bfloat16)
+    for _ in range(2):
+        fastmp.convert(model, torch.float16)
+    fastmp.convert(model, torch.float32, fuse=False)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    mine = fastmp.nn.Linear(4, 4, activation="gelu")  # with torch's class it would lose its gelu
+    assert type(fastmp.convert(mine, torch.float32, fuse=False)) is fastmp.nn.Linear
 
 
-def test_convert_fuses_unless_told_not_to():
-    model = fastmp.convert(chain(), torch.bfloat16)
-    assert fused(model) == {"0": "gelu"}
-    assert model(torch.randn(2, 4).bfloat16()).dtype == torch.bfloat16
-    kept = fastmp.convert(Block(), torch.bfloat16, fuse=False)
-    assert [type(m) for m in kept.children()] == [nn.Linear, nn.GELU, nn.Linear]
+# ---- what other code does with a model ----
 
 
-def test_a_linear_layer_alone():
-    model = nn.Linear(4, 3)
-    assert fastmp.convert(model, torch.float32) is model
-    assert type(model) is fastmp.nn.Linear
-    assert model(torch.ones(2, 4)).shape == (2, 3)
+class LoRA(nn.Module):
+    """y = base(x) + B(A(x)), as peft wraps a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
 
 
-def test_twice_is_once():
-    model = fuse_linear(nn.Sequential(chain(), Block(), nn.ReLU()))
-    before = repr(model), [id(m) for m in model.modules()]
-    fuse_linear(model)
-    assert (repr(model), [id(m) for m in model.modules()]) == before
-    model = fuse_linear(nn.Sequential(fuse_linear(chain())[0], nn.ReLU()))
-    assert isinstance(model[1], nn.ReLU)  # the layer has its activation already
+class Tapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, x):
+        self.seen.append(x.clone())
+        return self.inner(x)
 
 
-def test_our_own_layer_takes_an_activation_too():
-    model = nn.Sequential(fastmp.nn.Linear(4, 4), nn.SiLU())
-    assert_unchanged(model, torch.randn(3, 4))
-    assert fused(model) == {"0": "silu"}
+def wrap_layer(model, layer, act):
+    model.set_submodule(layer, LoRA(model.get_submodule(layer)))
+
+
+def wrap_activation(model, layer, act):
+    model.set_submodule(act, Tapped(model.get_submodule(act)))
+
+
+def other_activation(model, layer, act):
+    model.set_submodule(act, nn.Tanh())
+
+
+def no_activation(model, layer, act):
+    model.set_submodule(act, nn.Identity())
+
+
+def other_layer(model, layer, act):
+    model.set_submodule(layer, nn.Linear(4, 4))
+
+
+def new_head(model, layer, act):
+    transfer.replace_head(model, 4, layer)
+
+
+def patched_layer(model, layer, act):
+    module = model.get_submodule(layer)
+    module.forward = lambda x: F.linear(x, module.weight, module.bias) * 2
+
+
+def parametrized(model, layer, act):
+    parametrize.register_parametrization(model.get_submodule(layer), "weight", nn.Tanh())
+
+
+def hook_that_changes(model, layer, act):
+    model.get_submodule(layer).register_forward_hook(lambda m, args, y: y * 3)
+
+
+def hook_in_place(model, layer, act):
+    def triple(m, args, y):
+        y.mul_(3)
+
+    model.get_submodule(layer).register_forward_hook(triple)
+
+
+def backward_hook(model, layer, act):
+    model.get_submodule(act).register_full_backward_hook(lambda m, dx, dy: (dx[0] * 3,))
+
+
+def tensor_hook(model, layer, act):
+    def double(m, args, y):
+        y.register_hook(lambda grad: grad * 2)
+
+    model.get_submodule(layer).register_forward_hook(double)
+
+
+CHANGES = [
+    wrap_layer, wrap_activation, other_activation, no_activation, other_layer, new_head,
+    patched_layer, parametrized, hook_that_changes, hook_in_place, backward_hook, tensor_hook,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()])
+@pytest.mark.parametrize("make", [chain, Block])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_after_conversion(change, make, act):
+    plain = make(act)
+    model = fuse_linear(copy.deepcopy(plain))
+    layer, name = [n for n, _ in plain.named_children()][:2]
+    for each in (plain, model):
+        torch.manual_seed(1)
+        change(each, layer, name)
+    torch.testing.assert_close(results(model, X), results(plain, X))
+
+
+HOOKS = {
+    "register_forward_hook": lambda m, args, y: (*args, y),
+    "register_forward_pre_hook": lambda m, args: args,
+    "register_full_backward_hook": lambda m, dx, dy: (*dx, *dy),
+    "register_full_backward_pre_hook": lambda m, dy: dy,
+}
 
 
 @pytest.mark.parametrize("make", [chain, Block])
-def test_copies_and_pickles(make):
-    model, x = fuse_linear(make()), torch.randn(3, 4)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
-        assert fused(twin) == fused(model) != {}
-        assert torch.equal(twin(x), model(x))
+@pytest.mark.parametrize("where", [0, 1])  # the layer, the activation
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_what_torchs_would(hook, where, make):
+    plain = make()
+    seen = []
+    for model in (plain, fuse_linear(copy.deepcopy(plain))):
+        values = []
+        module = list(model.children())[where]
+        getattr(module, hook)(lambda *a, values=values: values.extend(HOOKS[hook](*a)))
+        results(model, X)
+        seen.append([v for v in values if v is not None])
+    assert seen[0]
+    torch.testing.assert_close(seen[1], seen[0])
 
 
-def test_modes_stay():
-    model = chain().eval()
-    assert not any(m.training for m in fuse_linear(model).modules())
+@pytest.mark.parametrize("make", [chain, Block])
+def test_global_hooks_see_every_module(make):
+    model, names = fuse_linear(make()), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, args, y: names.append(type(m).__name__)
+    )
+    with handle:
+        model(X)
+    assert names[:3] == ["Linear", "GELU", "Linear"]
 
 
-def test_an_activation_shared_by_many():
-    act = nn.GELU()
-    model = nn.Sequential(Block(act), nn.LayerNorm(3), act, nn.Linear(3, 4), act, Block(act))
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"0.fc": "gelu", "3": "gelu", "5.fc": "gelu"}
-    assert model[2] is act
+def test_each_part_alone_and_the_gradient_between_them():
+    plain = Block()
+    model, found = fuse_linear(copy.deepcopy(plain)), []
+    for each in (plain, model):
+        h = each.fc(X)
+        y = each.act(h)
+        (between,) = torch.autograd.grad(y.sum(), h, retain_graph=True)
+        h.retain_grad()
+        (y.square().sum() + h.sum()).backward()  # used twice
+        found.append((h, y, between, h.grad, each.fc.bias.grad, each.fc.weight.grad))
+    torch.testing.assert_close(found[1], found[0])
 
 
-def test_an_activation_under_two_names():
-    class Twice(Block):
-        def __init__(self):
-            super().__init__()
-            self.again = self.act
+class Depends(Block):
+    """Its forward depends on what no analysis sees: a flag that is set later."""
 
-        def forward(self, x):
-            return self.again(F.normalize(self.out(self.act(self.fc(x)))))
-
-    model = Twice()
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"fc": "gelu"}
-    assert isinstance(model.again, nn.GELU)
-
-
-def test_one_activation_after_two_layers():
-    class Two(Block):
-        def __init__(self):
-            super().__init__()
-            self.other = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.out(self.act(self.fc(x)) * self.act(self.other(x)))
-
-    model = Two()
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"fc": "gelu", "other": "gelu"}
-    half = Two()
-    half.other.register_forward_hook(lambda *_: None)
-    assert_unchanged(half, torch.randn(5, 4))
-    assert fused(half) == {}
-
-
-def test_a_block_used_twice():
-    block = Block()
-    model = nn.Sequential(block, nn.Linear(3, 4), block)
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"0.fc": "gelu"}
-
-
-def test_a_list_of_layers_called_in_turn():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(chain())
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    model = Listed()
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"layers.0": "gelu"}
-
-
-class Masked(Block):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mask", torch.ones(9, 3))
+    skip = False
 
     def forward(self, x):
-        return self.out(self.act(self.fc(x))) * self.mask[: x.shape[0]]
+        h = self.fc(x)
+        return self.out(h if self.skip else self.act(h) + h)
 
 
-class WithoutNorm(Block):
-    def __init__(self):
-        super().__init__()
-        self.register_module("norm", None)
+def test_a_forward_that_changes_its_mind():
+    plain = Depends()
+    model = fuse_linear(copy.deepcopy(plain))
+    for each in (plain, model):
+        each.skip = True
+    torch.testing.assert_close(results(model, X), results(plain, X))
 
 
-class Helped(Block):
-    def forward(self, x):
-        h = self.first(x)
-        return self.out(F.dropout(h, 0.0, self.training))
+def test_changed_in_place_or_used_twice():
+    class Busy(Block):
+        def forward(self, x):
+            h = self.fc(x)
+            y = self.act(h) * 2 + self.act(h) + h
+            g = self.fc(x)
+            g += 1
+            return self.out(y + self.act(g))
 
-    def first(self, x):
-        rows, _ = x.shape
-        return self.act(self.fc(x.view(rows, 4)))
+    assert_unchanged(Busy(), X)
 
 
-@pytest.mark.parametrize("kind", [Masked, WithoutNorm, Helped])
-def test_forwards_that_do_more(kind):
-    model = kind()
-    assert_unchanged(model, torch.randn(5, 4))
-    assert fused(model) == {"fc": "gelu"}
+@pytest.mark.parametrize("name", ["gelu", "silu", "relu"])
+def test_a_second_derivative(name):
+    found = []
+    plain = Block(copy.deepcopy(ACTIVATIONS[name])).double()
+    for model in (plain, fuse_linear(copy.deepcopy(plain))):
+        x = X.double().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, *model.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("make", [chain, Block])
+def test_many_gradients_at_once(make):
+    plain = make()
+    model = fuse_linear(copy.deepcopy(plain))
+    for f in (torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        torch.testing.assert_close(f(model)(X[0]), f(plain)(X[0]))
+    jacobians = [
+        torch.autograd.functional.jacobian(m, X[0], vectorize=True) for m in (plain, model)
+    ]
+    torch.testing.assert_close(*jacobians)
+
+
+@pytest.mark.parametrize("make", [chain, Block])
+def test_copies_pickles_and_programs(make, tmp_path):
+    model = fuse_linear(make())
+    expected = model(X)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        copy.copy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+        torch.fx.symbolic_trace(model),
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+        torch.export.export(model, (X,)).module(),
+        torch.jit.trace(model, X),
+    ):
+        torch.testing.assert_close(twin(X), expected)
+    program = torch.export.export(model.eval(), (X,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert "fastmp" not in str(program.graph)  # it runs where fastmp is not installed
+
+
+def test_a_part_of_a_sequential():
+    model = fuse_linear(nn.Sequential(*chain(), nn.ReLU()))
+    assert fused(model[:2](X)) == ["gelu"]
+    torch.testing.assert_close(model[1:3](X), model[2](F.gelu(X)))
+    assert len(fused(model.append(nn.Linear(3, 3))(X))) == 2
 
 
 # ---- layers left alone ----
@@ -208,20 +315,17 @@ def test_other_kinds_of_linear_layers():
     class Mine(nn.Linear):
         pass
 
-    lazy, attention = nn.LazyLinear(4), nn.MultiheadAttention(4, 2)
-    plain = orthogonal(nn.Linear(4, 4))
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x + 1
-    wave = nn.Linear(4, 4, dtype=torch.complex64)
-    kept = [Mine(4, 4), lazy, plain, patched, attention.out_proj, wave]
+    attention, wave = nn.MultiheadAttention(4, 2), nn.Linear(4, 4, dtype=torch.complex64)
+    kept = [Mine(4, 4), nn.LazyLinear(4), orthogonal(nn.Linear(4, 4)), patched, wave]
+    kept.append(attention.out_proj)
     kinds = [type(m) for m in kept]
     for module in kept:
-        model = fuse_linear(nn.Sequential(module, nn.ReLU()))
-        assert isinstance(model[1], nn.ReLU)
+        fuse_linear(nn.Sequential(module, nn.ReLU()))
     fuse_linear(attention)
     assert [type(m) for m in kept] == kinds
     assert nn.Sequential(patched)(torch.ones(4)).tolist() == [2.0] * 4
-    wave(torch.ones(2, 4, dtype=torch.complex64))
 
 
 def test_a_tensor_subclass_as_weight():
@@ -231,13 +335,6 @@ def test_a_tensor_subclass_as_weight():
     model = nn.Linear(4, 4)
     model.weight = nn.Parameter(model.weight.detach().as_subclass(Special))
     assert type(fuse_linear(model)) is nn.Linear
-
-
-def test_parametrized_later():
-    model = fuse_linear(chain())
-    parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(model[0](x), F.gelu(F.linear(x, model[0].weight, model[0].bias)))
 
 
 def test_compiled_and_scripted_modules():
@@ -253,70 +350,11 @@ def test_compiled_and_scripted_modules():
     assert [type(m) for m in compiled.modules()] == inner
 
 
-def test_a_compiled_or_scripted_part_of_a_block():
-    for close in (lambda m: torch.compile(m, backend="eager"), torch.jit.script):
-        model = Block()
-        model.out = close(nn.Sequential(model.out))
-        inside = list(map(id, model.out.modules()))
-        assert fused(fuse_linear(model)) == {"fc": "gelu"}
-        assert list(map(id, model.out.modules())) == inside
-        assert model(torch.ones(2, 4)).shape == (2, 3)
-
-
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 @pytest.mark.parametrize("activation", ["relu", nn.GELU()])
 def test_torchs_transformer_layers(activation):
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 8), nn.ReLU())
-    assert_unchanged(model, torch.randn(2, 5, 8), lambda m: fastmp.convert(m, torch.float32))
-    assert fused(model) == {"1": "relu"}
+    assert assert_unchanged(model, torch.randn(2, 5, 8))[-1] == "relu"
     with torch.no_grad():  # torch's own fast path
         assert model.eval()(torch.randn(2, 5, 8)).isfinite().all()
-    assert type(model[0].layers[0].linear1) is fastmp.nn.Linear
-
-
-# ---- running a forward leaves no trace ----
-
-
-def test_nothing_lands_on_the_module():
-    class Busy(Block):
-        def __init__(self):
-            super().__init__()
-            self.calls, self.log, self.table = 0, [], {}
-            self.plain = torch.zeros(2)
-            self.register_buffer("steps", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls += 1
-            self.log.append(x)
-            self.table["x"] = x
-            self.fc.seen = True
-            self.plain.add_(1)
-            self.steps.add_(1)
-            for p in self.parameters():
-                p.data.mul_(0)
-            torch.rand(3), random.random()
-            return self.out(self.act(self.fc(x)))
-
-    model = nn.Sequential(Busy())
-    before = copy.deepcopy(model.state_dict())
-    chance = torch.get_rng_state(), random.getstate()
-    fuse_linear(model)
-    busy = model[0]
-    assert (busy.calls, busy.log, busy.table, busy.plain.sum()) == (0, [], {}, 0)
-    assert not hasattr(busy.fc, "seen")
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert torch.equal(torch.get_rng_state(), chance[0])
-    assert random.getstate() == chance[1]
-
-
-def test_warnings_of_a_forward_wait_for_its_first_call(recwarn):
-    class Warns(Block):
-        def forward(self, x):
-            import warnings
-
-            warnings.warn("slow", UserWarning, stacklevel=1)
-            return super().forward(x)
-
-    assert fused(fuse_linear(Warns())) == {"fc": "gelu"}
-    assert not [w for w in recwarn if "slow" in str(w.message)]

@@ -177,6 +177,9 @@ def test_opcheck(opcheck, activation, dtype):
         x, grad, needs = x.view(*shape, 5), grad.view(*shape, 3), [bool(need) for need in needs]
         arguments = (grad, torch.randn_like(grad), x, w, activation, needs)
         opcheck(torch.ops.fastmp.linear_backward.default, arguments)
+        if activation != "none":
+            arguments = (grad, torch.randn_like(grad), activation, needs[2])
+            opcheck(torch.ops.fastmp.activation_backward.default, arguments)
 
 
 def test_the_report_names_the_backend():

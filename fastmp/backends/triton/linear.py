@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -100,14 +102,29 @@ def linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::linear_backward``; its two products are torch's."""
-    from fastmp.backends.triton.kernels.activation import activation_backward
+    dz, db = _activation_backward(grad, saved, activation, needs[2])
+    dx, dw = torch_linear.product_gradients(dz, input, weight, needs)
+    return dx, dw, db
+
+
+def _activation_backward(
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dz as a matrix of rows, and db."""
+    from fastmp.backends.triton.kernels import activation as kernels
 
     rows = as_rows(grad).contiguous()
     with torch.cuda.device_of(grad):
         saved = saved.contiguous().view(-1, rows.shape[1])
-        dz, db = activation_backward(rows, saved, activation, needs[2])
-    dx, dw = torch_linear.product_gradients(dz, input, weight, needs)
-    return dx, dw, db
+        return kernels.activation_backward(rows, saved, activation, needs_bias)
+
+
+def activation_backward(
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::activation_backward``."""
+    dz, db = _activation_backward(grad, saved, activation, needs_bias)
+    return cast(Tensor, torch.ops.aten._unsafe_view(dz, grad.shape)), db
 
 
 registry.register(
@@ -121,4 +138,11 @@ registry.register(
 )
 registry.register(
     "linear_backward", "cuda", linear_backward, backend="triton", supports=_supports_backward
+)
+registry.register(
+    "activation_backward",
+    "cuda",
+    activation_backward,
+    backend="triton",
+    supports=_supports_backward,
 )

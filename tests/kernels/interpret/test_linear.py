@@ -14,6 +14,7 @@ from fastmp.backends.triton.tiles import MAX_FUSED_K, linear_tile
 from fastmp.ops.linear import (
     ACTIVATIONS,
     activate,
+    activation_backward_reference,
     backward_reference,
     linear_reference,
     saves_preactivation,
@@ -257,6 +258,8 @@ def test_the_operation_of_more_dimensions(dtype, k):
     exact = backward_reference(
         grad.double(), z.double(), x.double(), w.double(), "silu", [True, True, True]
     )
+    found = [*found, *backend.activation_backward(grad, z, "silu", True)]
+    exact = [*exact, *activation_backward_reference(grad.double(), z.double(), "silu", True)]
     for ours, reference in zip(found, exact, strict=True):
         assert ours.shape == reference.shape
         assert (ours - reference).abs().max() <= 4 * torch.finfo(dtype).eps * reference.abs().max()
