@@ -14,6 +14,7 @@ from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request
 NO_CLIP = -1.0
 Lrs = Sequence[tuple[int, Tensor]]  # parameter groups whose lr is in device memory, with it
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_data_ptr = Tensor.data_ptr  # mapped over a list: no frame of Python for each tensor
 
 
 class TensorRow(NamedTuple):
@@ -64,38 +65,38 @@ class NativeTable:
 
     def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
         self._params = [row.param for row in tensor_rows]
-        self._strides = [p.stride() for p in self._params]
-        self._dtypes = [grad.dtype for grad in grads]
-        self._param_ptrs = [p.data_ptr() for p in self._params]
+        self._param_ptrs = list(map(_data_ptr, self._params))
         self._grad_ptrs: list[int] = []
+        pairs = enumerate(zip(self._params, grads, strict=True))
+        self._reordered = [i for i, (param, grad) in pairs if not has_order_of(param, grad)]
+        self._copies: list[Tensor] = []
         self.rows = _layout(tensor_rows, grads)
         self.bind_gradients(grads)
 
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are where they were when the table was laid out."""
-        return [p.data_ptr() for p in params] == self._param_ptrs
+        return list(map(_data_ptr, params)) == self._param_ptrs
 
     def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
-        """Use these gradients, one per row, in the next step; False: lay out another table."""
-        try:
-            grad_ptrs = [g.data_ptr() for g in grads]
-        except RuntimeError:  # sparse: there is no one address
-            return False
-        if grad_ptrs == self._grad_ptrs:
-            return True
-        if [g.dtype for g in grads] != self._dtypes:
-            return False
-        self._grads = list(grads)  # alive until the next step
-        if [g.stride() for g in grads] != self._strides:
+        """Use these gradients, one per row, in the next step; of the layouts of the first ones.
+
+        Only their addresses are kept.
+        """
+        grad_ptrs = list(map(_data_ptr, grads))
+        for i in self._reordered:
             # Another order of the same elements (a channels_last weight with a contiguous gradient,
             # say): copied into the weight's order, a slower path with the same result.
-            for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
-                if grad.stride() != self._strides[i]:
-                    self._grads[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-            grad_ptrs = [g.data_ptr() for g in self._grads]
-        self._grad_ptrs = grad_ptrs
-        self.rows["grad"] = grad_ptrs
+            copy = torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i])
+            self._copies.append(copy)
+            grad_ptrs[i] = copy.data_ptr()
+        if grad_ptrs != self._grad_ptrs:
+            self._grad_ptrs = grad_ptrs
+            self.rows["grad"] = grad_ptrs
         return True
+
+    def free_copies(self) -> None:
+        """After the launch: what is allocated next on its stream comes after it."""
+        self._copies.clear()
 
 
 def supports(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> str | None:
@@ -118,6 +119,15 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def has_order_of(param: Tensor, grad: Tensor) -> bool:
+    """Whether the elements of a gradient lie in memory in the order of its parameter's.
+
+    Dimensions of size 1 do not count: the strides of a 1x1 convolution's under channels_last.
+    """
+    strides = zip(param.shape, param.stride(), grad.stride(), strict=True)
+    return param.numel() == 0 or all(a == b for size, a, b in strides if size > 1)
 
 
 def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:

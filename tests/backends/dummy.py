@@ -73,7 +73,7 @@ class Step:
     def step(self, hypers, record, options, lrs):
         calls["update"] += 1
         table = StepTable([], [])
-        table.rows, table.grads = self.rows, self.grads
+        table.rows, table.grads, self.grads = self.rows, self.grads, []
         update.run(
             table,
             hypers,

@@ -77,13 +77,15 @@ class CudaStepTable(NativeTable):
             _captured.append((self, host, table, *alive))
         else:
             table = self._current(image)
-        groups = table[: hypers.nbytes].view(torch.float64).view(hypers.shape)
-        for group, lr in lrs:
-            groups[group, LR].copy_(lr)
+        if lrs:
+            groups = table[: hypers.nbytes].view(torch.float64).view(hypers.shape)
+            for group, lr in lrs:
+                groups[group, LR].copy_(lr)
         self._args.groups = table.data_ptr()
         self._args.rows = table.data_ptr() + hypers.nbytes
         self._args.request = request
         self.kernel.launch(self._blocks, self._args)
+        self.free_copies()
 
     def _current(self, image: bytes) -> Tensor:
         """The table in device memory, uploaded if it has changed."""

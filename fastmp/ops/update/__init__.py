@@ -64,7 +64,10 @@ def run(
         return
     for group, lr in lrs:
         hypers[group, LR] = float(lr)
-    _reference(table, hypers, record, options)
+    try:
+        _reference(table, hypers, record, options)
+    finally:
+        table.grads = []
 
 
 # ---- masters ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +13,17 @@ from torch import Tensor
 from fastmp.backends import registry
 from fastmp.backends.native_table import Lrs, Options, TensorRow
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment,misc]
+
 
 class _Kernel(Protocol):
     """The object that a backend's kernel of ``update`` makes of (rows, gradients).
 
-    The methods of ``StepTable``, and ``step`` with the arguments of ``ops.update.run``.
+    The methods of ``StepTable``, and ``step`` with the arguments of ``ops.update.run``. Gradients
+    are let go of after it.
     """
 
     def matches(self, params: Sequence[Tensor]) -> bool: ...
@@ -30,7 +36,7 @@ class StepTable:
 
     Attributes:
         rows: one for each parameter that has a gradient.
-        grads: for the reference; empty if there is a kernel.
+        grads: for the reference, until the step; empty if there is a kernel.
         kernel: None: the step runs on the reference.
         fallback: the reason for that.
     """
@@ -45,6 +51,7 @@ class StepTable:
         _check(rows, grads)
         self.rows = list(rows)
         self.params = [row.param for row in rows]
+        self._layouts = Layouts([*self.params, *grads])
         self._dtypes = [param.dtype for param in self.params]
         self.kernel: _Kernel | None = None
         self.fallback: str | None = "no tensors"
@@ -67,12 +74,42 @@ class StepTable:
     def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Use these gradients, one per row, in the next step; False if the table cannot hold them.
 
-        Then make another table, which says what is wrong if anything is.
+        They, or the parameters, have other dtypes, shapes or strides then, perhaps at the same
+        addresses. Make another table, which says what is wrong if anything is.
         """
+        if not self._layouts.match([*self.params, *grads]):
+            return False
         if self.kernel is not None:
             return self.kernel.bind_gradients(grads)
         self.grads = list(grads)
-        return all(g.layout == torch.strided for g in grads)
+        return True
+
+
+class Layouts:
+    """Dtypes, shapes and strides of tensors, to compare with those of others; keeps no tensor.
+
+    One pass of C++ for all of them: the guards of ``torch.compile``, which compare more than that
+    (device, requires_grad, type). Where those differ, and where a torch has none, Python decides.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._expected = _layouts(tensors)
+        self._guards: Any = None
+        if TensorGuards is not None and tensors:
+            dynamic = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+            self._guards = TensorGuards(*tensors, **dynamic)
+
+    def match(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these, as many, have the same layouts."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        return _layouts(tensors) == self._expected
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    """None for a sparse one, which has no strides."""
+    strided = torch.strided
+    return [(t.dtype, t.shape, t.stride()) if t.layout == strided else None for t in tensors]
 
 
 def _check(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
