@@ -35,6 +35,7 @@ class FusedOptimizer(RecordedOptimizer):
     """
 
     _schedule: Tensor | None = None
+    _launch_schedule: tuple[Tensor | None, bool] = (None, False)  # and whether it has a momentum
 
     def __init__(
         self,
@@ -296,6 +297,25 @@ class FusedOptimizer(RecordedOptimizer):
         if self._schedule is not None and self._schedule.device != device:
             self._schedule = self._schedule.to(device)
         return self._schedule
+
+    # ---- recorded steps ----
+
+    def launch_constants(self) -> tuple[Any, ...]:
+        """The values, not tensors, that a step recorded now would keep; comparable.
+
+        What a schedule on the device replaces is left out.
+        """
+        hypers = [self._hyper(group) for group in self.param_groups]
+        schedule = self._schedule
+        if schedule is not None and self._launch_schedule[0] is not schedule:
+            moves_momentum = not bool(schedule[0, 1].isnan())  # waits, once a schedule
+            self._launch_schedule = (schedule, moves_momentum)
+        if schedule is not None and self._launch_schedule[1]:
+            hypers = [h._replace(beta1=0.0) for h in hypers]
+        lrs = [group["lr"] for group in self.param_groups]
+        addresses = [lr.data_ptr() for lr in lrs if isinstance(lr, Tensor)]
+        table = None if schedule is None else (schedule.data_ptr(), len(schedule))
+        return hypers, addresses, table, self.max_grad_norm, self.skip_nonfinite
 
     # ---- saving and loading ----
 

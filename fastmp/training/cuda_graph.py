@@ -1,46 +1,67 @@
 """A whole training step as one CUDA graph: one launch replays all of its kernels.
 
-The first steps run uncaptured on the capture stream: libraries initialize, the optimizer allocates
-its state, and these steps train too. Then the step is captured, which runs nothing, and replayed
-from there on. Every input shape has a graph of its own; all graphs share one memory pool.
+The first steps run as kernels: libraries initialize, code is loaded, the optimizer allocates its
+state, and these steps train too. The last of them is watched: a step that waits for the device, or
+draws random numbers on the host, is not recorded. Then the step is captured, which runs nothing,
+and replayed from there on. Every input shape has a graph of its own, captured when it has run as
+kernels twice; all graphs share one memory pool. Whatever else a graph holds, hyperparameters and
+addresses, is compared before every replay: where it has changed all graphs are dropped, and the
+step runs as kernels until it is captured anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastmp.training import rng
+
 WARMUP = 3
 WARMUP_PARALLEL = 11  # DistributedDataParallel rebuilds its buckets within the first ten
+MAX_CHANGES = 10  # from outside, in a row without a replay: then the step stays as kernels
+RUNS = 2  # as kernels, of a kind of input, before it is captured: one that loads code, one watched
 
-Signature = tuple[TreeSpec, tuple[Any, ...]]
+Step = Callable[[Any], Any]
+Replay = Callable[[list[Any]], Any]
+Signature = tuple[TreeSpec, tuple[Any, ...], Hashable]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Unsupported(RuntimeError):
     """Why a step cannot be a graph."""
 
 
-class _Captured:
-    """One captured step with its static input and output tensors."""
+class Recorder(Protocol):
+    """The device's part: runs a step as kernels, watches one, captures one."""
 
-    def __init__(
-        self, step: Callable[[Any], Any], leaves: list[Any], spec: TreeSpec, pool: Any
-    ) -> None:
-        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = step(tree_unflatten(self._inputs, spec))
+    def run(self, step: Step, inputs: Any) -> Any:
+        """The step as kernels."""
 
-    def replay(self, leaves: list[Any]) -> Any:
-        for static, leaf in zip(self._inputs, leaves, strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(leaf, non_blocking=True)
-        self._graph.replay()
-        return self.outputs
+    def watch(self, step: Step, inputs: Any) -> tuple[Any, str]:
+        """Likewise, and why the step cannot be captured; empty: no reason was seen."""
+
+    def capture(self, step: Step, leaves: list[Any], spec: TreeSpec) -> Replay:
+        """The step as a graph, not run yet. Raises ``Unsupported``; nothing has changed then."""
+
+
+class Outside(Protocol):
+    """What a graph holds besides its inputs, as it was when it was captured."""
+
+    def constants(self) -> Any:
+        """Hyperparameters and addresses, comparable: other ones make the graph invalid."""
+
+    def without_grad(self) -> Hashable:
+        """Which parameters have no gradient: a step may add to the others."""
 
 
 class Graphed:
@@ -50,28 +71,28 @@ class Graphed:
 
     Args:
         step: a function of a tree of tensors (and None) to a tree of tensors; waits for nothing.
-        device: where it runs.
-        warmup: calls before the capture.
-
-    Raises:
-        Unsupported: the device has no graphs.
+        recorder: of the device where it runs.
+        outside: of the objects that the step uses.
+        warmup: calls before the first capture.
     """
 
     def __init__(
-        self, step: Callable[[Any], Any], device: torch.device, warmup: int = WARMUP
+        self, step: Step, recorder: Recorder, outside: Outside, warmup: int = WARMUP
     ) -> None:
-        if device.type != "cuda":
-            raise Unsupported(f"CUDA graphs need a CUDA device, the model is on {device}")
-        self._step = step
+        self._step, self._recorder, self._outside = step, recorder, outside
         self._warmup = warmup
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self.reset()
 
     def reset(self) -> None:
         """Drop the graphs and warm up again, for instance because other parameters train now."""
-        self._calls = 0
-        self._captured: dict[Signature, _Captured] = {}
+        self._calls = self._changes = 0
+        self._refusal = ""
+        self._held: Any = None  # constants after the last call
+        self._drop()
+
+    def _drop(self) -> None:
+        self._runs: Counter[Signature] = Counter()
+        self._captured: dict[Signature, Replay] = {}
 
     def __call__(self, inputs: Any) -> Any:
         """The step on these inputs.
@@ -79,29 +100,177 @@ class Graphed:
         Raises:
             Unsupported: the step cannot be captured; this call has had no effect.
         """
-        self._calls += 1
-        if self._calls <= self._warmup:
-            return self._run_on_side_stream(inputs)
+        if self._refusal:
+            raise Unsupported(self._refusal)
         leaves, spec = tree_flatten(inputs)
-        signature = _signature(leaves, spec)
+        signature = signature_of(leaves, spec, self._outside.without_grad())
+        self._drop_if_changed()
         if signature not in self._captured:
-            torch.cuda.synchronize()
-            try:
-                self._captured[signature] = _Captured(self._step, leaves, spec, self._pool)
-            except RuntimeError as error:
-                raise Unsupported(str(error).splitlines()[0]) from error
-        return self._captured[signature].replay(leaves)
+            self._calls += 1
+            self._runs[signature] += 1
+            runs = self._runs[signature]
+            if self._calls <= self._warmup or runs <= RUNS:
+                try:
+                    return self._run(inputs, watched=self._calls >= self._warmup and runs >= RUNS)
+                finally:  # what the step itself changes is no change from outside
+                    self._held = self._outside.constants()
+            self._captured[signature] = self._recorder.capture(self._step, leaves, spec)
+            self._held = self._outside.constants()
+        self._changes = 0
+        return self._captured[signature](leaves)
 
-    def _run_on_side_stream(self, inputs: Any) -> Any:
-        """The step without a graph; the current stream waits for its outputs."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            outputs = self._step(inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
+    def _run(self, inputs: Any, *, watched: bool) -> Any:
+        if not watched:
+            return self._recorder.run(self._step, inputs)
+        outputs, self._refusal = self._recorder.watch(self._step, inputs)
         return outputs
 
+    def _drop_if_changed(self) -> None:
+        if self._held is None or self._outside.constants() == self._held:
+            return
+        self._changes += 1
+        if self._changes > MAX_CHANGES:
+            raise Unsupported(
+                "hyperparameters, parameters or state change between all steps: change them within "
+                "the step, or on the device (bind the schedule to the optimizer)"
+            )
+        self._drop()
 
-def _signature(leaves: list[Any], spec: TreeSpec) -> Signature:
-    """Calls of one signature share a graph: tree, shapes, dtypes and constants."""
-    kinds = (((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf) for leaf in leaves)
-    return spec, tuple(kinds)
+
+def signature_of(leaves: list[Any], spec: TreeSpec, without_grad: Hashable = None) -> Signature:
+    """Calls of one signature share a graph: tree, shapes, dtypes, devices and plain values.
+
+    Raises:
+        Unsupported: an input that is neither a tensor nor a plain value: a graph would hold it.
+    """
+    kinds: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            kinds.append((leaf.shape, leaf.dtype, leaf.device))
+        elif isinstance(leaf, _PLAIN):
+            kinds.append((type(leaf), leaf))
+        else:
+            raise Unsupported(
+                "expected tensors and plain values, alone or in tuples, lists and dicts, as inputs "
+                f"of the step, got {type(leaf).__name__}"
+            )
+    return spec, tuple(kinds), without_grad
+
+
+# ---- on a GPU ----
+
+#: Graphs whose capture failed: torch's host allocator may still ask them which memory is theirs.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+class CudaRecorder:
+    """Runs, watches and captures on one stream of one GPU.
+
+    Raises:
+        Unsupported: the device has no graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise Unsupported(f"CUDA graphs need a CUDA device, the model is on {device}")
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """In the block, work is queued on the stream of the recordings; the current one waits."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def run(self, step: Step, inputs: Any) -> Any:
+        """The step as kernels; the current stream waits for its outputs."""
+        with self.stream():
+            return step(inputs)
+
+    def watch(self, step: Step, inputs: Any) -> tuple[Any, str]:
+        """Likewise, and why the step cannot be captured; empty: no reason was seen."""
+        drawn, mode = _host_draws(), torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                outputs = self.run(step, inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+        for other in caught:
+            if other not in waits:
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        if waits:
+            place = f"{waits[0].filename}:{waits[0].lineno}"
+            return outputs, f"the step waits for the device, at {place} for one"
+        if _host_draws() != drawn:
+            return outputs, "the step draws random numbers on the host, which a graph would repeat"
+        return outputs, ""
+
+    def capture(self, step: Step, leaves: list[Any], spec: TreeSpec) -> Replay:
+        """The step as a graph, not run yet; on failure the process is as it was.
+
+        Raises:
+            Unsupported: the capture failed.
+        """
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the pool is apart from the memory of eager steps
+        before, graph = rng.state(self._device), torch.cuda.CUDAGraph()
+        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        try:
+            with self.stream():
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    outputs = step(tree_unflatten(inputs, spec))
+                finally:
+                    graph.capture_end()
+        except BaseException as error:
+            self._recover(graph)
+            rng.restore(before, self._device)
+            if not isinstance(error, Exception):
+                raise
+            cause = error.__context__ if isinstance(error.__context__, Exception) else error
+            raise Unsupported((str(cause).splitlines() or [repr(cause)])[0]) from error
+
+        def replay(leaves: list[Any]) -> Any:
+            for static, leaf in zip(inputs, leaves, strict=True):
+                if isinstance(static, Tensor):
+                    static.copy_(leaf, non_blocking=True)
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return outputs
+
+        return replay
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what a failed capture leaves behind (torch 2.11 to 2.13).
+
+        ``capture_end`` raises before it closes the allocator's pool and before the random generator
+        leaves its capturing state: every later draw on this GPU would raise. An empty capture that
+        succeeds takes the same generator through its end.
+        """
+        _failed.append(graph)
+        index = torch.cuda._utils._get_device_index(self._device)
+        for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # it got as far as that by itself
+                undo(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        empty = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+            empty.capture_begin(capture_error_mode="thread_local")
+            torch.zeros((), device=self._device)
+            empty.capture_end()
+
+
+def _host_draws() -> tuple[Any, ...]:
+    """The states of the generators on the host."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - users draw from it
+    numpy = (name, np.asarray(keys).tobytes(), *rest)
+    return random.getstate(), numpy, torch.get_rng_state().numpy().tobytes()

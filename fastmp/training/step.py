@@ -27,6 +27,7 @@ from fastmp.optim.schedule_table import tabulate
 from fastmp.schedule import Schedule, evaluate
 from fastmp.training import cuda_graph
 from fastmp.training.ema import EMA
+from fastmp.training.graph_constants import GraphConstants
 from fastmp.training.settings import Settings
 
 Batch = tuple[Tensor, Tensor]
@@ -71,6 +72,7 @@ class TrainStep:
         self._parallel: nn.Module | None = None  # the model, wrapped for data parallel training
         self._not_tabulated = ""  # why the schedule is not on the device; empty: it is
         self._graph: cuda_graph.Graphed | None = None
+        self._recorder: cuda_graph.CudaRecorder | None = None
         self.uses_graph = settings.cuda_graph  # until a recording fails
 
     # ---- before a run, before an epoch ----
@@ -120,7 +122,13 @@ class TrainStep:
         world = self.settings.world
         warmup = cuda_graph.WARMUP if world.size == 1 else cuda_graph.WARMUP_PARALLEL
         try:
-            self._graph = cuda_graph.Graphed(self._run, self.settings.device, warmup)
+            self._recorder = cuda_graph.CudaRecorder(self.settings.device)
+            constants = GraphConstants(
+                [self.settings.optimizer],
+                [self.settings.model, self.settings.criterion],
+                [self.settings.scaler],
+            )
+            self._graph = cuda_graph.Graphed(self._run, self._recorder, constants, warmup)
             if self._not_tabulated:
                 raise cuda_graph.Unsupported(f"the schedule has no table: {self._not_tabulated}")
         except cuda_graph.Unsupported as reason:
@@ -138,9 +146,11 @@ class TrainStep:
         settings = self.settings
         self._parallel = settings.model
         if settings.world.size > 1 and settings.shards is None:
-            self._parallel = data_parallel.parallel(
-                settings.model, self._accumulator, static=settings.accumulate == 1
-            )
+            # its buffers belong to the stream where it is made: that of the recordings
+            with nullcontext() if self._recorder is None else self._recorder.stream():
+                self._parallel = data_parallel.parallel(
+                    settings.model, self._accumulator, static=settings.accumulate == 1
+                )
         if self._graph is not None:
             self._graph.reset()
 
@@ -171,11 +181,13 @@ class TrainStep:
         return PreparedBatch(images, labels, None if mixup is None else mixup.draw(images))
 
     def _stop_recording(self, reason: cuda_graph.Unsupported) -> None:
-        """Back to single kernels; gradients of a failed recording are dropped."""
+        """Back to single kernels; what a failed recording left on the host is dropped."""
         if self.settings.world.is_first:
             tqdm.write(f"no CUDA graph: {reason}")
         self.uses_graph, self._graph = False, None
         self.settings.optimizer.zero_grad()
+        if self.settings.scaler.is_enabled():  # it may lie between step and update
+            self.settings.scaler._per_optimizer_states.clear()
         self._accumulator.clear()
 
     def _run(self, batches: list[PreparedBatch]) -> StepOutput:

@@ -115,7 +115,7 @@ def test_graphs_without_a_gpu():
     with pytest.raises(
         fastmp.training.cuda_graph.Unsupported, match="CUDA graphs need a CUDA device"
     ):
-        fastmp.training.cuda_graph.Graphed(lambda x: x, torch.device("cpu"))
+        fastmp.training.cuda_graph.CudaRecorder(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("group")

@@ -202,7 +202,7 @@ def test_without_a_gpu_the_graph_is_left_out_with_the_reason(capsys):
     )
     assert torch.equal(weights(one.model), weights(two.model))
     with pytest.raises(cuda_graph.Unsupported):
-        cuda_graph.Graphed(lambda x: x, CPU)
+        cuda_graph.CudaRecorder(CPU)
 
 
 def test_gradients_of_many_passes_are_summed_in_fp32_and_rounded_once():

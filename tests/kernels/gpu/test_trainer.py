@@ -80,6 +80,66 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(capsys):
     assert trainer.step == int(trainer.optimizer.applied_steps) == 8
 
 
+class FailsInCapture(torch.nn.Module):
+    """Waits for the device, but only while a capture is under way."""
+
+    def forward(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            float(x.sum())
+        return torch.nn.functional.dropout(x, 0.5)
+
+
+def test_a_capture_that_fails_leaves_the_process_as_it_was(capsys):
+    """Random numbers, current stream, allocator; and the step has happened once."""
+    batches = [(torch.randn(8, 1, 3, 4), torch.randint(0, 3, (8,))) for _ in range(8)]
+    trained = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3), FailsInCapture())
+        trainer = Trainer(
+            model.to(GPU),
+            optim.AdamW(model.parameters(), lr=0.1),
+            CrossEntropyLoss(),
+            scaler=amp.GradScaler("cuda"),
+            cuda_graph=cuda_graph,
+        )
+        trainer.fit(batches, batches, 1)
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert trainer.step == int(trainer.optimizer.applied_steps) == 8
+    assert "no CUDA graph: " in capsys.readouterr().out
+    assert torch.equal(*trained)  # the same dropout: no number was drawn twice
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.randn(1000, device=GPU)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = torch.randn(1000, device=GPU)
+    graph.replay()
+    first = drawn.clone()
+    graph.replay()
+    assert not torch.equal(first, drawn)
+
+
+def test_hyperparameters_that_change_are_recorded_again():
+    weights = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(12, 3).to(GPU)
+        optimizer = optim.AdamW(model.parameters(), lr=0.1)
+        trainer = Trainer(model, optimizer, CrossEntropyLoss(), cuda_graph=cuda_graph)
+        batch = torch.randn(8, 12, device=GPU), torch.randint(0, 3, (8,), device=GPU)
+        with trainer._step_fn.run(24):
+            for step in range(24):
+                if step == 8:
+                    optimizer.param_groups[0]["weight_decay"] = 0.5
+                if step == 16:
+                    with torch.no_grad():
+                        model.weight.mul_(0.5)
+                trainer.train_step([batch])
+        weights.append(model.weight.detach())
+        assert trainer._step_fn.uses_graph == cuda_graph
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_data_that_fits_lies_on_the_device():
     digits = data.load("digits")
     images, labels = next(iter(data.loader(digits.train, 8, shuffle=True, device=GPU)))
