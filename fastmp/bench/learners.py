@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import fastmp
 from fastmp.bench.harness import OURS, dtype_name
 from fastmp.bench.workloads import Inputs, Workload
-from fastmp.training.cuda_graph import Graphed
+from fastmp.training.cuda_graph import CudaRecorder, Graphed
+from fastmp.training.graph_constants import GraphConstants
 
 LR = 1e-4  # small: all candidates must still agree after some dozens of steps on one batch
 MAX_NORM = 1.0
@@ -118,7 +119,8 @@ def _step(
 
 
 def _graphed(step: Step, device: str) -> Step:
-    replayed = Graphed(lambda inputs: step(*inputs), torch.device(device))
+    recorder = CudaRecorder(torch.device(device))
+    replayed = Graphed(lambda inputs: step(*inputs), recorder, GraphConstants([], []))
 
     def call(*inputs: Tensor) -> Tensor:
         loss: Tensor = replayed(inputs)
