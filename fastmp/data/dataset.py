@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, int, int]
+_LEAST_STD = 1 / 255 / 16  # what is divided by it is at most 4,080: finite in fp16
 CONSTANT_STD = 1.0  # no channel of values in [0, 1] has one above 0.5
 
 
@@ -124,12 +125,12 @@ class Dataset:
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 (N, C, H, W), scaled to [0, 1].
 
-    The standard deviation of a channel that is constant, or varies by less than one of 255 levels,
-    is given as 1: divided by it the channel is 0 where it has its mean, and finite elsewhere.
+    The standard deviation of a channel that is constant, or below a sixteenth of one of 255 levels,
+    is given as 1: divided by it the channel is 0 where it has its mean, and small elsewhere.
     """
     pixels = images.numpy() / 255.0
     mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
-    std[std < 1 / 255] = CONSTANT_STD
+    std[std < _LEAST_STD] = CONSTANT_STD
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

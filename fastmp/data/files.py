@@ -24,6 +24,7 @@ Read = Callable[[int], "tuple[Image, str]"]
 
 MAX_DEFAULT_SIDE = 224  # pixels, without an image_size: the input of ImageNet models
 _SAMPLE = 1000  # images for mean, std, default side and the range of wide values
+_DARK = 32  # of 256: 12 bits of 16 a colour, whose upper 8 Pillow gives, or values of 0 and 1
 _MAX_PIXELS = 10**8  # of an image, 300 MB decoded: a small file may decode to any size
 _CROP_AREA = (0.08, 1.0)  # of the image (Szegedy et al. 2015, 1409.4842)
 _CROP_RATIO = (3 / 4, 4 / 3)  # width : height
@@ -73,9 +74,9 @@ class Images:
         image, name = _load(self._read, index)
         with Reading(name):
             image = pixels.to_8_bits(image, channels, self._ranges)
-        rng = None if seed is None else random.Random(f"{seed} {index}")
-        box = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
-        image = image.resize((width, height), 2, box=box, reducing_gap=2.0)  # 2: bilinear
+            rng = None if seed is None else random.Random(f"{seed} {index}")
+            crop = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
+            image = image.resize((width, height), 2, box=crop, reducing_gap=2.0)  # 2: bilinear
         values = torch.from_numpy(np.array(image, np.uint8)).reshape(height, width, channels)
         if rng is not None and rng.random() < 0.5:
             values = values.flip(1)
@@ -158,8 +159,14 @@ def dataset_of(
     ranges = pixels.measure_ranges(_load(read, index)[0] for index in wide)
     train = Images(read, labels, shape, ranges)
     test = Images(read_test, test_labels, shape, ranges)
-    mean, std = statistics(train.batch(sample)[0])
+    images, _ = train.batch(sample)
+    mean, std = statistics(images)
     notes = [*notes, *_decided(train, test, classes, ranges, std)]
+    if images.max() < _DARK:
+        notes.append(
+            f"dark: no pixel of {len(images):,} training images is above {images.max()} of 255; "
+            "were they saved with fewer bits than their format has?"
+        )
     return Dataset(name, train, test, mean, std, tuple(classes), tuple(notes))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Ranges = Mapping[str, tuple[float, float]]
 
 _ORIENTATION = 274  # tag of EXIF
+_PHOTOMETRIC = 262  # tag of TIFF; 0: the smallest value is white
 # Its values 2 to 8 as numbers of PIL.Image.Transpose: mirrored left to right, 180 degrees, mirrored
 # top to bottom, transposed, 270 degrees, transverse, 90 degrees.
 _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
@@ -81,9 +82,12 @@ def to_8_bits(image: Image, channels: int, ranges: Ranges) -> Image:
     """
     from PIL import Image as pillow  # the extra [data]
 
+    # Pillow exchanges black and white in TIFFs of 1 and 8 bits only
+    white_is_0 = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = _upright(image)
     if wide_kind(image.mode):
-        image = pillow.fromarray(_narrow(image, ranges))
+        levels = _narrow(image, ranges)
+        image = pillow.fromarray(255 - levels if white_is_0 else levels)
     elif image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")

@@ -85,6 +85,15 @@ def test_the_range_of_wide_values(values, expected):
     assert range_ == expected
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "F"])
+def test_tiffs_whose_smallest_value_is_white(tmp_path, mode):
+    """PhotometricInterpretation 0. Pillow exchanges black and white of 8 bits, not of 16."""
+    image = Image.fromarray(LEVELS) if mode == "L" else ramp(mode)
+    stored = reopened(image, tmp_path / "x.tif", tiffinfo={262: 0})
+    assert stored.tag_v2[262] == 0
+    np.testing.assert_array_equal(levels(stored), LEVELS if mode == "L" else 255 - LEVELS)
+
+
 def test_the_range_is_that_of_all_images():
     images = [Image.fromarray(np.uint16([[v]])) for v in (10, 4000, 300)]
     assert pixels.measure_ranges([*images, picture(0)]) == {"I": (0, 4095)}
@@ -230,6 +239,17 @@ def test_the_side_is_that_of_the_middle_image_not_of_the_first(tmp_path):
     assert data.load(str(tmp_path)).shape == (3, 16, 16)
 
 
+def test_a_set_that_is_black_is_said(tmp_path):
+    """Values from 0 to 1 cast to uint8: the files are good, and nothing is to be seen in them."""
+    write(tmp_path, ("train", "val"))
+    for path in tmp_path.rglob("*.png"):
+        Image.fromarray(np.array(Image.open(path)) // 128).save(path)
+    dataset = data.load(str(tmp_path), warn=False)
+    (note,) = dataset.notes
+    assert note.startswith("dark: no pixel of 8 training images is above 1 of 255; were they")
+    assert max(dataset.std) == pytest.approx(0.5 / 255, rel=0.1)  # seen by the model all the same
+
+
 def test_a_constant_channel(tmp_path):
     write(tmp_path, ("train", "val"))
     for path in sorted((tmp_path / "train").rglob("*.png")):
@@ -247,7 +267,7 @@ def test_a_constant_channel(tmp_path):
 
 
 @pytest.mark.parametrize("other", [0, 1])
-def test_the_std_of_less_than_a_level_is_1(other):
+def test_the_std_of_a_single_pixel_by_a_level_is_1(other):
     """0.1 + 0.1 + ... is no multiple of 0.1: the std of a constant is 1e-17, not 0."""
     images = torch.full((7, 1, 33, 31), 77, dtype=torch.uint8)
     images[0, 0, 0, 0] += other
