@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmp import functional
+from fastmp.ops.checks import wide_dtype
 from fastmp.ops.loss import MixedTarget
 
 
@@ -86,21 +87,43 @@ class Mixup:
 
         Args:
             x: (N, ...), floating or uint8; (N, C, H, W) for cutmix, mean or std.
-            y: (N, ...), class indices.
+            y: class indices (N, ...); a map of them (N, H, W); floating targets such as class
+                probabilities (N, K) or (N, K, H, W). Cutmix pastes a map, of three dimensions or
+                more, with the box of the image.
 
         Returns:
             the mixed batch, a new tensor, and its targets; λ is () or, per sample, (N), in fp32.
+            Pasted maps and class probabilities are mixed themselves: there a is b and λ is 1.
 
         Raises:
-            ValueError: the batch sizes differ, or x has no image shape where one is needed.
+            TypeError: y is no tensor.
+            ValueError: the batch sizes differ, x has no image shape where one is needed, or y is a
+                map of another size than x, which cutmix cannot paste.
         """
+        self._check(x, y)  # before a number is drawn
+        return self.apply(x, y, self.draw(x))
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"y must be a tensor of targets, got {type(y).__name__}; mix each of its tensors "
+                "with apply, and the params of one draw"
+            )
         if y.dim() == 0 or x.dim() == 0 or x.shape[0] != y.shape[0]:
             raise ValueError(
                 f"x and y must have the same batch size, got {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if self.cutmix_alpha > 0 and x.dim() != 4:
+        if self.cutmix_alpha == 0:
+            return
+        if x.dim() != 4:
             raise ValueError(f"cutmix needs x of shape (N, C, H, W), got {tuple(x.shape)}")
-        return self.apply(x, y, self.draw(x))
+        size = x.shape[2:]
+        flat = y.dim() == 2 and y.shape[1] == size.numel() > 1
+        if flat or (y.dim() > 2 and y.shape[-2:] != size):
+            raise ValueError(
+                f"cutmix pastes a map of targets of the image's size (N, ..., {size[0]}, {size[1]})"
+                f", got {tuple(y.shape)}; resize the map, or set cutmix_alpha=0"
+            )
 
     def draw(self, x: Tensor) -> MixParams | None:
         """Random parameters for the batch ``x``, on its device; None: the batch is not mixed."""
@@ -124,12 +147,13 @@ class Mixup:
 
     def apply(self, x: Tensor, y: Tensor, params: MixParams | None) -> tuple[Tensor, MixedTarget]:
         """Mix a batch with ``params``, all tensors: a CUDA graph can capture it."""
+        self._check(x, y)
         if params is None:
             lam = torch.ones(x.shape[0] if self.per_sample else (), device=x.device)
             return self.plain(x), MixedTarget(y, y, lam)
         lam, index, box = params
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)
-        return out, MixedTarget(y, y[index], lam)
+        return out, _mix_target(y, params)
 
     def plain(self, x: Tensor) -> Tensor:
         """Normalise and cast without mixing, for evaluation."""
@@ -187,3 +211,24 @@ class Mixup:
         area = (bottom - top) * (right - left)
         box = torch.stack(edges, 1).to(torch.int64)
         return box, 1.0 - area / max(height * width, 1)
+
+
+def _mix_target(y: Tensor, params: MixParams) -> MixedTarget:
+    lam, index, box = params
+    partner = y[index]
+    if box is not None and y.dim() > 2:
+        mixed = torch.where(_inside(box, y), partner, y)
+    elif y.is_floating_point() and y.dim() > 1:
+        weight = lam.reshape(-1, *[1] * (y.dim() - 1)).to(wide_dtype(y.dtype))
+        mixed = (weight * y + (1 - weight) * partner).to(y.dtype)
+    else:
+        return MixedTarget(y, partner, lam)
+    return MixedTarget(mixed, mixed, torch.ones_like(lam))
+
+
+def _inside(box: Tensor, y: Tensor) -> Tensor:
+    """Where the pixels of the maps y (N, ..., H, W) lie in the boxes (4) or (N, 4)."""
+    top, bottom, left, right = box.reshape(-1, 4, *[1] * (y.dim() - 1)).unbind(1)
+    rows = torch.arange(y.shape[-2], device=y.device)[:, None]
+    columns = torch.arange(y.shape[-1], device=y.device)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)

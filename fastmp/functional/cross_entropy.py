@@ -118,7 +118,7 @@ def cross_entropy(
     """
     target, target_b, lam = _unpack(target, target_b, lam)
     if target.shape == input.shape and input.dim() > 0:
-        if target_b is not None:
+        if target_b is not None and target_b is not target:
             raise TypeError(
                 f"mixed targets must be class indices, got a target of the shape of input "
                 f"{tuple(input.shape)}; mix class probabilities yourself and give one target"

@@ -29,7 +29,9 @@ from fastmp.ops.checks import check_lam, transformed, wide_dtype
 class MixedTarget(NamedTuple):
     """Targets of a mixed batch: class ``a`` with weight ``lam``, class ``b`` with ``1 - lam``.
 
-    ``a`` and ``b`` are class indices (N), int64; ``lam`` is a number or floating, () or (N).
+    ``a`` and ``b`` are class indices (N) or (N, d1, ...), int64 or uint8; ``lam`` is a number or
+    floating, () or (N). Targets that are mixed themselves are both ``a`` and ``b``; those may be
+    class probabilities too.
     """
 
     a: Tensor

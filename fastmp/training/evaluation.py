@@ -80,6 +80,8 @@ def _sums(criterion: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         divisor = len(labels)
     else:
         loss = weighted(loss, divisor)
+    if labels.shape == logits.shape:  # class probabilities
+        labels = labels.argmax(1)
     correct = logits.argmax(1) == labels
     ignored = getattr(criterion, "ignore_index", None)
     counted = torch.ones_like(correct) if ignored is None else labels != ignored

@@ -136,3 +136,90 @@ def test_bad_batches_and_states_are_refused():
         Mixup(cutmix_alpha=1.0)(torch.zeros(3, 2), torch.zeros(3))
     with pytest.raises(ValueError, match="generator"):
         Mixup().load_state_dict({"seed": 1})
+
+
+# ---- targets of every pixel, and targets that are no indices ----
+
+WAYS = {
+    "mixup": {"alpha": 1.0},
+    "cutmix": {"alpha": 0.0, "cutmix_alpha": 1.0},
+    "both": {"alpha": 1.0, "cutmix_alpha": 1.0},
+}
+
+
+def onehot_images(y, classes=5):
+    """Images that show the class of each pixel: as logits they are right everywhere."""
+    return torch.nn.functional.one_hot(y, classes).movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_cutmix_pastes_a_map_with_the_box_of_the_image(dtype, per_sample):
+    y = torch.randint(5, (6, 8, 7), generator=generator())
+    y[0, :2] = 255 if dtype == torch.uint8 else -100
+    x = onehot_images(y.clamp(0, 4))
+    mixup = Mixup(0.0, 1.0, per_sample=per_sample, generator=generator())
+    for _ in range(20):
+        out, target = mixup(x, y.to(dtype))
+        valid = (target.a != 255) & (target.a != -100)
+        assert torch.equal(out.argmax(1)[valid], target.a[valid].long())
+        loss = cross_entropy(100 * out, target, ignore_index=255 if dtype == torch.uint8 else -100)
+        assert loss < 1e-6
+        assert target.lam.shape == ((6,) if per_sample else ())
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 8, 7)])
+def test_class_probabilities_are_mixed_themselves(shape, way, per_sample):
+    """The loss is that of the mixed pair, for an image's probabilities and for each pixel's."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 8, 7), torch.randn(shape).softmax(1)
+    mixup = Mixup(per_sample=per_sample, generator=generator(), **WAYS[way])
+    for _ in range(5):
+        params = mixup.draw(x)
+        _, target = mixup.apply(x, y, params)
+        assert target.a is target.b
+        lam = params.lam.reshape(-1, *[1] * (y.dim() - 1))
+        if params.box is not None and y.dim() == 4:
+            lam = torch.ones(6, 1, 8, 7)
+            for row, (top, bottom, left, right) in zip(lam, params.box.expand(6, 4), strict=True):
+                row[:, top:bottom, left:right] = 0
+        expected = lam * y + (1 - lam) * y[params.partner]
+        torch.testing.assert_close(target.a, expected)
+        logits = torch.randn(shape)
+        torch.testing.assert_close(
+            cross_entropy(logits, target), torch.nn.functional.cross_entropy(logits, expected)
+        )
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_mixup_of_a_map_is_a_pair_of_every_pixel(per_sample):
+    y = torch.randint(5, (6, 8, 7))
+    mixup = Mixup(1.0, per_sample=per_sample, generator=generator())
+    _, (a, b, lam) = mixup(onehot_images(y), y)
+    logits = torch.randn(6, 5, 8, 7)
+    rows = [torch.nn.functional.cross_entropy(logits, t, reduction="none") for t in (a, b)]
+    lam_of = lam.reshape(-1, 1, 1)
+    expected = (lam_of * rows[0] + (1 - lam_of) * rows[1]).mean()
+    torch.testing.assert_close(cross_entropy(logits, MixedTarget(a, b, lam)), expected)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.zeros(6, 4, 4).long(), ValueError, r"\(N, ..., 8, 7\), got \(6, 4, 4\); resize"),
+        (torch.zeros(6, 56).long(), ValueError, r"got \(6, 56\); resize the map"),
+        (torch.zeros(6, 5, 4, 4), ValueError, r"got \(6, 5, 4, 4\); resize the map"),
+        ({"labels": torch.zeros(6)}, TypeError, "y must be a tensor of targets, got dict"),
+    ],
+)
+def test_targets_that_cannot_be_pasted(y, error, message):
+    mixup = Mixup(1.0, 1.0, generator=generator())
+    before = mixup.state_dict()["generator"]
+    for call in (mixup, lambda x, y: mixup.apply(x, y, None)):
+        with pytest.raises(error, match=message):
+            call(torch.zeros(6, 3, 8, 7), y)
+    assert torch.equal(mixup.state_dict()["generator"], before)
+    if isinstance(y, torch.Tensor) and y.dim() > 2:
+        Mixup(1.0)(torch.zeros(6, 3, 8, 7), y)  # mixup takes maps of any size

@@ -337,7 +337,7 @@ BAD = {
     "lam alone": (ValueError, "belong together", (Z, Y), {"lam": 0.5}),
     "b alone": (ValueError, "belong together", (Z, Y), {"target_b": Y}),
     "mixed twice": (ValueError, "already", (Z, MixedTarget(Y, Y, 0.5)), {"lam": 0.5}),
-    "mixed dense": (TypeError, "class indices", (Z, MixedTarget(Z, Z, 0.5)), {}),
+    "mixed dense": (TypeError, "class indices", (Z, MixedTarget(Z, Z + 1, 0.5)), {}),
     "lam number": (ValueError, r"\[0, 1\]", (Z, MixedTarget(Y, Y, 1.1)), {}),
     "lam nan": (ValueError, r"\[0, 1\]", (Z, MixedTarget(Y, Y, float("nan"))), {}),
     "lam tensor": (ValueError, r"\[0, 1\]", (Z, MixedTarget(Y, Y, torch.tensor(-0.1))), {}),

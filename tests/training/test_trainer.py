@@ -128,6 +128,24 @@ def test_evaluation_is_the_mean_over_samples_and_restores_the_mode():
     assert evaluation.accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_maps_of_labels(cutmix, soft):
+    """Images that show their labels: a layer of every pixel learns them, ignored ones aside."""
+    torch.manual_seed(0)
+    y = torch.randint(3, (16, 6, 5))
+    x = F.one_hot(y, 3).movedim(-1, 1).float()
+    target = x.clone() if soft else torch.where(torch.rand(y.shape) < 0.2, -100, y)
+    model = amp.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)), torch.float32)
+    mixup = Mixup(1.0, float(cutmix), switch_prob=0.5)
+    trainer = trainer_for(model, lr=1.0, mixup=mixup)
+    trainer.fit([(x, target)] * 10, [(x, target)], 2)
+    everything = trainer.evaluate([(x[:5], target[:5]), (x[5:], target[5:])])
+    assert everything.accuracy == 1.0
+    expected = F.cross_entropy(model(x), target)
+    assert everything.loss == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_mixup_normalises_for_training_and_evaluation():
     seen = []
 
