@@ -11,10 +11,27 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fastmp import amp, backends, functional, nn, optim, schedule
-from fastmp.amp import convert
+
+def _end_at_ctrl_c(number: int, frame: object) -> None:
+    os.write(2, b"fastmp: interrupted\n")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+# A command imports for seconds. A KeyboardInterrupt in torch's import may end in std::terminate, or
+# be lost; __main__ takes the handler back. python -m sets argv[0] to -m until it knows the file.
+_is_module = sys.argv[0] == "-m" and "-m fastmp" in " ".join(sys.orig_argv)
+_is_command = _is_module or sys.argv[0].endswith("/fastmp")
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end_at_ctrl_c)
+
+from fastmp import amp, backends, functional, nn, optim, schedule  # noqa: E402 - after the hook
+from fastmp.amp import convert  # noqa: E402
 
 if TYPE_CHECKING:
     from fastmp import checkpoint, data, transfer

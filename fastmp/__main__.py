@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import warnings
+
+import fastmp
+
+BROKEN_PIPE = 128 + 13  # exit code of a process that SIGPIPE ended, as shells report it
 
 
 def main() -> int:
     """Run the command line; the exit code."""
+    # without the line of the source that warns, which says nothing to a user
+    warnings.formatwarning = lambda message, *_, **__: f"fastmp: warning: {message}\n"
+    try:
+        return _run()
+    except BrokenPipeError:  # fastmp ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
+        return BROKEN_PIPE
+
+
+def _run() -> int:
     try:
         from fastmp import cli
     except ModuleNotFoundError as error:
@@ -18,7 +35,12 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    return cli.main(sys.argv[1:])
+    if signal.getsignal(signal.SIGINT) is fastmp._end_at_ctrl_c:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return cli.main(sys.argv[1:])
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

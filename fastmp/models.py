@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import cast
 
@@ -34,7 +35,7 @@ def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
     Raises:
         ModelError: an unknown name, a module or attribute that does not exist, or a factory that
             cannot be called with (in_shape, classes), or returns no ``torch.nn.Module`` with logits
-            as output.
+            as output; an error in the module, the factory or the model, with its file and line.
     """
     if name in MODELS:
         return MODELS[name](in_shape, classes)
@@ -43,7 +44,11 @@ def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
         raise ModelError(
             f"unknown model {name!r}; expected {', '.join(MODELS)}, or package.module:factory"
         )
-    model = _factory(name, module_name, attribute)(in_shape, classes)
+    factory = _factory(name, module_name, attribute)
+    try:
+        model = factory(in_shape, classes)
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"model {name!r}: {attribute} raised {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     _check_logits(name, model, in_shape, classes)
@@ -53,7 +58,12 @@ def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
 @torch.no_grad()
 def _check_logits(name: str, model: nn.Module, in_shape: Shape, classes: int) -> None:
     """Run the model on two blank images, which also initialises lazy modules."""
-    logits = model.eval()(torch.zeros(2, *in_shape))
+    try:
+        logits = model.eval()(torch.zeros(2, *in_shape))
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot be given two images of shape {in_shape}: {_described(error)}"
+        ) from error
     model.train()
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if got != (2, classes):
@@ -71,6 +81,10 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
         raise ModelError(
             f"model {name!r}: there is no module {error.name!r}; install it or run in its folder"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"model {name!r}: the import of {module_name} raised {_described(error)}"
+        ) from error
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
@@ -81,6 +95,13 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
             f"(in_shape, classes), found {found}"
         )
     return cast(Callable[[Shape, int], object], factory)
+
+
+def _described(error: BaseException) -> str:
+    """The error in one line, with the place where it was raised; a SyntaxError has its own."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _factory_error(factory: object) -> str | None:

@@ -140,7 +140,7 @@ def _read(path: Path) -> Any:
     except Exception as error:  # torch.load raises any error of the unpickler
         raise TransferError(
             f"{path} cannot be read: expected .safetensors or a state_dict of torch.save without "
-            f"other objects, got: {str(error).splitlines()[0]}"
+            f"other objects, got: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
 
 

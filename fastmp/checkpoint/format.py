@@ -102,7 +102,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         tensors = load_tensors(payload)
     except SafetensorError as error:
         raise _corrupt_error(file, "a safetensors file", str(error)) from error
-    state: dict[str, Any] = _restore(content["state"], tensors)
+    try:
+        state: dict[str, Any] = _restore(content["state"], tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        expected = "a state whose tensors are in the file beside it"
+        raise _corrupt_error(folder / MANIFEST, expected, repr(error)) from error
     return state
 
 

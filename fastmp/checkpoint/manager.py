@@ -128,12 +128,14 @@ class Checkpoints:
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()  # leftovers of a killed run
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        save(unfinished, content)
-        if path.exists():  # of the same step; until the next rename only older ones exist
-            path.rename(path.with_name(f"replaced-{path.name}{_UNFINISHED}"))
-        unfinished.rename(path)
-        sync(self.folder)
+        if path.is_dir():  # of the same step: one rename of its manifest replaces it
+            save(path, content)
+        else:
+            path.unlink(missing_ok=True)
+            unfinished = path.with_name(path.name + _UNFINISHED)
+            save(unfinished, content)
+            unfinished.rename(path)
+            sync(self.folder)
         best = self.best()
         for old in self._all()[: -self.keep]:
             if old != best:

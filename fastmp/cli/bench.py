@@ -15,6 +15,7 @@ from fastmp.bench import results
 from fastmp.bench.harness import Row, copy_bandwidth
 from fastmp.bench.subjects import SUBJECTS, run
 from fastmp.recipe import TrainConfig
+from fastmp.recipe.config import COUNT
 
 Subject = Literal["optimizer", "loss", "linear", "train", "scaling"]
 
@@ -57,9 +58,12 @@ def measure(given: Bench) -> None:
     """Time the subjects in turn, print each one's table and write its files.
 
     Raises:
-        ConfigError: nothing can be written to ``out``; nothing was timed.
+        ConfigError: no such number of threads, or nothing can be written to ``out``; nothing was
+            timed.
         BenchmarkFailed: a case failed; the others are done and written.
     """
+    if given.threads is not None:
+        COUNT.check("threads", given.threads)
     if not given.quick:
         recipe.make_folder("out", given.out)
     device = recipe.device_of(TrainConfig(device=given.device)).type

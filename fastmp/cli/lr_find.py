@@ -13,9 +13,9 @@ import torch
 import tyro
 
 from fastmp import recipe
+from fastmp.cli import results
 from fastmp.distributed.rendezvous import World
 from fastmp.recipe import DTYPES, TrainConfig
-from fastmp.report import lr_curve
 from fastmp.training import lr_find
 
 
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(given: LrFind) -> None:
     """Run the test, print the suggestion and draw the curve."""
+    lr_find.check(given.low, given.high, given.steps)
     config = given.recipe.resolved()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -79,9 +80,15 @@ def run(given: LrFind) -> None:
         world=World(),
     )
     found = lr_find.find(trainer, train_loader, low=given.low, high=given.high, steps=given.steps)
-    lr_curve.draw(found, given.picture)
     print(
         f"suggestion: --lr {found.suggestion:.2g} (where the loss falls fastest)\n"
         f"a tenth of where it is lowest: {found.at_minimum / 10:.2g}\n"
         f"for a batch of {config.batch_size} x {config.accumulate}; the curve is in {given.picture}"
     )
+
+    def draw() -> None:
+        from fastmp.report import lr_curve  # imports Matplotlib
+
+        lr_curve.draw(found, given.picture)
+
+    results.attempt(str(given.picture), draw)

@@ -14,12 +14,24 @@ from fastmp.data import DataError
 from fastmp.files import FolderInUse
 from fastmp.models import ModelError
 from fastmp.recipe import ConfigError
+from fastmp.training.log import LogError
+from fastmp.training.lr_find import RangeTestError
 from fastmp.training.signals import Terminated
 from fastmp.training.trainer import RunStopped
 from fastmp.transfer import TransferError
 
-# one line, no traceback
-USER_ERRORS = (ConfigError, DataError, ModelError, TransferError, CheckpointError, FolderInUse)
+# One line, no traceback. An OSError names its file: one that cannot be read, a full disk.
+USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FolderInUse,
+    LogError,
+    ModelError,
+    OSError,
+    RangeTestError,
+    TransferError,
+)
 TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it
 
 #: Every command, by name.
@@ -37,7 +49,11 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         0: done; 1: the run was stopped with its state saved, or a check failed; 2: bad usage or
-        bad input; 143: stopped by SIGTERM with the state saved.
+        bad input, or a file that cannot be read or written; 143: stopped by SIGTERM with the state
+        saved.
+
+    Raises:
+        BrokenPipeError: the reader of the output has gone.
     """
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
@@ -48,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         COMMANDS[command](rest)
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
         return _fail(command, f"error: {error}", 2)
     except (BenchmarkFailed, RunStopped, VerificationFailed) as error:

@@ -23,14 +23,16 @@ def reported(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.filename is None:  # as of a write to an open file
+            error.filename = str(trainer.folder)
         raise
     except BaseException:
         _write_files(config, trainer)
         raise
     _write_files(config, trainer)
     if trainer.world.is_first:
-        _attempt("the table", lambda: print(_table(_facts(config, trainer))))
+        attempt("the table", lambda: print(_table(_facts(config, trainer))))
 
 
 def _write_files(config: TrainConfig, trainer: Trainer) -> None:
@@ -49,18 +51,18 @@ def _write_files(config: TrainConfig, trainer: Trainer) -> None:
 
         html.write(out, title, _facts(config, trainer), doctor.environment(trainer.device))
 
-    _attempt("curves.png", draw)
-    _attempt("report.html", write_page)
+    attempt("curves.png", draw)
+    attempt("report.html", write_page)
 
 
-def _attempt(name: str, make: Callable[[], object]) -> None:
+def attempt(name: str, make: Callable[[], object]) -> None:
     """Call ``make``; an error of any kind is a warning: a report must not lose its run."""
     try:
         make()
     except Exception as error:
         reason = str(error).partition("\n")[0]
         print(
-            f"fastmp train: warning: {name} could not be made: {type(error).__name__}: {reason}",
+            f"fastmp: warning: {name} could not be made: {type(error).__name__}: {reason}",
             file=sys.stderr,
         )
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastmp import doctor, recipe, verification
 from fastmp.recipe import DTYPES, TrainConfig
+from fastmp.recipe.config import COUNT, SEED
 from fastmp.verification import Check
 
 
@@ -55,8 +56,12 @@ def run(given: Verify) -> None:
     """Print the table.
 
     Raises:
+        ConfigError: an argument out of its range.
         VerificationFailed: an error is larger than its limit.
     """
+    SEED.check("seed", given.seed)
+    for name, value in (("classes", given.classes), *(("in_shape", n) for n in given.in_shape)):
+        COUNT.check(name, value)
     device = recipe.device_of(TrainConfig(device=given.device))
     dtypes = [DTYPES[name] for name in given.dtypes]
     found = verification.checks(

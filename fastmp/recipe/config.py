@@ -43,6 +43,11 @@ class Range:
     high: float
     expected: str  # for the message
 
+    def check(self, name: str, value: float) -> None:
+        """Raise ``ConfigError`` for a value outside, with its name."""
+        if not self.low <= value <= self.high:
+            raise ConfigError(f"{name}: expected {self.expected}, got {value}")
+
 
 _MAX_FLOAT = torch.finfo(torch.float32).max
 COUNT = Range(1, 2**31 - 1, "a whole number of at least 1")
@@ -185,8 +190,8 @@ class TrainConfig:
             )
         for name, allowed in _ranges().items():
             value = getattr(self, name)
-            if value is not None and not allowed.low <= value <= allowed.high:
-                raise ConfigError(f"{name}: expected {allowed.expected}, got {value}")
+            if value is not None:
+                allowed.check(name, value)
         if self.unfreeze_every and self.freeze:
             raise ConfigError(
                 "unfreeze_every, freeze: expected one of them; unfreeze_every decides for every "

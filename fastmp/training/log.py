@@ -28,6 +28,10 @@ _TAGS = {
 }
 
 
+class LogError(ValueError):
+    """A line of the log that is not JSON; the message says what to do."""
+
+
 class Log:
     """JSON lines in ``folder``, each on disk when ``write`` returns, and TensorBoard's events.
 
@@ -69,7 +73,13 @@ class Log:
                 events.add_scalar(tag, float(row[name]), row["step"])
 
     def resume(self, step: int) -> None:
-        """Go on after ``step``: the next row first drops all rows after it, and notes it."""
+        """Go on after ``step``: the next row first drops all rows after it, and notes it.
+
+        Raises:
+            LogError: a line that is not JSON; nothing is written then.
+        """
+        if self._folder is not None and (self._folder / FILE).exists():
+            read(self._folder / FILE)
         self._resumed = step
 
     def rewind(self, step: int) -> None:
@@ -106,7 +116,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str
     """The rows, of one kind or all, in order.
 
     Raises:
-        ValueError: a line that is not JSON; a torn last line of a killed run is left out.
+        LogError: a line that is not JSON; a torn last line of a killed run is left out.
     """
     rows = []
     lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -114,7 +124,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(
+            raise LogError(
                 f"{path}, line {number}: expected JSON, got {line[:60]!r}; "
                 "delete the line, or the file"
             ) from error

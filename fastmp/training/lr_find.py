@@ -18,6 +18,10 @@ DIVERGED = 4.0  # the test ends at this multiple of the lowest smoothed loss
 MIN_STEPS = 3  # fewer losses make no curve
 
 
+class RangeTestError(ValueError):
+    """Arguments out of range, no batches, or a loss that diverges within the first steps."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """The measured curve, and the two rules for reading it.
@@ -87,15 +91,12 @@ def find(
             lags by about ``1 / (1 - smoothing)`` steps.
 
     Raises:
-        ValueError: an argument out of its range, no batches, or a loss that diverges within the
-            first steps.
+        RangeTestError: an argument out of its range, no batches, or a loss that diverges within
+            the first steps.
     """
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"expected 0 < low < high, both finite, got low={low}, high={high}")
-    if steps < MIN_STEPS:
-        raise ValueError(f"steps must be at least {MIN_STEPS}, got {steps}")
+    check(low, high, steps)
     if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        raise RangeTestError(f"smoothing must lie in [0, 1), got {smoothing}")
     schedule = trainer.schedule
     # deepcopy: the tensors of the state may be the weights themselves
     state = copy.deepcopy(trainer.state_dict())
@@ -106,13 +107,21 @@ def find(
         trainer.schedule = schedule
         trainer.load_state_dict(state)
     if len(losses) < MIN_STEPS:
-        raise ValueError(
+        raise RangeTestError(
             f"the loss diverged at step {len(losses) + 1}, with lr {lrs[len(losses)]:.3g}: look "
             "for bad values in the data or the weights, or start from a lower lr than "
             f"low={low:g}"
         )
     settled = min(round(1 / (1 - smoothing)), len(losses) // 2)
     return Finding(tuple(lrs[: len(losses)]), tuple(losses), tuple(smoothed), settled)
+
+
+def check(low: float, high: float, steps: int) -> None:
+    """Raise ``RangeTestError`` for rates or a number of steps that ``find`` does not take."""
+    if not 0 < low < high < math.inf:
+        raise RangeTestError(f"expected 0 < low < high, both finite, got low={low}, high={high}")
+    if steps < MIN_STEPS:
+        raise RangeTestError(f"steps must be at least {MIN_STEPS}, got {steps}")
 
 
 def _measure(
@@ -158,5 +167,5 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
         if count == 0:
             got = "none" if passes == 0 else "an exhausted iterator: pass the iterable itself"
-            raise ValueError(f"batches: expected (images, labels) pairs, got {got}")
+            raise RangeTestError(f"batches: expected (images, labels) pairs, got {got}")
         passes += 1

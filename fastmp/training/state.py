@@ -205,6 +205,11 @@ class TrainState:
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
         """Raise ``CheckpointError`` for the state of another model or kind of optimizer."""
+        missing = {"model", "optimizer", "scaler", "ema", "progress", "ranks"} - state.keys()
+        if missing:
+            raise CheckpointError(
+                f"expected the state of a trainer, got one without {', '.join(sorted(missing))}"
+            )
         settings = self._settings
         own, saved = settings.model.state_dict(), state["model"]
         for name in own | saved:

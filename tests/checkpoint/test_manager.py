@@ -129,7 +129,7 @@ def test_killed_while_saving_the_last_whole_one_loads(tmp_path, background):
             printed = process.stdout.read().split()
         state = checkpoints.load_newest()  # a warning would be an error: nothing is half there
         assert is_whole(state)
-        # in the background the last two may be on their way, or a step being replaced
+        # in the background the last two may be on their way
         assert state["step"] >= max(int(printed[-1]) if printed else 0, last) - 2
         last = state["step"]
 
