@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except USER_ERRORS as error:
-        return _fail(command, f"error: {error}", 2)
+        notes = getattr(error, "__notes__", [])
+        return _fail(command, f"error: {'; '.join([str(error), *notes])}", 2)
     except (BenchmarkFailed, RunStopped, VerificationFailed) as error:
         return _fail(command, str(error), 1)
     except Terminated as error:

@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -261,6 +262,27 @@ class TrainState:
         if self.checkpoints is not None:
             path = self.checkpoints.save(state, self.progress.step, score)
             self.log.write("saved", step=self.progress.step, path=path.name)
+
+    @contextmanager
+    def saved_first(self) -> Iterator[None]:
+        """Save before the block, the validation; an error in it says that the epoch is saved.
+
+        Not afterwards: when a kernel has failed on a GPU, its memory cannot be read any more. A run
+        that is resumed from there repeats the validation and goes on as if there had been no error.
+        """
+        self.save_in_folder()
+        try:
+            yield
+        except Exception as error:
+            folder = self._settings.folder
+            if folder is not None:
+                try:
+                    self.wait()
+                    note = f"the state before the validation is saved in {folder / 'checkpoints'}"
+                except (OSError, CheckpointError) as failed:
+                    note = f"the state before the validation is not saved: {failed}"
+                error.add_note(note)
+            raise
 
     def wait(self) -> None:
         """Return when the checkpoints of the folder are on disk."""

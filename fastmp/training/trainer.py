@@ -194,7 +194,8 @@ class Trainer:
             disable=None if self.progress else True,  # None: no bar unless on a terminal
         ) as bar:
             self._train_epoch(bar)
-        result = self._state.progress.result(self.evaluate(val_loader))
+        with self._state.saved_first():
+            result = self._state.progress.result(self.evaluate(val_loader))
         self._state.progress = self._state.progress.next_epoch()
         self._log.write("epoch", step=self.step, **asdict(result))
         if self.progress:

@@ -17,7 +17,9 @@ pytest.importorskip("tyro", reason="tyro is not installed: no command line to te
 
 from fastmp import checkpoint, cli
 from fastmp.checkpoint.manager import Checkpoints
+from fastmp.training import log
 from tests.cli.runs import FAST, in_a_process, newest, run
+from tests.data.image_cases import write
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +275,23 @@ def test_files_that_cannot_be_written_after_the_training(out, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "suggestion: --lr" in shown.out
     assert shown.err.startswith(f"fastmp: warning: {tmp_path} could not be made: IsADirectory")
+
+
+# ---- within the validation ----
+
+
+def test_a_broken_image_of_the_validation_loses_no_epoch(tmp_path, capsys):
+    write(tmp_path / "pets", ("train", "val"))
+    broken = sorted((tmp_path / "pets" / "val").rglob("*.*"))[0]
+    good = broken.read_bytes()
+    broken.write_bytes(good[:60])
+    out = tmp_path / "run"
+    data = ["--data", tmp_path / "pets", "--image-size", 8, "--workers", 0, "--batch-size", 4]
+    line = error_of(capsys, "train", *FAST, *data, "--out", out)
+    assert f"{broken} cannot be read" in line
+    assert line.endswith(f"; the state before the validation is saved in {out / 'checkpoints'}")
+    broken.write_bytes(good)
+    steps = log.read(out / log.FILE, "step")
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert log.read(out / log.FILE, "step")[: len(steps)] == steps
+    assert [row["epoch"] for row in log.read(out / log.FILE, "epoch")] == [1, 2]

@@ -180,7 +180,7 @@ def test_a_config_file_counts_as_its_flags(out, tmp_path, capsys, plain):
 
 
 def test_data_that_moved(tmp_path, capsys):
-    from tests.data.test_files import write
+    from tests.data.image_cases import write
 
     write(tmp_path / "pets", ("train", "val"))
     flags = ["--image-size", "8", "--workers", "0", "--batch-size", "4", "--epochs", "1"]

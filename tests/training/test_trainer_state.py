@@ -14,6 +14,7 @@ import fastmp.optim
 from fastmp import amp
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
+from fastmp.data import DataError
 from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.optim import SGD
@@ -90,6 +91,41 @@ def test_a_run_with_any_loader_goes_on_to_the_bit(tmp_path, stop_after):
     assert logs[0] == logs[1]
 
 
+class Fails(list):
+    """Validation batches, the second of which cannot be read."""
+
+    def __iter__(self):
+        yield self[0]
+        raise DataError("a.png cannot be read")
+
+
+def fit(folder, val_loader, resume=False):
+    rng.seed(7 if not resume else 99)
+    trainer = trainer_for(small_model(), ema=0.9, folder=folder)
+    assert trainer.resume_newest() == resume
+    trainer.fit(users_loader(), val_loader, 2 - trainer.epoch)
+    return trainer
+
+
+def test_an_error_in_the_validation_loses_no_epoch(tmp_path):
+    whole = fit(tmp_path / "whole", batches(2))
+    with pytest.raises(DataError) as raised:
+        fit(tmp_path / "cut", Fails(batches(2)))
+    assert raised.value.__notes__ == [
+        f"the state before the validation is saved in {tmp_path / 'cut' / 'checkpoints'}"
+    ]
+    assert newest(tmp_path / "cut")["progress"]["step"] == 8
+    resumed = fit(tmp_path / "cut", batches(2), resume=True)
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+    one, two = (log.read(tmp_path / name / log.FILE) for name in ("whole", "cut"))
+    assert [r for r in one if r["kind"] == "step"] == [r for r in two if r["kind"] == "step"]
+    results = [
+        [(r["train_loss"], r["val_loss"]) for r in rows if r["kind"] == "epoch"]
+        for rows in (one, two)
+    ]
+    assert results[0] == results[1]
+
+
 def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path):
     trainer = trainer_for(small_model(), folder=tmp_path / "new")
     assert not trainer.resume_newest()
@@ -164,7 +200,8 @@ def test_the_best_and_the_newest_are_kept(tmp_path):
     assert checkpoints.best().name == f"step-{4 * (best + 1):09d}"
     assert newest(tmp_path)["progress"]["epoch"] == 5
     saved = log.read(tmp_path / "metrics.jsonl", "saved")
-    assert [row["step"] for row in saved] == [4, 8, 12, 16, 20]
+    # before the validation and after it, with its score
+    assert [row["step"] for row in saved] == [4, 4, 8, 8, 12, 12, 16, 16, 20, 20]
 
 
 def test_the_average_is_what_is_evaluated():
