@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LOCK = "lock"  # the file in a locked folder, with the number and the host of the process
 
@@ -105,3 +107,27 @@ def cache_dir() -> Path:
     own = os.environ.get("FASTMP_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(base) / "fastmp"
+
+
+def recall(name: str, key: str) -> Any:
+    """The answer that ``remember`` kept; None if there is none or the file is damaged."""
+    return _answers(name).get(key)
+
+
+def remember(name: str, key: str, answer: Any) -> bool:
+    """Keep an answer, any JSON, in the file ``name`` of the cache folder; False if it cannot be."""
+    path = cache_dir() / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(_answers(name) | {key: answer}, indent=1).encode())
+    except OSError:
+        return False
+    return True
+
+
+def _answers(name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((cache_dir() / name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,22 +1,24 @@
-"""Which dtype trains a given model fastest on this device: measured, not guessed.
+"""Which dtype trains a given model fastest on this device: measured.
 
 The same CPU that runs bf16 three times as fast as fp32 may run fp16 a hundred times slower. So each
 type trains on two samples first, and on a whole batch only if it keeps up there.
+
+The choice is that of the times without noise, unless they are within a few percent of the margin:
+of each type the fastest step counts, because other work of the machine only adds to a time.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 BUDGET = 2.0  # seconds for the interleaved rounds
-MAX_ROUNDS = 9
+MAX_ROUNDS = 50
 MAX_SLOWDOWN = 3.0  # times the step of the first type; slower types are dropped
 MIN_TIMEOUT_S = 0.2  # shorter steps never drop a type: most of their time is start-up
-FP32_HANDICAP = 1.1  # a 16-bit type may be 10% slower than fp32: it halves the memory
+MARGIN = 1.25  # of its speed to the first type's, for a type to be chosen
 SMALL = 2  # samples
 
 Step = Callable[[int], None]
@@ -24,7 +26,7 @@ Step = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Measurement:
-    """The fastest type, and the ms of one step in each type; None for a type that was dropped."""
+    """The chosen type, and the ms of one step in each type; None for a type that was dropped."""
 
     chosen: str
     milliseconds: dict[str, float | None]
@@ -34,7 +36,7 @@ class Measurement:
             f"{name} {'dropped' if ms is None else f'{ms:.1f} ms'}"
             for name, ms in self.milliseconds.items()
         ]
-        return f"{self.chosen} (a training step: {', '.join(parts)})"
+        return f"a training step: {', '.join(parts)}; from {MARGIN}x the speed on it is taken"
 
 
 def fastest(
@@ -72,14 +74,13 @@ def fastest(
     for samples in (SMALL, batch_size):
         limit = max(MAX_SLOWDOWN * warm(baseline, samples), MIN_TIMEOUT_S)
         candidates = [name for name in candidates if keeps_up(name, samples, limit)]
-    times: dict[str, list[float]] = {name: [] for name in (baseline, *candidates)}
+    times: dict[str, float] = dict.fromkeys((baseline, *candidates), math.inf)
     deadline = clock() + BUDGET
     for _ in range(MAX_ROUNDS):
-        for name, measured in times.items():
-            measured.append(timed(name, batch_size))
+        for name, best in times.items():
+            times[name] = min(best, timed(name, batch_size))
         if clock() > deadline:
             break
-    medians = {name: statistics.median(measured) for name, measured in times.items()}
-    weighted = {n: ms * (FP32_HANDICAP if n == baseline else 1) for n, ms in medians.items()}
-    shown = {name: medians[name] * 1e3 if name in medians else None for name in steps}
+    weighted = {name: t * (1 if name == baseline else MARGIN) for name, t in times.items()}
+    shown = {name: times[name] * 1e3 if name in times else None for name in steps}
     return Measurement(min(weighted, key=weighted.__getitem__), shown)

@@ -1,6 +1,7 @@
-"""The probe chooses the fastest dtype, on a clock of its own."""
+"""The probe chooses the dtype that is clearly fastest, on a clock of its own."""
 
 import functools
+import random
 
 import pytest
 
@@ -29,13 +30,12 @@ class Race:
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ({"fp32": 0.010, "bf16": 0.0109, "fp16": 0.012}, "bf16"),  # within 10%: half the memory
-        ({"fp32": 0.010, "bf16": 0.0111, "fp16": 0.012}, "fp32"),
-        ({"fp32": 0.010, "bf16": 0.0109, "fp16": 0.008}, "fp16"),
+        ({"fp32": 0.010, "bf16": 0.0081, "fp16": 0.012}, "fp32"),  # below 1.25 times the speed
+        ({"fp32": 0.010, "bf16": 0.0079, "fp16": 0.012}, "bf16"),
         ({"fp32": 1.0, "bf16": 0.3, "fp16": 0.29}, "fp16"),
     ],
 )
-def test_the_probe_prefers_a_16_bit_type_that_is_nearly_as_fast(seconds, chosen):
+def test_the_probe_chooses_a_type_that_is_clearly_faster(seconds, chosen):
     race = Race(**seconds)
     found = race.fastest()
     assert found.chosen == chosen
@@ -43,9 +43,24 @@ def test_the_probe_prefers_a_16_bit_type_that_is_nearly_as_fast(seconds, chosen)
     assert race.now < 3 * sum(seconds.values()) + 8 * max(seconds.values()) + 5
 
 
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.9, "fp32"), (1.1, "fp32"), (1.4, "bf16")])
+def test_the_choice_does_not_depend_on_the_noise_of_the_clock(ratio, chosen):
+    """Every step takes up to twice its time, as on a machine with other work."""
+    for seed in range(50):
+        race, noise = Race(fp32=0.010, bf16=0.010 / ratio), random.Random(seed)
+        plain = race.run
+
+        def noisy(name, samples, race=race, noise=noise, plain=plain):
+            plain(name, samples)
+            race.now += race.seconds[name] * noise.random()
+
+        race.run = noisy
+        assert race.fastest().chosen == chosen
+
+
 def test_the_probe_drops_slow_and_broken_types():
     race = Race(fp32=0.001, bf16=3.0, fp16=None)
     found = race.fastest()
     assert found.chosen == "fp32"
     assert [call for call in race.calls if call[0] != "fp32"] == [("bf16", 2), ("fp16", 2)]
-    assert str(found) == "fp32 (a training step: fp32 1.0 ms, bf16 dropped, fp16 dropped)"
+    assert str(found).startswith("a training step: fp32 1.0 ms, bf16 dropped, fp16 dropped")
