@@ -57,11 +57,12 @@ def main(arguments: Sequence[str]) -> None:
 def run(given: LrFind) -> None:
     """Run the test, print the suggestion and draw the curve."""
     lr_find.check(given.low, given.high, given.steps)
-    config = given.recipe.resolved()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = recipe.device_of(config)
-    dataset = recipe.load_data(config)
+    given.recipe.resolved()  # refused before any work
+    if given.recipe.threads:
+        torch.set_num_threads(given.recipe.threads)
+    device = recipe.device_of(given.recipe)
+    dataset = recipe.load_data(given.recipe)
+    config = given.recipe.resolved(samples=len(dataset.train))
     for note in dataset.notes:
         print(f"{config.data}: {note}")
     model = recipe.build_model(config, dataset)

@@ -95,7 +95,7 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
         torch.set_num_threads(given.threads)
     device = recipe.device_of(given)
     dataset = recipe.load_data(given)
-    config = given.resolved(world.size)
+    config = given.resolved(world.size, len(dataset.train))
     model = recipe.build_model(config, dataset)
     pretrained = None if started else recipe.load_pretrained(config, model)
     print_rank0(_summary(config, dataset, model, device, world))
@@ -106,13 +106,19 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
     )
     train_loader, test_loader = recipe.loaders(config, dataset, device, world)
     assert config.epochs is not None
+    steps = math.ceil(len(train_loader) / config.accumulate)
+    if steps == 1:
+        print_rank0(
+            f"one step an epoch, {config.epochs} in all: a smaller batch_size than "
+            f"{config.batch_size:,} gives more"
+        )
     trainer = recipe.build_trainer(
         config,
         dataset,
         model,
         DTYPES[config.dtype],
         device,
-        total_steps=math.ceil(len(train_loader) / config.accumulate) * config.epochs,
+        total_steps=steps * config.epochs,
         folder=out,
         world=world,
     )
@@ -170,10 +176,13 @@ def _summary(
     """Data, what is to be known of them, model, device and batch, a line each."""
     assert config.batch_size is not None
     machine = f"{world.size} x {device.type}" if world.size > 1 else str(device)
-    batch = config.batch_size * world.size * config.accumulate
+    given = config.batch_size * world.size * config.accumulate
+    batch = config.global_batch(world.size, len(dataset.train))
     factors = [f"{config.batch_size} a device", f"{world.size} devices"]
     factors += [f"{config.accumulate} passes"] if config.accumulate > 1 else []
-    parts = f" = {' x '.join(factors)}" if batch > config.batch_size else ""
+    parts = f" = {' x '.join(factors)}" if given > config.batch_size else ""
+    if batch < given:
+        parts = f", all that the data has for the {given:,} of the settings"
     size = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "

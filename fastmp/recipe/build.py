@@ -53,7 +53,16 @@ def load_data(config: TrainConfig) -> Dataset:
 def loaders(
     config: TrainConfig, dataset: Dataset, device: torch.device, world: World
 ) -> tuple[data.Loader, data.Loader]:
-    """Batches for training and testing, in a process group this rank's part of them."""
+    """Batches for training and testing, in a process group this rank's part of them.
+
+    Raises:
+        ConfigError: fewer training samples than processes.
+    """
+    if len(dataset.train) < world.size:
+        raise ConfigError(
+            f"data: expected a training sample for each of {world.size} processes, got "
+            f"{len(dataset.train)}"
+        )
     assert config.batch_size is not None, "the config must be resolved"
     train, test = (
         data.loader(

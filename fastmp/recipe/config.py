@@ -214,11 +214,12 @@ class TrainConfig:
             return dataclasses.replace(self, lr=None)
         return self
 
-    def resolved(self, devices: int = 1) -> TrainConfig:
+    def resolved(self, devices: int = 1, samples: int | None = None) -> TrainConfig:
         """A copy with every default that depends on other fields filled in, except ``out``.
 
         Args:
             devices: number that train together; the learning rate is scaled to the global batch.
+            samples: for training; no step has more of them, whatever the batch size. None: unknown.
 
         Raises:
             ConfigError: no such data set, both ``lr`` and ``base_lr``, or ``shard`` on one device.
@@ -242,14 +243,26 @@ class TrainConfig:
         batch_size = batch_size if self.batch_size is None else self.batch_size
         usual, rule = _BASE_LR[self.optimizer]
         base_lr = usual if self.base_lr is None else self.base_lr
-        lr = scale_lr(base_lr, batch_size * self.accumulate * devices, rule=rule)
-        return dataclasses.replace(
+        filled = dataclasses.replace(
             self,
             epochs=epochs if self.epochs is None else self.epochs,
             batch_size=batch_size,
             base_lr=base_lr if self.lr is None else None,
-            lr=lr if self.lr is None else self.lr,
         )
+        if self.lr is not None:
+            return filled
+        return dataclasses.replace(
+            filled, lr=scale_lr(base_lr, filled.global_batch(devices, samples), rule=rule)
+        )
+
+    def global_batch(self, devices: int = 1, samples: int | None = None) -> int:
+        """Samples of a step, of all devices and ``accumulate`` batches; see ``resolved``."""
+        assert self.batch_size is not None, "the config must be resolved"
+        batch = self.batch_size * devices
+        if samples is None:
+            return batch * self.accumulate
+        batches = min(self.accumulate, max(1, samples // batch))
+        return min(batch, samples) * batches
 
 
 _DEFAULTS = {"digits": (15, 64)}  # epochs, batch size

@@ -53,5 +53,16 @@ def test_a_rate_is_scaled_to_the_global_batch():
     sgd = TrainConfig(optimizer="sgd", batch_size=256)
     assert sgd.resolved(8).lr == pytest.approx(0.8)
     assert TrainConfig(lr=0.5, batch_size=999).resolved(8).lr == 0.5
+    # no step has more samples than there are: 1,433 in 22 whole batches of 64
+    for settings, batch in (
+        ({"batch_size": 100_000}, 1433),
+        ({"batch_size": 64, "accumulate": 100}, 22 * 64),
+        ({"batch_size": 1000, "accumulate": 5}, 1000),
+        ({"batch_size": 64}, 64),
+    ):
+        config = TrainConfig(optimizer="sgd", base_lr=0.256, **settings)
+        assert config.resolved(samples=1433).lr == pytest.approx(batch / 1000)
+        assert config.resolved(samples=1433).global_batch(samples=1433) == batch
+    assert TrainConfig(lr=0.5, batch_size=999).resolved(8, samples=9).lr == 0.5
     with pytest.raises(ConfigError, match=r"lr, base_lr: expected one of them, got 0.1 and"):
         TrainConfig(lr=0.1, base_lr=0.2).resolved()
