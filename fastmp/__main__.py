@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
 
 import fastmp
@@ -16,11 +17,18 @@ def main() -> int:
     """Run the command line; the exit code."""
     # without the line of the source that warns, which says nothing to a user
     warnings.formatwarning = lambda message, *_, **__: f"fastmp: warning: {message}\n"
+    threading.excepthook = _thread_failed
     try:
         return _run()
     except BrokenPipeError:  # fastmp ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at exit
         return BROKEN_PIPE
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """On a full disk TensorBoard's thread fails, and hands its error to the next call as well."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def _run() -> int:

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fastmp import checkpoint
+from fastmp import checkpoint, files
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.training import data_position, rng
@@ -253,6 +253,14 @@ class TrainState:
         self.load_state_dict(state)
         self.log.resume(self.progress.step)
         return True
+
+    def held(self) -> AbstractContextManager[None]:
+        """A block in which the folder is this run's alone; raises ``files.FolderInUse``."""
+        if self.checkpoints is None:
+            return nullcontext()
+        folder = self.checkpoints.folder.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return files.locked(folder)
 
     def save_in_folder(self, score: float | None = None) -> None:
         """Write a checkpoint into the folder, if there is one, in the background."""

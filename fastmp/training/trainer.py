@@ -61,7 +61,7 @@ class Trainer:
         cuda_graph: replay whole steps as CUDA graphs; where that is impossible, print why.
         telemetry: count gradients flushed to zero and updates lost to rounding.
         shards: of a model split over the ranks by ``fastmp.distributed.fsdp``; None: it is whole.
-        folder: of ``metrics.jsonl``, ``events/`` and ``checkpoints/``; None writes nothing.
+        folder: of metrics.jsonl, events/ and checkpoints/, one run's at a time; None: no files.
         save_every: steps between checkpoints, besides those after every epoch; 0: only those.
         keep: newest checkpoints to keep, besides the best.
         progress: show a progress bar and a line per epoch.
@@ -165,7 +165,7 @@ class Trainer:
         self._state.attach_loader(train_loader)
         steps = self._state.remaining_steps(epochs)
         try:
-            with self._stop_signal.deferred(), self._step_fn.run(steps):
+            with self._state.held(), self._stop_signal.deferred(), self._step_fn.run(steps):
                 while self.epoch < last:
                     results.append(self._epoch(val_loader, last))
                     self._state.save_in_folder(score=results[-1].val_accuracy)
@@ -295,7 +295,6 @@ class Trainer:
         Raises:
             CheckpointError: there are some, all of them damaged.
         """
-        found = self._state.load_newest()
-        if found:
+        if found := self._state.load_newest():
             self._steps.clear()
         return found

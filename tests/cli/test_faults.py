@@ -131,18 +131,20 @@ def test_a_line_of_the_log_that_is_no_json(out, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files have no limit of size on Windows")
-def test_a_full_disk(tmp_path):
-    """Stood in for by a limit on the size of a file; a checkpoint has 1 MB."""
+@pytest.mark.parametrize("size", [300, 2_000, 20_000, 500_000])
+def test_a_full_disk(tmp_path, size):
+    """Stood in for by a limit on the size of a file. First comes config.toml,
+    then the lines, the events and the checkpoint, of 1 MB."""
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     done = in_a_process("train", *FAST, "--out", "run", cwd=tmp_path, preexec_fn=limit)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("fastmp train: error: [Errno 27] File too large")
-    assert "'run" in line
-    assert in_a_process("train", "--out", "run", "--resume", cwd=tmp_path).returncode == 0
+    assert "run" in line
+    assert in_a_process("train", *FAST, "--out", "run", "--resume", cwd=tmp_path).returncode == 0
 
 
 # ---- arguments and code of the user ----

@@ -6,8 +6,6 @@ A run of one epoch goes on for another.
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from fastmp import cli, files, recipe
 from fastmp.recipe import TrainConfig
 from fastmp.training import log
 from tests.cli.runs import FAST, newest, run
+from tests.robustness.processes import holder
 
 REFUSED = {
     "model": "convnet",
@@ -242,20 +241,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(out):
     assert [row["step"] for row in log.read(out / log.FILE, "step")] == list(range(1, 23))
     assert recipe.read_toml(out / "config.toml").model == "convnet"
     newest(out)
-
-
-HOLD = "import sys, fastmp.files as f, pathlib\nwith f.locked(pathlib.Path(sys.argv[1])):\n" + (
-    "    print('held', flush=True); sys.stdin.read()"
-)
-
-
-def holder(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "held\n"
-    return process
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")

@@ -21,3 +21,18 @@ def at_once(*lines, home=None):
     printed = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(lines), printed
     return printed
+
+
+HOLD = "import sys, fastmp.files as f, pathlib\nwith f.locked(pathlib.Path(sys.argv[1])):\n" + (
+    "    print('held', flush=True); sys.stdin.read()"
+)
+
+
+def holder(folder):
+    """A process that holds the folder until its stdin ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    return process

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastmp.optim
-from fastmp import amp
+from fastmp import amp, files
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data import DataError
@@ -21,6 +21,7 @@ from fastmp.optim import SGD
 from fastmp.schedule import OneCycle
 from fastmp.training import cuda_graph, log, rng, signals
 from fastmp.training.trainer import Trainer
+from tests.robustness.processes import holder
 from tests.training.test_trainer import Poison, batches, newest, small_model, trainer_for, weights
 
 CPU = torch.device("cpu")
@@ -124,6 +125,20 @@ def test_an_error_in_the_validation_loses_no_epoch(tmp_path):
         for rows in (one, two)
     ]
     assert results[0] == results[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
+def test_a_folder_that_another_process_trains_in(tmp_path):
+    with holder(tmp_path) as other:
+        trainer = trainer_for(small_model(), folder=tmp_path)
+        with pytest.raises(files.FolderInUse, match=f"in use by process {other.pid} on"):
+            trainer.fit(batches(3), batches(1), 1)
+        assert trainer.step == 0
+        assert [path.name for path in tmp_path.iterdir()] == [files.LOCK]
+        other.communicate("")
+    trainer.fit(batches(3), batches(1), 1)
+    assert trainer.step == 3
+    assert not (tmp_path / files.LOCK).exists()
 
 
 def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path):

@@ -14,7 +14,6 @@ of a dtype, for about 50 ms, and the answer is kept in the cache folder.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import time
@@ -30,6 +29,7 @@ from torch import Tensor
 from fastmp import files
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FILE = "gemm-choice.json"  # in the cache folder
 _SIDE = 512  # of the matrices of a measurement: 2 ms at 130 GFLOP/s
 _SECONDS = 0.05
 _MARGIN = 1.05  # what the own product must gain: a call of the library fuses bias and activation
@@ -98,33 +98,14 @@ def prefers_own(dtype: torch.dtype) -> bool:
 
 
 def _remembered(dtype: torch.dtype) -> bool:
-    path = files.cache_dir() / "gemm-choice.json"
     key = f"{processor().name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    answers = _read(path)
-    own = answers.get(key, {}).get(str(dtype))
+    kept = files.recall(_FILE, key)
+    answers = kept if isinstance(kept, dict) else {}
+    own = answers.get(str(dtype))
     if not isinstance(own, bool):
         own = _gain(dtype) > _MARGIN
-        answers.setdefault(key, {})[str(dtype)] = own
-        _write(path, answers)
+        files.remember(_FILE, key, {**answers, str(dtype): own})
     return own
-
-
-def _read(path: Path) -> dict[str, dict[str, bool]]:
-    """The kept answers; none if the file is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    good = isinstance(content, dict) and all(isinstance(v, dict) for v in content.values())
-    return content if good else {}
-
-
-def _write(path: Path, answers: dict[str, dict[str, bool]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.atomic_write(path, json.dumps(answers, indent=2).encode())
-    except OSError:
-        pass  # measured again by the next process
 
 
 def _gain(dtype: torch.dtype) -> float:
