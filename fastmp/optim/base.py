@@ -20,7 +20,7 @@ from fastmp.optim import schedule_table, state
 from fastmp.optim.options import norm_limit, plain
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
 from fastmp.optim.step_record import RecordedOptimizer
-from fastmp.optim.step_reducer import ReducerSearch, check_scaler, watch_wrappers
+from fastmp.optim.step_reducer import ReducerSearch, check_scaler, is_distributed, watch_wrappers
 from fastmp.optim.table_cache import TableCache
 from fastmp.schedule import Schedule
 
@@ -51,6 +51,7 @@ class FusedOptimizer(RecordedOptimizer):
         self._search_reducer = ReducerSearch()
         watch_wrappers()
         super().__init__(*args[:1], *map(plain, args[1:]), **plain(kwargs))
+        self._state_is_shared = False
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -124,7 +125,7 @@ class FusedOptimizer(RecordedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads = self._collect()
+        params, grads = self._collect(self._params())
         reducer = self._reducer()
         if not params and reducer is None:
             return loss
@@ -140,13 +141,13 @@ class FusedOptimizer(RecordedOptimizer):
         self._record_step(table, reduced)
         return loss
 
-    def _collect(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _collect(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""
-        params = self._params()
-        grads = [p.grad for p in params]
+        grads: list[Any] = [p.grad for p in params]
         if type(None) in set(map(type, grads)):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-        return params, [grad for grad in grads if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        return params, grads
 
     def _decide_options(
         self, table: StepTable, grads: list[Tensor], reducer: StepReducer | None
@@ -171,7 +172,9 @@ class FusedOptimizer(RecordedOptimizer):
 
     def _reducer(self) -> StepReducer | None:
         """Makes the step of all ranks out of this one's, where each has a part; else None."""
-        return self.step_context.reduce_step or self._search_reducer(self._params())
+        if self.step_context.reduce_step is not None or not is_distributed():
+            return self.step_context.reduce_step
+        return self._search_reducer(self._params())
 
     def _run(self, table: StepTable, hypers: list[Hyperparameters], options: Options) -> None:
         lrs = []
@@ -341,6 +344,7 @@ class FusedOptimizer(RecordedOptimizer):
             for param in group["params"]:
                 if param in self.state:
                     state.to_own_state(param, self.state[param], self._state_keys(group))
+        self._state_is_shared = False
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and ``counts``: applied and skipped steps, the clock of schedules.
@@ -390,9 +394,10 @@ class FusedOptimizer(RecordedOptimizer):
         With them and ``state_dict`` a run goes on in plain PyTorch: copy them into the fp32 model,
         and load the state into torch's optimizer of the same name.
         """
-        state.adopt_masters(self.state, self._params())
-        valid, params = self._tables.remainders.valid_state, self._params()
-        return [state.master_of(p, valid(p, self.state.get(p, {}))).clone() for p in params]
+        own, params = self._own_state, self._params()
+        state.adopt_masters(own, params)
+        valid = self._tables.remainders.valid_state
+        return [state.master_of(p, valid(p, own.get(p, {}))).clone() for p in params]
 
     @torch.no_grad()
     def load_masters(self, values: Sequence[Tensor]) -> None:
@@ -411,9 +416,10 @@ class FusedOptimizer(RecordedOptimizer):
                 f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
                 f"{[tuple(v.shape) for v in values]}"
             )
-        state.adopt_masters(self.state, params)
+        own = self._own_state
+        state.adopt_masters(own, params)
         for group in self.param_groups:
-            state.allocate(self.state, group["params"], self._state_keys(group))
+            state.allocate(own, group["params"], self._state_keys(group))
         for p, value in zip(params, values, strict=True):
-            state.set_master(p, self.state[p], value)
+            state.set_master(p, own[p], value)
         self._tables.remainders.adopt(params)

@@ -53,7 +53,10 @@ class Remainders:
     def __init__(self) -> None:
         self._params: list[Tensor] = []  # of the current table
         self._remainders: list[Tensor] = []
-        self._versions: list[int] = []
+        self._indices: dict[Tensor, int] = {}
+        self._versions: list[int] = []  # when they were last read
+        self._steps = 0  # since then, each of which raised every version by 1
+        self._raises_by_one = False
         self._others: dict[Tensor, int] = {}  # versions of parameters that are not in the table
         self._copies: dict[Tensor, Tensor] = {}  # of weights that were changed from outside once
         self._checksums: dict[Tensor, Tensor] = {}  # loaded, not yet compared
@@ -63,7 +66,7 @@ class Remainders:
         expected = self._checksums.get(param)
         if expected is not None:
             return remainder * (checksum(param) == expected)
-        if self._known_versions().get(param, param._version) == param._version:
+        if not self._is_changed(param):
             return remainder
         copy = self._copies.get(param)
         if copy is None:
@@ -71,17 +74,23 @@ class Remainders:
         same = copy.view(torch.int16) == param.detach().view(torch.int16)
         return torch.where(same, remainder, 0)
 
-    def _known_versions(self) -> dict[Tensor, int]:
-        return {**self._others, **dict(zip(self._params, self._versions, strict=True))}
+    def _is_changed(self, param: Tensor) -> bool:
+        index = self._indices.get(param)
+        if index is None:
+            return self._others.get(param, param._version) != param._version
+        return self._versions[index] + self._steps != param._version
 
     # ---- around a step ----
 
     def use(self, params: list[Tensor], remainders: list[Tensor]) -> None:
         """The next steps change these weights and their remainders."""
-        known = {p: v for p, v in self._known_versions().items() if p.dtype == torch.bfloat16}
+        now = (version + self._steps for version in self._versions)
+        known = {**self._others, **dict(zip(self._params, now, strict=True))}
         self._params, self._remainders = params, remainders
+        self._indices = {p: i for i, p in enumerate(params)}
         self._versions = [known.pop(p, p._version) for p in params]
-        self._others = known
+        self._steps, self._raises_by_one = 0, False
+        self._others = {p: v for p, v in known.items() if p.dtype == torch.bfloat16}
 
     def drop_stale(self) -> None:
         """Before a step: set remainders to 0 where weights were changed since the last one.
@@ -91,32 +100,41 @@ class Remainders:
                 would drop them.
         """
         loaded = self._checksums and any(p in self._checksums for p in self._params)
-        if not loaded and self._versions == list(map(_version, self._params)):
+        # Versions only rise: their sum is as expected if each of them is.
+        expected = sum(self._versions) + self._steps * len(self._params)
+        if not loaded and sum(map(_version, self._params)) == expected:
             return
         if self._params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "bf16 weights were changed, or a checkpoint was loaded, since the last step: "
                 "expected one step before the capture of a CUDA graph"
             )
-        rows = zip(self._params, self._remainders, self._versions, strict=True)
-        for param, remainder, version in rows:
+        for param, remainder in zip(self._params, self._remainders, strict=True):
             valid = self.current(param, remainder)
             if valid is not remainder:
                 remainder.copy_(valid)
             loaded = self._checksums.pop(param, None) is not None
-            if not loaded and param._version != version and param not in self._copies:
+            if not loaded and self._is_changed(param) and param not in self._copies:
                 self._copies[param] = torch.empty_like(param)
+        self._read_versions()
 
     def record(self) -> None:
         """After a step: these weights belong to the remainders."""
-        self._versions = list(map(_version, self._params))
+        self._steps += 1
+        if not self._raises_by_one:  # of the reference's steps it is not known
+            expected = [version + self._steps for version in self._versions]
+            self._read_versions()
+            self._raises_by_one = self._versions == expected
         if self._copies:
             self._copy(self._params)
+
+    def _read_versions(self) -> None:
+        self._versions, self._steps = list(map(_version, self._params)), 0
 
     def adopt(self, params: list[Tensor]) -> None:
         """The remainders of these parameters were computed from the weights as they are."""
         self._checksums.clear()
-        self._versions = list(map(_version, self._params))
+        self._read_versions()
         self._others = {p: p._version for p in params}
         self._copy(params)
 

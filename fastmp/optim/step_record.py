@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastmp.backends.abi import record_field
 from fastmp.ops import update
+from fastmp.optim.held_state import WatchedState
 
 
-class RecordedOptimizer(torch.optim.Optimizer):
+class RecordedOptimizer(WatchedState):
     """Reads the record (``fastmp_record``) of the last step: device tensors, without a sync."""
 
     def _params(self) -> list[Tensor]:

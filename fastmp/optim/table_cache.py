@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from fastmp.ops.update import TensorRow
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import state
+from fastmp.optim.held_state import HeldState
 from fastmp.optim.remainders import Remainders
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class TableCache:
     def __init__(self) -> None:
         self.table: StepTable | None = None
         self._rules: list[float] = []
-        self._state: list[Any] = []
+        self._held = HeldState({})
         self.remainders = Remainders()
 
     def bind(
@@ -36,19 +35,17 @@ class TableCache:
     ) -> StepTable:
         """A table of ``params`` bound to their ``grads``; ``rules``: one for each group."""
         table = self.table
-        held = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-        is_current = (
-            table is not None
-            and rules == self._rules
-            and len(held) == len(self._state)
-            and all(map(is_, held, self._state))
-            and table.matches(params)
-        )
-        if table is None or not is_current or not table.bind_gradients(grads):
+        if (
+            table is None
+            or rules != self._rules
+            or (optimizer._state_is_shared and not self._held.is_unchanged(optimizer._own_state))
+            or not table.matches(params)
+            or not table.bind_gradients(grads)
+        ):
             rows = _rows(optimizer, rules)
             table = self.table = StepTable(rows, grads)
             self._rules = rules
-            self._state = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+            self._held = HeldState(optimizer._own_state)
             split = [(r.param, r.master) for r in rows if r.param.dtype == torch.bfloat16]
             self.remainders.use([p for p, _ in split], [m for _, m in split if m is not None])
         self.remainders.drop_stale()
@@ -57,16 +54,17 @@ class TableCache:
 
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     """The rows of a new table; allocates state that a parameter lacks."""
-    state.adopt_masters(optimizer.state, optimizer._params())
+    all_states = optimizer._own_state
+    state.adopt_masters(all_states, optimizer._params())
     rows: list[TensorRow] = []
     param_index = 0
     for i, group in enumerate(optimizer.param_groups):
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
-        state.allocate(optimizer.state, params, keys)
+        state.allocate(all_states, params, keys)
         for param in group["params"]:
             if param.grad is not None:
-                own = optimizer.state[param]
+                own = all_states[param]
                 state.normalize(own, param, keys)
                 master = own.get(state.MASTER_KEYS.get(param.dtype))
                 states = tuple(own[key] for key in keys)

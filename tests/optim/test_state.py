@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import defaultdict
 
 import pytest
 import torch
@@ -140,6 +141,37 @@ def test_replaced_state_and_replaced_data_are_noticed():
         give_gradients(ours, theirs, seed=step)
         a.step()
         b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["held dict", "saved dict", "new dict", "new state", "added"])
+def test_replaced_state_is_noticed_whoever_holds_it(how):
+    """Steps look for it from the first use of ``state`` on."""
+    ours, theirs = parameters(), parameters()
+    a, b = adam_w(ours), torch.optim.AdamW(theirs)
+    held = []
+    for step in range(5):
+        give_gradients(ours, theirs, seed=step)
+        a.step()
+        b.step()
+        assert a._state_is_shared == (step > 1)
+        for optimizer, params in ((a, ours), (b, theirs)) if step else ():
+            if step == 1:
+                saved = optimizer.state_dict()["state"] if how == "saved dict" else optimizer.state
+                held.append(saved[0 if how == "saved dict" else params[0]])
+                continue
+            own = held[0 if optimizer is a else 1]
+            zeros = torch.zeros_like(params[0])
+            if how == "new dict":
+                optimizer.state[params[0]] = {**optimizer.state[params[0]], "exp_avg": zeros}
+            elif how == "new state":
+                copied = {p: dict(s) for p, s in optimizer.state.items()}
+                copied[params[0]]["exp_avg"] = zeros
+                optimizer.state = defaultdict(dict, copied)
+            else:
+                own["exp_avg"] = zeros
+                if how == "added":
+                    own["note"] = torch.ones(())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
