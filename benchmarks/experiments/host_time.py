@@ -36,7 +36,6 @@ class Loop:
     """A loop whose steps are timed, or profiled, and nothing else of it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        torch.set_num_threads(1)
         self._params = [torch.randn(4).to(dtype).requires_grad_() for _ in range(161)]
         self._grads = [torch.randn(4).to(dtype) for _ in self._params]
         self._optimizer = optim.AdamW(self._params, lr=1e-3, max_grad_norm=1.0)
@@ -76,7 +75,7 @@ def _name(where: tuple[str, int, str]) -> str:
 def in_checkout(folder: Path) -> dict[str, float]:
     """Microseconds a step by dtype, in a process that imports fastmp from ``folder``."""
     code = (
-        "import json; from host_time import DTYPES, Loop;"
+        "import json, torch; from host_time import DTYPES, Loop; torch.set_num_threads(1);"
         "print(json.dumps({str(d)[6:]: Loop(d).microseconds() for d in DTYPES}))"
     )
     paths = [str(folder), str(HERE), str(Path(__file__).parent)]
@@ -99,7 +98,10 @@ def main() -> None:
         str(d)[6:]: {side: min(m[side][str(d)[6:]] for m in measured) for side in sides}
         for d in DTYPES
     }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     profile = Loop(torch.float32).profile()
+    torch.set_num_threads(threads)
     lines = [
         "\nA step of 161 tensors of 4 elements, AdamW with clipping, microseconds of the host.\n",
         f"| | {' | '.join(sides)} | ratio |",

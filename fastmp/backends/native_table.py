@@ -66,7 +66,6 @@ class NativeTable:
     def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
         self._params = [row.param for row in tensor_rows]
         self._param_ptrs = list(map(_data_ptr, self._params))
-        self._grad_ptrs: list[int] = []
         pairs = enumerate(zip(self._params, grads, strict=True))
         self._reordered = [i for i, (param, grad) in pairs if not has_order_of(param, grad)]
         self._copies: list[Tensor] = []
@@ -82,16 +81,13 @@ class NativeTable:
 
         Only their addresses are kept.
         """
-        grad_ptrs = list(map(_data_ptr, grads))
+        self.rows["grad"] = np.fromiter(map(_data_ptr, grads), np.int64, len(grads))
         for i in self._reordered:
             # Another order of the same elements (a channels_last weight with a contiguous gradient,
             # say): copied into the weight's order, a slower path with the same result.
             copy = torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i])
             self._copies.append(copy)
-            grad_ptrs[i] = copy.data_ptr()
-        if grad_ptrs != self._grad_ptrs:
-            self._grad_ptrs = grad_ptrs
-            self.rows["grad"] = grad_ptrs
+            self.rows["grad"][i] = copy.data_ptr()
         return True
 
     def free_copies(self) -> None:
