@@ -39,6 +39,40 @@ def test_the_same_bits_as_on_the_cpu(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_changed_between_steps_are_taken_as_on_the_cpu(dtype):
+    """Clamped in place, zeroed past autograd; the checksums of the weights are the same too."""
+    runs = []
+    for place in (on_gpu, list):
+        params = place(parameters(dtype))
+        optimizer = fastmp.optim.SGD(params, lr=0.1, momentum=0.9)
+        for step in range(6):
+            give_gradients(params, seed=step)
+            optimizer.step()
+            for p in params:
+                p.detach().clamp_(-0.5, 0.5)
+            params[3].data[::3] = 0.0
+        saved = optimizer.state_dict().get("remainders", {})
+        runs.append([t.cpu() for t in (*optimizer.masters(), *saved.values())])
+        assert not optimizer.masters()[3][::3].any()
+    assert same_bits(*runs)
+
+
+def test_bf16_weights_changed_just_before_a_capture_are_refused():
+    (p,) = on_gpu(parameters(torch.bfloat16, shapes=[(100,)]))
+    optimizer = fastmp.optim.SGD([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.detach().mul_(2)
+    with (
+        pytest.raises(RuntimeError, match="expected one step before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.applied_steps == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_clipped_steps_equal_torchs(dtype):
     ours = on_gpu(parameters(dtype))
     theirs = [p.detach().float().requires_grad_() for p in ours]
