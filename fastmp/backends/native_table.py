@@ -120,8 +120,11 @@ def is_dense(tensor: Tensor) -> bool:
 def has_order_of(param: Tensor, grad: Tensor) -> bool:
     """Whether the elements of a gradient lie in memory in the order of its parameter's.
 
-    Dimensions of size 1 do not count: the strides of a 1x1 convolution's under channels_last.
+    Dimensions of size 1 do not count: the strides of a 1x1 convolution's under channels_last. The
+    memory of a view like the imaginary part of a conjugate has the other sign.
     """
+    if grad.is_neg():
+        return False
     strides = zip(param.shape, param.stride(), grad.stride(), strict=True)
     return param.numel() == 0 or all(a == b for size, a, b in strides if size > 1)
 

@@ -49,6 +49,17 @@ def test_the_same_address_with_another_dtype(first):
     assert (p == -2.0).all()
 
 
+def test_the_same_address_with_the_other_sign():
+    """A lazy negation, as in the imaginary part of a conjugate."""
+    p = torch.zeros(8, requires_grad=True)
+    optimizer = fastmp.optim.SGD([p], lr=1.0)
+    grad = torch.ones(8)
+    for step in (grad, torch._neg_view(grad), grad):
+        p.grad = step
+        optimizer.step()
+    assert (p == -1.0).all()
+
+
 def test_strides_of_dimensions_of_size_1_do_not_count():
     """A 1x1 convolution under channels_last: its gradient's strides differ, its memory does not."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ MAX_PARTIALS = 2048  # of a norm, whatever the GPU
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
 
 #: Memory that captured graphs read when they are replayed, kept as long as the process lives: the
-#: end of a graph cannot be observed. 80 bytes a tensor for every capture.
+#: end of a graph cannot be observed. 80 bytes a tensor and 8 a chunk for every capture; no weight.
 _captured: list[Any] = []
 
 
@@ -74,7 +74,8 @@ class CudaStepTable(NativeTable):
             table = torch.empty(len(image), dtype=torch.uint8, device=self.device)
             _fill(host, image)
             self.kernel.copy(host, table)
-            _captured.append((self, host, table, *alive))
+            scratch = (self._chunks, self._sums, self._nonfinite_rows)
+            _captured.append((host, table, *scratch, *alive))
         else:
             table = self._current(image)
         if lrs:

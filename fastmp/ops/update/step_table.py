@@ -109,7 +109,9 @@ class Layouts:
 def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
     """None for a sparse one, which has no strides."""
     strided = torch.strided
-    return [(t.dtype, t.shape, t.stride()) if t.layout == strided else None for t in tensors]
+    return [
+        (t.dtype, t.shape, t.stride(), t.is_neg()) if t.layout == strided else None for t in tensors
+    ]
 
 
 def _check(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:

@@ -1,5 +1,8 @@
 """The CUDA kernel's grid, table and launches."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -106,9 +109,21 @@ def test_a_capture_uploads_into_memory_of_its_own(kernel):
     optimizer.step()
     kernel.capturing = False
     assert kernel.uploads == before  # page-locked memory cannot be asked for then
-    _, host, device, *_ = backend._captured[captured]
+    host, device, *_ = backend._captured[captured]
     assert torch.equal(host, device)
     assert device.data_ptr() != optimizer._tables.table.kernel._image.data_ptr()
+
+
+def test_a_capture_keeps_neither_weights_nor_gradients(kernel):
+    params = parameters()
+    optimizer = adam_w(params)
+    steps(optimizer, params, 1)
+    kernel.capturing = True
+    optimizer.step()
+    kept = [weakref.ref(tensor) for p in params for tensor in (p, p.grad)]
+    del optimizer, params
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_a_step_with_a_scale_and_a_clip_is_one_launch(kernel):
