@@ -159,13 +159,13 @@ class Listing:
 
     def notes(self, folder: Path) -> list[str]:
         """One line on what was passed over, one on empty classes, where there are any."""
-        found = []
+        found, name = [], shown(folder.name)
         for reason, paths in self.passed_over.items():
             examples = [os.path.relpath(path, folder) for path in paths[:4]]
             found.append(f"{reason}: {len(paths):,} ({few(examples)})")
-        notes = [f"passed over in {shown(folder)}: {'; '.join(found)}"] if found else []
+        notes = [f"passed over in {name}: {'; '.join(found)}"] if found else []
         if self.empty:
-            notes.append(f"no classes, for want of images in {shown(folder)}: {few(self.empty)}")
+            notes.append(f"no classes, since without images in {name}: {few(self.empty)}")
         return notes
 
 
