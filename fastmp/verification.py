@@ -29,6 +29,8 @@ LINEAR = ((256, 1024, 512), (33, 130, 65))  # M, K, N: a kernel's, an odd one
 LOSS = ((256, 10), (64, 1000), (8, 32003))  # rows, classes
 MIX = ((64, 3, 32, 32), (7, 1, 28, 28))
 WEIGHTS = ((256, 129), (1000,), (3,))
+CONFIDENT = (0.9, 0.99, 0.999)  # softmax at the true class, of one row after the other
+CONFIDENT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-3, torch.float16: 2e-3}
 STEPS = 20
 SCALE = 1024.0  # of the loss, so that fp16 gradients are not all subnormal
 _MIN_LIMIT = 4 * torch.finfo(torch.float32).eps  # also where torch's error is zero
@@ -111,6 +113,7 @@ def checks(
             suite = _Suite(torch.device(device), dtype)
             yield from suite.linear()
             yield from suite.loss()
+            yield from suite.confident()
             yield from suite.mix()
             yield from suite.optimizers()
             yield suite.overflow()
@@ -147,6 +150,30 @@ class _Suite:
             ours = _loss(functional.cross_entropy, logits, a, **options)
             theirs, exact = (_loss(_torch_loss, z, a, b, lam) for z in (logits, logits.double()))
             yield from self._compare("mixup + smoothing loss", (rows, classes), ours, theirs, exact)
+
+    def confident(self) -> Iterator[Check]:
+        """The gradient at the true class where softmax is close to 1: errors of single values.
+
+        It is a small difference of numbers near 1: taken in 16 bits nothing of it is right.
+        """
+        for rows, classes in LOSS:
+            z, y = torch.randn(rows, classes), torch.randint(classes, (rows, 1))
+            p = torch.tensor(CONFIDENT).repeat(rows)[:rows, None]
+            rest = z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
+            z, y = z.scatter(1, y, rest + p.logit()).to(self.device, self.dtype), y.to(self.device)
+            kinds = (
+                (functional.cross_entropy, z),
+                (F.cross_entropy, z),
+                (F.cross_entropy, z.double()),
+            )
+            ours, theirs, exact = (
+                _loss(f, logits, y[:, 0])["gradient"].gather(1, y).double() for f, logits in kinds
+            )
+            error, torch_error = (float(((g - exact) / exact).abs().max()) for g in (ours, theirs))
+            limit = CONFIDENT_LIMIT[self.dtype]
+            name = "gradient of the true class"
+            shape = (rows, classes)
+            yield Check("confident loss", name, shape, self.dtype, error, torch_error, limit)
 
     def mix(self) -> Iterator[Check]:
         for shape in MIX:

@@ -67,6 +67,17 @@ def test_a_wrong_kernel_is_noticed(monkeypatch, name, op):
     assert any(found == op for found, _ in failed(dtypes=(torch.float32,)))
 
 
+def test_a_gradient_rounded_before_the_difference_is_noticed(monkeypatch):
+    torchs = torch.nn.functional.cross_entropy
+
+    def rounded(logits, *targets, target_b=None, lam=None, grad_scale=None, **options):
+        return torchs(logits, *targets, **options)
+
+    monkeypatch.setattr(functional, "cross_entropy", rounded)
+    halves = (torch.bfloat16, torch.float16)
+    assert ("confident loss", "gradient of the true class") in failed(dtypes=halves)
+
+
 def test_a_wrong_mix_is_noticed(monkeypatch):
     monkeypatch.setattr(functional, "mix", off_by(functional.mix, 1.01))
     assert ("mixup + normalise", "images") in failed(dtypes=SMALL)

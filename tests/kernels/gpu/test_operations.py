@@ -14,6 +14,7 @@ from fastmp.data.mixup import Mixup
 from fastmp.functional import MixedTarget, cross_entropy, linear, mix
 from fastmp.nn import CrossEntropyLoss, Linear
 from fastmp.ops.mix import mix_reference
+from tests.functional.confident_cases import CONFIDENT, check_confident_rows, gradient_on
 from tests.functional.linear_cases import check as check_linear
 from tests.functional.linear_cases import lay_out
 from tests.functional.loss_cases import check as check_loss
@@ -347,3 +348,14 @@ def test_an_index_out_of_range_is_loud(kind, value):
     assert out[2].isnan().all()
     assert torch.equal(out[others], good[others])
     torch.cuda.synchronize()
+
+
+# ---- confident rows ----
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("classes", [10, 1001, 16384, 50257])
+@pytest.mark.parametrize("p", CONFIDENT)
+def test_the_true_class_of_a_confident_row(p, classes, dtype):
+    for scale in (None, 1.0, 3.0):
+        check_confident_rows(p, classes, dtype, gradient_on(DEVICE, scale))

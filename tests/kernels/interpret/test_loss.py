@@ -10,6 +10,7 @@ from fastmp.backends.triton import loss as backend
 from fastmp.backends.triton.kernels import loss as kernels
 from fastmp.functional import cross_entropy
 from fastmp.ops.loss import forward_reference
+from tests.functional.confident_cases import CONFIDENT, check_confident_rows, gradient_on
 from tests.functional.loss_cases import check, problems
 from tests.kernels.interpret.conftest import DEVICE
 
@@ -59,6 +60,14 @@ def test_rows_of_every_length(classes, dtype, weighted):
     lam = torch.tensor([0.3, 0.6, 1.0])
     weight = (torch.rand(classes) + 0.1).to(dtype) if weighted else None
     check((z, a, b, lam, weight, -100, "mean", 0.1, 512.0), scales=(512.0,), device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [10, 1001, 16385])
+@pytest.mark.parametrize("p", CONFIDENT)
+def test_the_true_class_of_a_confident_row(p, classes, dtype):
+    for scale in (1.0, 3.0):
+        check_confident_rows(p, classes, dtype, gradient_on(DEVICE, scale))
 
 
 def problem(rows=5, classes=1001, dtype=torch.float16, reduction=Reduction.SUM):
