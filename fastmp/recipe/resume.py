@@ -59,13 +59,14 @@ def load_newest(trainer: Trainer, config: TrainConfig) -> bool:
     """Load the newest checkpoint into a trainer built from ``config``; False if there is none.
 
     The loaded state has the hyperparameters of the run so far; those of ``config`` replace them.
+    The learning rate is the schedule's.
 
     Raises:
         ConfigError: fewer epochs than the run has finished.
         CheckpointError: all checkpoints are damaged, or of another model or optimizer.
     """
     own = [
-        {name: value for name, value in group.items() if name != "params"}
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
         for group in trainer.optimizer.param_groups
     ]
     if not trainer.resume_newest():

@@ -128,10 +128,11 @@ def test_what_may_change_is_used_said_and_recorded(out, capsys, name, plain):
     assert written == type(written)(USED[name])
 
 
-def test_settings_around_the_training_are_used_and_leave_it_alone(out, plain):
+def test_settings_around_the_training_are_used_and_leave_it_alone(out, plain, capsys):
     threads = str(torch.get_num_threads())
     flags = ["--save-every", "7", "--keep", "9", "--telemetry", "--workers", "1", "--device", "cpu"]
-    assert resume(out, *flags, "--threads", threads) == 0
+    assert resume(out, *flags, "--threads", threads, "--cuda-graph") == 0
+    assert "no CUDA graph: " in capsys.readouterr().out  # there is none on a CPU
     assert rows(out) == plain
     saved = sorted(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
     assert saved == [22, 28, 35, 42, 44]

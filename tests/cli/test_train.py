@@ -18,7 +18,8 @@ from tests.cli.runs import FAST, in_a_process, newest, run
 
 
 def test_the_defaults_learn_the_digits_in_five_epochs(tmp_path):
-    done = in_a_process("train", "--epochs", "5", cwd=tmp_path)
+    environment = {**os.environ, "FASTMP_CACHE": str(tmp_path / "cache")}
+    done = in_a_process("train", "--epochs", "5", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("digits-convnet-")
@@ -74,6 +75,12 @@ def test_equal_seeds_give_equal_runs(tmp_path):
     _, three = run(tmp_path, "--seed", "4", name="three")
     assert one == two
     assert one != three
+
+
+def test_equal_commands_that_name_no_dtype_give_equal_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMP_CACHE", str(tmp_path / "cache"))
+    (_, one), (_, two) = (run(tmp_path, "--dtype", "auto", name=name) for name in ("one", "two"))
+    assert one == two
 
 
 def test_a_run_repeats_from_its_own_config(tmp_path):
