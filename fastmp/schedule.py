@@ -7,7 +7,8 @@ value.
 
 Three ways to apply one: ``bind`` writes it onto the device, for a fastmp optimizer;
 ``fastmp.optim.lr_scheduler.apply`` writes one step into the groups of any optimizer;
-``fastmp.optim.lr_scheduler.LRScheduler`` is for loops written around torch's schedulers.
+``fastmp.optim.lr_scheduler.LRScheduler`` is for loops written around torch's schedulers, where the
+number may also be that of epochs.
 """
 
 from __future__ import annotations

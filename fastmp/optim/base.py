@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,25 +16,31 @@ from fastmp.backends.registry import on_host
 from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.ops.update.step_table import StepTable
-from fastmp.optim import schedule_table, state
+from fastmp.optim import state
 from fastmp.optim.options import norm_limit, plain
+from fastmp.optim.scheduled import ScheduledOptimizer
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
-from fastmp.optim.step_record import RecordedOptimizer
 from fastmp.optim.step_reducer import ReducerSearch, check_scaler, is_distributed, watch_wrappers
 from fastmp.optim.table_cache import TableCache
-from fastmp.schedule import Schedule
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class FusedOptimizer(RecordedOptimizer):
+class LoadedState(NamedTuple):
+    """The last state that was loaded: its number, and the applied steps it came with."""
+
+    number: int = 0
+    applied: int = 0
+
+
+class FusedOptimizer(ScheduledOptimizer):
     """Step and state of the fused optimizers; the constructor passes torch's arguments on.
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
     group's options stand for (``_hyper``).
     """
 
-    _schedule: Tensor | None = None
+    _loaded = LoadedState()
     _launch_schedule: tuple[Tensor | None, bool] = (None, False)  # and whether it has a momentum
 
     def __init__(
@@ -68,13 +74,6 @@ class FusedOptimizer(RecordedOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         raise NotImplementedError
-
-    def _lr(self, group: dict[str, Any]) -> float:
-        """A group's lr, its factor if there is a schedule, 0 if the lr is in device memory."""
-        if self._schedule is not None:
-            return float(group.get("lr_scale", 1.0))
-        lr = group["lr"]
-        return float(lr) if not isinstance(lr, Tensor) or on_host(lr) else 0.0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, refusing parameters that no kernel and no reference can update.
@@ -129,6 +128,7 @@ class FusedOptimizer(RecordedOptimizer):
         reducer = self._reducer()
         if not params and reducer is None:
             return loss
+        self._warn_of_group_rates()
         hypers = [self._hyper(group) for group in self.param_groups]
         if params:
             table = self._tables.bind(self, params, grads, [h.rule for h in hypers])
@@ -249,58 +249,6 @@ class FusedOptimizer(RecordedOptimizer):
     def found_inf(self) -> None:
         self.step_context.found_inf = None
 
-    # ---- the schedule ----
-
-    def bind_schedule(self, schedule: Schedule, steps: int | None = None) -> None:
-        """Follow ``schedule`` on the device, by applied steps; see ``set_schedule``.
-
-        Args:
-            schedule: (lr, momentum) of the number of applied steps.
-            steps: length of the table, from applied step 0 on; later steps have its last values.
-                None: the schedule's own; ``Cyclic`` and plain functions have none.
-
-        Raises:
-            ValueError: no ``steps`` for a schedule without a length, or below 1; or a momentum that
-                is None at some steps only, or that a group cannot use.
-        """
-        self.set_schedule(*schedule_table.tabulate(schedule, steps))
-
-    def set_schedule(
-        self,
-        lr: Sequence[float],
-        momentum: Sequence[float] | None = None,
-        max_grad_norm: Sequence[float] | None = None,
-    ) -> None:
-        """Take hyperparameters from a table, by the number of applied steps.
-
-        The step after k applied ones takes entry k; past the end, the last one. The table lies in
-        the memory of the parameters' device: skipped steps do not shift it, and a replayed CUDA
-        graph follows it. ``lr`` of the groups is then not read: every group takes the table's,
-        times its ``lr_scale`` if it has one. Capture graphs after this call.
-
-        Args:
-            lr: one for each step.
-            momentum: likewise, for SGD's momentum or the first of the betas; None: the groups' own.
-            max_grad_norm: likewise, the norm to clip to, above 0; None: the optimizer's own.
-
-        Raises:
-            ValueError: an empty table, columns of several lengths, a negative number or one that is
-                not finite, or a momentum that a group cannot use.
-        """
-        built = schedule_table.build(lr, momentum, max_grad_norm)
-        if momentum is not None:
-            schedule_table.check_momentum(self.param_groups)
-        self._schedule = built
-
-    def clear_schedule(self) -> None:
-        """Go back to the hyperparameters of the groups."""
-        self._schedule = None
-
-    def _schedule_on(self, device: torch.device) -> Tensor | None:
-        if self._schedule is not None and self._schedule.device != device:
-            self._schedule = self._schedule.to(device)
-        return self._schedule
-
     # ---- recorded steps ----
 
     def launch_constants(self) -> tuple[Any, ...]:
@@ -323,7 +271,7 @@ class FusedOptimizer(RecordedOptimizer):
     # ---- saving and loading ----
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule")
+        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded")
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         remainders = self._tables.remainders
         exported = {p: remainders.saved_state(p, s) for p, s in self.state.items()}
@@ -345,13 +293,14 @@ class FusedOptimizer(RecordedOptimizer):
                 if param in self.state:
                     state.to_own_state(param, self.state[param], self._state_keys(group))
         self._state_is_shared = False
+        self.accept_group_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and ``counts``: applied and skipped steps, the clock of schedules.
 
         With bf16 parameters also ``remainders``: checksums of the weights that they complete.
         """
-        state.adopt_masters(self.state, self._params())
+        state.adopt_masters(self.state, self._params(), self._tables.remainders)
         counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
         saved = {**super().state_dict(), "counts": counts}
         # a scheduler may have written numbers of NumPy's
@@ -367,23 +316,30 @@ class FusedOptimizer(RecordedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
 
-        torch's has no ``counts``: they stay as they are.
+        Without ``counts``, as in torch's states and those of ``torch.distributed.checkpoint``, the
+        number of applied steps is the largest ``step`` of a parameter. torch's SGD keeps none:
+        then it stays as it is.
 
         Raises:
             ValueError: another number of groups or of parameters in a group, as in torch, or state
                 of another shape than its parameter. Nothing has changed then.
         """
 
+        counts: dict[str, Any] = {}
+
         # The last pre-hook: after the caller's own, which may change the state.
-        handle = self.register_load_state_dict_pre_hook(
-            lambda _, loaded: state.shield_from_cast(loaded, self._params())
-        )
+        def shield(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            counts.update(loaded.get("counts") or state.counts_of(loaded["state"]))
+            return state.shield_from_cast(loaded, self._params())
+
+        handle = self.register_load_state_dict_pre_hook(shield)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for name, count in state_dict.get("counts", {}).items():
-            self._read(name).copy_(count)
+        for name, count in counts.items():
+            self._read(name).copy_(torch.as_tensor(count))
+        self._loaded = LoadedState(self._loaded.number + 1, int(self.applied_steps))
         if "remainders" in state_dict:
             remainders = self._tables.remainders
             remainders.load_state_dict(self._params(), state_dict["remainders"])
@@ -395,7 +351,7 @@ class FusedOptimizer(RecordedOptimizer):
         and load the state into torch's optimizer of the same name.
         """
         own, params = self._own_state, self._params()
-        state.adopt_masters(own, params)
+        state.adopt_masters(own, params, self._tables.remainders)
         valid = self._tables.remainders.valid_state
         return [state.master_of(p, valid(p, own.get(p, {}))).clone() for p in params]
 
@@ -417,7 +373,7 @@ class FusedOptimizer(RecordedOptimizer):
                 f"{[tuple(v.shape) for v in values]}"
             )
         own = self._own_state
-        state.adopt_masters(own, params)
+        state.adopt_masters(own, params, self._tables.remainders)
         for group in self.param_groups:
             state.allocate(own, group["params"], self._state_keys(group))
         for p, value in zip(params, values, strict=True):

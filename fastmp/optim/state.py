@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmp.backends.native_table import is_dense
 from fastmp.ops.update import current_master, join_master, split_master
+from fastmp.optim.remainders import Remainders
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
 
@@ -77,19 +78,24 @@ def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
 
 
 @torch.no_grad()
-def adopt_masters(states: States, params: Iterable[Tensor]) -> None:
+def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainders) -> None:
     """Take over masters that belong to another dtype than the parameter's.
 
     They come with a state that was saved under that dtype, or from a model that was cast after
     training. Model and optimizer may be loaded in either order, so this runs at the first use of
     the state. A master counts, element by element, where it rounds to the weight that is there.
+    Remainders beside fp32 or fp64 weights count if ``remainders`` finds the weights to be those
+    that they were saved with.
     """
     for param in params:
         state = states.get(param, {})
         for dtype, key in MASTER_KEYS.items():
             if dtype == param.dtype or key not in state:
                 continue
-            value = _value_under(param, dtype, state.pop(key).to(param.device), state)
+            saved = state.pop(key).to(param.device)
+            if key == "remainder" and not remainders.completes(param):
+                continue
+            value = _value_under(param, dtype, saved, state)
             own = MASTER_KEYS.get(param.dtype)
             if own is not None and own not in state:
                 state[own] = _new(own, param.detach())
@@ -140,6 +146,15 @@ def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> No
         same_order = value.stride() == param.stride() or not is_dense(param)
         if value.dtype != dtype or value.device != param.device or not same_order:
             state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
+
+
+def counts_of(states: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
+    """The number of applied steps according to the ``step`` of every parameter, if they have one.
+
+    A parameter without a gradient is passed over, so the largest counts.
+    """
+    steps = [int(state["step"]) for state in states.values() if "step" in state]
+    return {"applied": max(steps, default=0)} if steps or not states else {}
 
 
 class _Shielded:

@@ -55,7 +55,7 @@ class TableCache:
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     """The rows of a new table; allocates state that a parameter lacks."""
     all_states = optimizer._own_state
-    state.adopt_masters(all_states, optimizer._params())
+    state.adopt_masters(all_states, optimizer._params(), optimizer._tables.remainders)
     rows: list[TensorRow] = []
     param_index = 0
     for i, group in enumerate(optimizer.param_groups):

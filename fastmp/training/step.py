@@ -106,6 +106,7 @@ class TrainStep:
     @contextmanager
     def run(self, steps: int | None) -> Iterator[None]:
         """In the block ``steps`` steps are taken (None: unknown), as CUDA graphs if wanted."""
+        self.settings.optimizer.accept_group_rates()  # a resumed run may have got others
         endless = getattr(self.schedule, "length", None) is None
         if endless and steps:
             self.set_schedule(self.schedule, int(self.settings.optimizer.applied_steps) + steps)

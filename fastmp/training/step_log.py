@@ -139,4 +139,5 @@ class StepLog:
         lr, momentum = evaluate(schedule, applied)
         if not self._records:  # the groups, and so a checkpoint, show the newest step's values
             apply(optimizer, lr, momentum)
+            optimizer.accept_group_rates()
         return lr

@@ -123,6 +123,7 @@ def test_schedules_of_numpy(number):
                 assert only_plain([scheduler.get_last_lr(), scheduler.get_lr()])
         runs.append(snapshot(optimizer, params))
     torch.testing.assert_close(*runs)
+    optimizer = fastmp.optim.SGD(parameters(), lr=1.0, momentum=0.5)
     for made in (OneCycle(number(0.5), np.int64(5)), Cosine(number(0.5), np.int32(5))):
         optimizer.bind_schedule(made)
     assert type(scale_lr(np.float32(0.5), np.int64(512))) is float

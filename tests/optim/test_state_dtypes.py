@@ -134,7 +134,7 @@ def test_a_model_that_is_cast_under_its_optimizer_keeps_the_value(old, new):
 
 @directions
 def test_a_weight_that_is_not_the_saved_one_counts(old, new):
-    """Pruned, replaced and infinite weights between saving and loading; their neighbours keep."""
+    """Pruned, replaced and infinite weights between saving and loading; others keep their value."""
     before, weights = trained(old)
     exact = expected_masters(before, weights, new)[0]
     params = loaded_into(weights, new)
@@ -144,7 +144,10 @@ def test_a_weight_that_is_not_the_saved_one_counts(old, new):
     optimizer.load_state_dict(before.state_dict())
     present = params[0].detach().clone()
     master = optimizer.masters()[0]
-    assert same_bits([exact[3:]], [master[3:]])
+    if old == torch.bfloat16 and new != torch.float16:  # a checksum tells, of the whole tensor
+        assert torch.equal(master, present)
+    else:
+        assert same_bits([exact[3:]], [master[3:]])
     assert torch.equal(master[:3].to(new), present[:3])
     assert not master[0].any()
 
