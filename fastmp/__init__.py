@@ -35,6 +35,7 @@ from fastmp.amp import convert  # noqa: E402
 
 if TYPE_CHECKING:
     from fastmp import checkpoint, data, transfer
+    from fastmp.training.graphed import graphed
     from fastmp.training.trainer import Trainer
     from fastmp.verification import verify
 
@@ -48,6 +49,7 @@ __all__ = [
     "convert",
     "data",
     "functional",
+    "graphed",
     "nn",
     "optim",
     "schedule",
@@ -65,6 +67,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fastmp.{name}")
     if name == "Trainer":
         return importlib.import_module("fastmp.training.trainer").Trainer
+    if name == "graphed":
+        return importlib.import_module("fastmp.training.graphed").graphed
     if name == "verify":
         return importlib.import_module("fastmp.verification").verify
     raise AttributeError(f"module 'fastmp' has no attribute {name!r}")

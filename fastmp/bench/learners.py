@@ -120,7 +120,7 @@ def _step(
 
 def _graphed(step: Step, device: str) -> Step:
     recorder = CudaRecorder(torch.device(device))
-    replayed = Graphed(lambda inputs: step(*inputs), recorder, GraphConstants([], []))
+    replayed = Graphed(lambda inputs: step(*inputs), recorder, GraphConstants())
 
     def call(*inputs: Tensor) -> Tensor:
         loss: Tensor = replayed(inputs)

@@ -57,11 +57,17 @@ class Recorder(Protocol):
 class Outside(Protocol):
     """What a graph holds besides its inputs, as it was when it was captured."""
 
-    def constants(self) -> Any:
+    def stable(self) -> Any:
         """Hyperparameters and addresses, comparable: other ones make the graph invalid."""
+
+    def versions(self) -> Any:
+        """Of the weights, comparable; a step may change them."""
 
     def without_grad(self) -> Hashable:
         """Which parameters have no gradient: a step may add to the others."""
+
+    def restore_point(self) -> Callable[[], None]:
+        """Undoes, when called, what a step that was captured in vain left on the host."""
 
 
 class Graphed:
@@ -113,20 +119,37 @@ class Graphed:
                 try:
                     return self._run(inputs, watched=self._calls >= self._warmup and runs >= RUNS)
                 finally:  # what the step itself changes is no change from outside
-                    self._held = self._outside.constants()
-            self._captured[signature] = self._recorder.capture(self._step, leaves, spec)
-            self._held = self._outside.constants()
+                    self._held = self._now()
+            self._capture(signature, leaves, spec)
         self._changes = 0
         return self._captured[signature](leaves)
+
+    def _now(self) -> Any:
+        return self._outside.stable(), self._outside.versions()
 
     def _run(self, inputs: Any, *, watched: bool) -> Any:
         if not watched:
             return self._recorder.run(self._step, inputs)
+        before = self._outside.stable()
         outputs, self._refusal = self._recorder.watch(self._step, inputs)
+        if not self._refusal and self._outside.stable() != before:
+            self._refusal = (
+                "the step changes hyperparameters, parameters, state or flags on the host, which a "
+                "graph would not: change them between steps, or on the device"
+            )
         return outputs
 
+    def _capture(self, signature: Signature, leaves: list[Any], spec: TreeSpec) -> None:
+        restore = self._outside.restore_point()
+        try:
+            self._captured[signature] = self._recorder.capture(self._step, leaves, spec)
+        except Unsupported:
+            restore()
+            raise
+        self._held = self._now()
+
     def _drop_if_changed(self) -> None:
-        if self._held is None or self._outside.constants() == self._held:
+        if self._held is None or self._now() == self._held:
             return
         self._changes += 1
         if self._changes > MAX_CHANGES:
@@ -173,7 +196,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise Unsupported(f"CUDA graphs need a CUDA device, the model is on {device}")
-        self._device = device
+        self.device = device
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
@@ -181,9 +204,9 @@ class CudaRecorder:
     @contextmanager
     def stream(self) -> Iterator[None]:
         """In the block, work is queued on the stream of the recordings; the current one waits."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
 
@@ -219,9 +242,9 @@ class CudaRecorder:
         Raises:
             Unsupported: the capture failed.
         """
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # the pool is apart from the memory of eager steps
-        before, graph = rng.state(self._device), torch.cuda.CUDAGraph()
+        before, graph = rng.state(self.device), torch.cuda.CUDAGraph()
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
             with self.stream():
@@ -232,7 +255,7 @@ class CudaRecorder:
                     graph.capture_end()
         except BaseException as error:
             self._recover(graph)
-            rng.restore(before, self._device)
+            rng.restore(before, self.device)
             if not isinstance(error, Exception):
                 raise
             cause = error.__context__ if isinstance(error.__context__, Exception) else error
@@ -242,7 +265,7 @@ class CudaRecorder:
             for static, leaf in zip(inputs, leaves, strict=True):
                 if isinstance(static, Tensor):
                     static.copy_(leaf, non_blocking=True)
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self.device):
                 graph.replay()
             return outputs
 
@@ -256,16 +279,16 @@ class CudaRecorder:
         succeeds takes the same generator through its end.
         """
         _failed.append(graph)
-        index = torch.cuda._utils._get_device_index(self._device)
+        index = torch.cuda._utils._get_device_index(self.device)
         for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):  # it got as far as that by itself
                 undo(index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         empty = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             empty.capture_begin(capture_error_mode="thread_local")
-            torch.zeros((), device=self._device)
+            torch.zeros((), device=self.device)
             empty.capture_end()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -40,9 +41,9 @@ class GraphConstants:
 
     def __init__(
         self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        modules: Sequence[nn.Module],
-        scalers: Sequence[torch.amp.GradScaler] = (),
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        modules: Iterable[nn.Module] = (),
+        scalers: Iterable[torch.amp.GradScaler] = (),
     ) -> None:
         self.optimizers, self.scalers = list(optimizers), list(scalers)
         self.modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in modules)))
@@ -51,11 +52,10 @@ class GraphConstants:
         groups = chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers)
         return list(chain.from_iterable(group["params"] for group in groups))
 
-    def constants(self) -> Any:
-        """Of all objects, comparable. A weight that was written from outside has another version:
-        its master follows it in a step that runs as kernels."""
+    def stable(self) -> Any:
+        """Everything that a step must leave as it is, comparable."""
         params = self._params()
-        state = [list(o.state.values()) for o in self.optimizers]
+        states = chain.from_iterable(optimizer.state.values() for optimizer in self.optimizers)
         values: list[Any] = []
         for module in self.modules:
             values += module._parameters.values()
@@ -63,13 +63,34 @@ class GraphConstants:
             values += module._modules.values()
         return (
             [_of_optimizer(optimizer) for optimizer in self.optimizers],
-            [(p.data_ptr(), p.requires_grad, p._version) for p in params],
+            [(p.data_ptr(), p.requires_grad) for p in params],
             Identities(params),
-            Identities([v for entries in state for entry in entries for v in entry.values()]),
+            Identities(list(chain.from_iterable(map(dict.values, states)))),
             [m.training for m in self.modules],
             Identities(values),
             [_of_scaler(scaler) for scaler in self.scalers],
         )
+
+    def versions(self) -> Any:
+        """Of the weights: one that was written has another, and its master follows in a step that
+        runs as kernels."""
+        return [p._version for p in self._params()]
+
+    def restore_point(self) -> Callable[[], None]:
+        """Call the result to undo what a step that was captured in vain left on the host."""
+        grads = [(p, p.grad) for p in self._params()]
+        states = [copy.copy(scaler._per_optimizer_states) for scaler in self._enabled_scalers()]
+
+        def restore() -> None:
+            for param, grad in grads:
+                param.grad = grad
+            for scaler, state in zip(self._enabled_scalers(), states, strict=True):
+                scaler._per_optimizer_states = state
+
+        return restore
+
+    def _enabled_scalers(self) -> list[torch.amp.GradScaler]:
+        return [scaler for scaler in self.scalers if scaler.is_enabled()]
 
     def without_grad(self) -> Hashable:
         """Which parameters have no gradient."""

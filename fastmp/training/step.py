@@ -182,13 +182,10 @@ class TrainStep:
         return PreparedBatch(images, labels, None if mixup is None else mixup.draw(images))
 
     def _stop_recording(self, reason: cuda_graph.Unsupported) -> None:
-        """Back to single kernels; what a failed recording left on the host is dropped."""
+        """Back to single kernels."""
         if self.settings.world.is_first:
             tqdm.write(f"no CUDA graph: {reason}")
         self.uses_graph, self._graph = False, None
-        self.settings.optimizer.zero_grad()
-        if self.settings.scaler.is_enabled():  # it may lie between step and update
-            self.settings.scaler._per_optimizer_states.clear()
         self._accumulator.clear()
 
     def _run(self, batches: list[PreparedBatch]) -> StepOutput:
