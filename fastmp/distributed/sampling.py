@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -53,7 +54,7 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[Any]:
         rank, size = self._world.rank, self._world.size
-        order = self._world.broadcast_object(list(self._sampler) if rank == 0 else None)
+        order = self._world.broadcast_object(self._draw() if rank == 0 else None)
         if not self._training:
             yield from order[rank::size]
             return
@@ -63,6 +64,13 @@ class RankBatches:
             rest = [index for batch in order[whole:] for index in batch]
             first, last = (len(rest) * r // size for r in (rank, rank + 1))
             yield rest[first:last]
+
+    def _draw(self) -> list[Any]:
+        """The sampler's epoch: as many as it says, and some have no end."""
+        drawn = iter(self._sampler)
+        order = list(islice(drawn, len(self._sampler)))
+        next(drawn, None)  # torch's draw from their generator once more, at their end
+        return order
 
     def _splits_rest(self) -> bool:
         """Whether the last batches, fewer than ranks, are split sample by sample."""
@@ -105,8 +113,13 @@ class Splitter:
             return loader
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         batches = getattr(loader, name)
-        few = not training and len(batches) < world.size  # shards need a batch on every rank
-        if few or any(map(_is_split, (batches, getattr(batches, "sampler", None)))):
+        try:
+            few = len(batches) < world.size
+        except TypeError:  # a sampler that may have no end
+            return loader
+        if few and not training:  # shards need a batch on every rank
+            return loader
+        if any(map(_is_split, (batches, getattr(batches, "sampler", None)))):
             return loader
         split = copy.copy(loader)
         split._iterator = None

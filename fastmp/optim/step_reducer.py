@@ -133,8 +133,6 @@ class ReducerSearch:
         Raises:
             RuntimeError: parameters of FSDP that are not split over one known group.
         """
-        if not is_distributed():
-            return None
         known = len(params) == len(self._params) and all(map(is_, params, self._params))
         if not known:
             marks = [getattr(p, "_fsdp_flattened", False) for p in params]

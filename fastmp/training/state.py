@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from fastmp import checkpoint, files
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
+from fastmp.data.loader import Loader
 from fastmp.training import data_position, rng
 from fastmp.training.ema import EMA
 from fastmp.training.log import Log
@@ -62,7 +63,8 @@ class TrainState:
         With several ranks each gets its own batches: the loader is split if it can be.
         """
         self._loader = self._settings.split(loader, training=True)
-        self._knows_ranks = self._loader is not loader
+        # a class of the caller's may draw batches in its own way: they are compared
+        self._knows_ranks = self._loader is not loader and type(loader) in (DataLoader, Loader)
         data_position.restore_own_state(self._loader, self._loader_state)
         self._loader_state = {}
 

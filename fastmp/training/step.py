@@ -7,6 +7,7 @@ recorded as a CUDA graph and replayed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -110,6 +111,7 @@ class TrainStep:
         endless = getattr(self.schedule, "length", None) is None
         if endless and steps:
             self.set_schedule(self.schedule, int(self.settings.optimizer.applied_steps) + steps)
+        self._warn_if_schedule_is_for_one_rank(steps)
         if self.uses_graph:
             self._record()
         try:
@@ -118,6 +120,20 @@ class TrainStep:
             self._graph = None
             if endless:  # later steps are not in the table
                 self.set_schedule(self.schedule)
+
+    def _warn_if_schedule_is_for_one_rank(self, steps: int | None) -> None:
+        """A schedule made from the length of a loader that was split afterwards does not end."""
+        world, length = self.settings.world, getattr(self.schedule, "length", None)
+        if world.size == 1 or not world.is_first or steps is None or length is None:
+            return
+        end = int(self.settings.optimizer.applied_steps) + steps
+        if end * 1.5 < length:
+            warnings.warn(
+                f"the schedule has {length} steps, and the run ends at {end}: each of "
+                f"{world.size} ranks has its own part of the batches, so an epoch has fewer steps",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _record(self) -> None:
         world = self.settings.world

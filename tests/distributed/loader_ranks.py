@@ -23,6 +23,7 @@ from torch.utils.data import (
 import fastmp
 from fastmp.distributed import rendezvous
 from fastmp.distributed.rendezvous import World
+from fastmp.schedule import OneCycle
 from tests.distributed import ranks
 
 CPU = torch.device("cpu")
@@ -126,6 +127,8 @@ def map_style(world):
         "too few": fit(DataLoader(data, 64, drop_last=False)),
         "none": fit(DataLoader(data, 64, drop_last=True)),
         "one": fit(DataLoader(Numbered(3), 64)),
+        "long schedule": fit(DataLoader(data, 4), schedule=OneCycle(0.1, 20)),
+        "schedule": fit(DataLoader(data, 4), schedule=OneCycle(0.1, 10)),
     }
 
 
@@ -168,12 +171,28 @@ def unequal(world):
     }
 
 
+class Endless:
+    """Every index, without a length."""
+
+    def __iter__(self):
+        return iter(range(16))
+
+
+class Own(DataLoader):
+    """Draws its batches past its sampler."""
+
+    def __iter__(self):
+        return iter(ranks.batches(4, 4))
+
+
 def equal(world):
     """Loaders that give both ranks the same batches."""
     batches = ranks.batches(3, 4)
     return {
         "list": fit(batches),
         "stream": fit(DataLoader(Stream(16), 4)),
+        "sampler without a length": fit(DataLoader(Numbered(16), 4, sampler=Endless())),
+        "own class": fit(Own(Numbered(32), 4)),
         "split stream": fit(DataLoader(Stream(16, world.rank, 2), 4)),
         "sampler of one": fit(
             DataLoader(Numbered(8), 2, sampler=DistributedSampler(Numbered(8), 2, 0))

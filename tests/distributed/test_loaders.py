@@ -67,6 +67,13 @@ def test_a_sampler_with_weights_is_drawn_from_once(results):
     assert max(chain(*one, *two)) < 12  # the others have weight 0
 
 
+def test_a_schedule_made_for_one_rank_is_said(results):
+    one, two = (part["map"]["long schedule"]["warnings"] for part in results)
+    assert len(one) == 1
+    assert "the schedule has 20 steps, and the run ends at 10" in one[0]
+    assert two == results[0]["map"]["schedule"]["warnings"] == []
+
+
 def test_a_distributed_sampler_stays(results):
     _, epochs = epochs_of(results, "distributed")
     for samples in epochs:
@@ -103,7 +110,10 @@ def test_an_epoch_ends_with_the_shortest_rank(results, case):
     ]
 
 
-@pytest.mark.parametrize("case", ["list", "stream", "sampler of one"])
+EQUAL = ["list", "stream", "sampler of one", "sampler without a length", "own class"]
+
+
+@pytest.mark.parametrize("case", EQUAL)
 def test_the_same_batches_on_both_ranks_are_refused(results, case):
     for part in results:
         assert "gives several ranks the same batches" in part["equal"][case]["error"]
