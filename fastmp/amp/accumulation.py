@@ -101,7 +101,7 @@ def loss_divisor(criterion: nn.Module, target: Tensor) -> Tensor | int | None:
             weights of the targets that are not ignored, or by their number; with probabilities as
             targets by their rows. torch's losses of single elements divide by the elements. Any
             other loss is taken for a mean over the samples.
-        target: of one batch, before mixing: mixup permutes it.
+        target: of one batch; of a mixed pair the first, of which the second is a permutation.
 
     Returns:
         fp64 () on the device of the targets where their values count, without waiting for it.
@@ -140,12 +140,12 @@ def batch_weights(
         numbers, or fp64 () where they are known on the device only.
     """
     size = 1 if ranks is None else ranks.size
+    if size == len(targets) == 1:
+        return [1.0]
     divisors = [loss_divisor(criterion, target) for target in targets]
     own = [divisor for divisor in divisors if divisor is not None]
     if not own:
         return [float(size)] * len(targets)
-    if size == 1 and len(own) == 1:
-        return [1.0]
     total: Tensor | float = sum(own)
     if ranks is not None and size > 1:
         if not isinstance(total, Tensor):

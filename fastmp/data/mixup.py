@@ -153,7 +153,7 @@ class Mixup:
             return self.plain(x), MixedTarget(y, y, lam)
         lam, index, box = params
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)
-        return out, _mix_target(y, params)
+        return out, mix_target(y, params)
 
     def plain(self, x: Tensor) -> Tensor:
         """Normalise and cast without mixing, for evaluation."""
@@ -213,7 +213,8 @@ class Mixup:
         return box, 1.0 - area / max(height * width, 1)
 
 
-def _mix_target(y: Tensor, params: MixParams) -> MixedTarget:
+def mix_target(y: Tensor, params: MixParams) -> MixedTarget:
+    """The targets of a batch that was mixed with ``params``; see ``Mixup``."""
     lam, index, box = params
     partner = y[index]
     if box is not None and y.dim() > 2:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fastmp import transfer
 from fastmp.amp.accumulation import Accumulator, batch_weights, weighted
 from fastmp.amp.underflow import Telemetry
-from fastmp.data.mixup import MixParams
+from fastmp.data.mixup import MixParams, mix_target
 from fastmp.distributed import data_parallel
 from fastmp.nn import CrossEntropyLoss
 from fastmp.ops.loss import MixedTarget
@@ -218,8 +218,8 @@ class TrainStep:
         assert self._parallel is not None
         device = self.settings.device
         scale = self.settings.scaler.scale(torch.ones((), device=device))
-        labels = [batch.labels for batch in batches]
-        weights = batch_weights(self.settings.criterion, labels, self.settings.world)
+        targets = [y if draw is None else mix_target(y, draw).a for _, y, draw in batches]
+        weights = batch_weights(self.settings.criterion, targets, self.settings.world)
         total = torch.zeros((), device=device)
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             is_last = i == len(batches) - 1

@@ -266,3 +266,33 @@ def test_mixed_parts_of_unequal_sizes_are_weighted():
         (criterion(model(inputs), target) * (count / sum(counts))).backward()
     expected = torch.cat([(p - p.grad).detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_pasted_label_maps_are_weighted_as_they_are_after_it(per_sample):
+    """A box moves ignored pixels and others between the samples."""
+
+    class Pixels(torch.nn.Conv2d):
+        def __init__(self):
+            super().__init__(1, 3, 1)
+
+    def mix():
+        generator = torch.Generator().manual_seed(3)
+        return Mixup(0.0, 1.0, per_sample=per_sample, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 1, 4, 4, generator=generator)
+    labels = torch.randint(0, 3, (6, 4, 4), generator=generator)
+    group = parts_of((images, labels), (4, 2))
+    criterion = fastmp.nn.CrossEntropyLoss(ignore_index=1)
+    torch.manual_seed(0)
+    model, twin, mixed = Pixels(), Pixels(), mix()
+    twin.load_state_dict(model.state_dict())
+    trainer = trainer_for(
+        model, lr=1.0, momentum=0.0, criterion=criterion, accumulate=2, mixup=mix()
+    )
+    trainer.train_step(group)
+    inputs, targets = zip(*(mixed(*part) for part in group), strict=True)
+    criterion(twin(torch.cat(inputs)), torch.cat([target.a for target in targets])).backward()
+    expected = torch.cat([(p - p.grad).detach().flatten() for p in twin.parameters()])
+    torch.testing.assert_close(weights(model), expected, rtol=1e-5, atol=1e-6)
