@@ -55,7 +55,7 @@ class GraphConstants:
     def stable(self) -> Any:
         """Everything that a step must leave as it is, comparable."""
         params = self._params()
-        states = chain.from_iterable(optimizer.state.values() for optimizer in self.optimizers)
+        states = chain.from_iterable(map(_states_of, self.optimizers))
         values: list[Any] = []
         for module in self.modules:
             values += module._parameters.values()
@@ -95,6 +95,12 @@ class GraphConstants:
     def without_grad(self) -> Hashable:
         """Which parameters have no gradient."""
         return tuple([p.grad is None for p in self._params()])
+
+
+def _states_of(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
+    # a look at ``state`` makes a fused optimizer compare all of it in its next step
+    own = optimizer._own_state if isinstance(optimizer, FusedOptimizer) else optimizer.state
+    return own.values()
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> Any:
