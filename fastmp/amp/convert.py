@@ -75,8 +75,9 @@ def convert(
 
     for module in model.modules():
         module._apply(cast, recurse=False)
-        if type(module) in _IN_FP32 and is_fp32_norm(module):
-            module.__class__ = _IN_FP32[type(module)]  # the same object, with its hooks
+        for theirs, ours in _IN_FP32.items():
+            if type(module) in (theirs, ours) and is_fp32_norm(module):
+                module.__class__ = theirs if dtype == torch.float32 else ours  # the same object
     return fuse_linear(model) if fuse else unfuse_linear(model)
 
 

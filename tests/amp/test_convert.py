@@ -102,6 +102,7 @@ def test_running_statistics_of_instance_norms(dtype, dims, affine):
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(model[0].get_buffer(name), buffer, rtol=1e-3, atol=1e-4)
     assert model.eval()(x).dtype == dtype
+    assert type(fastmp.convert(model, torch.float32)[0]) is kind
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPTNeoX", "Qwen2"])
