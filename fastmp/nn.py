@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastmp.functional.cross_entropy import cross_entropy
 from fastmp.functional.linear import activate_after, linear, linear_before
+from fastmp.functional.linear_cross_entropy import linear_cross_entropy
 from fastmp.ops.checks import wide_dtype
 from fastmp.ops.linear import ACTIVATIONS
 from fastmp.ops.loss import MixedTarget
@@ -184,3 +185,59 @@ class InstanceNorm2d(_InFp32, torch.nn.InstanceNorm2d):
 
 class InstanceNorm3d(_InFp32, torch.nn.InstanceNorm3d):
     """``torch.nn.InstanceNorm3d``, torch's own arguments; in fp32 also for 16-bit inputs."""
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """The last linear layer and its loss, without the logits; for large vocabularies.
+
+    ``torch.nn.LinearCrossEntropyLoss`` on fastmp's kernels, with mixed targets. The layer is
+    ``linear``: assign an embedding's weight to ``linear.weight`` to tie them.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: of the layer.
+        weight, reduction, ignore_index, label_smoothing, chunk: see
+            ``fastmp.functional.linear_cross_entropy``.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.chunk = chunk
+
+    def forward(self, input: Tensor, target: Tensor | MixedTarget) -> Tensor:
+        """The loss; see ``fastmp.functional.linear_cross_entropy`` for shapes and errors.
+
+        Args:
+            input: (in_features) or (N, in_features).
+            target: class indices, or a ``MixedTarget``.
+        """
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            chunk=self.chunk,
+        )

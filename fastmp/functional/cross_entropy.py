@@ -39,7 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
             with torch.no_grad():
                 grad = _CrossEntropy.gradient(ctx, saved, grad_output)
             if not torch.compiler.is_compiling():
-                grad = _FirstOrderOnly.apply(grad, saved[0])  # type: ignore[no-untyped-call]
+                grad = FirstOrderOnly.apply(grad, saved[0])  # type: ignore[no-untyped-call]
         return (grad, *[None] * 9)
 
     @staticmethod
@@ -57,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
         return cast(Tensor, grad)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class FirstOrderOnly(torch.autograd.Function):
     """The identity on the gradient; raises where it is differentiated.
 
     ``once_differentiable`` is not enough: where ``grad_output`` is a constant it makes the gradient
@@ -65,11 +65,13 @@ class _FirstOrderOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        """The gradient; ``sources``: the tensors that it depends on."""
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
+        """Raise."""
         raise RuntimeError(
             "fastmp's cross_entropy has a first derivative only, but a second one was asked for; "
             "use torch.nn.functional.cross_entropy here"
@@ -116,7 +118,7 @@ def cross_entropy(
         IndexError: a target is out of range (CPU; on a GPU loss and gradient of its row are NaN).
         ValueError, TypeError, RuntimeError: as torch's, and for a ``lam`` outside [0, 1].
     """
-    target, target_b, lam = _unpack(target, target_b, lam)
+    target, target_b, lam = unpack(target, target_b, lam)
     if target.shape == input.shape and input.dim() > 0:
         if target_b is not None and target_b is not target:
             raise TypeError(
@@ -127,21 +129,9 @@ def cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
         )  # fmt: skip
-    _check_options(input, weight, reduction, label_smoothing)
-    targets = [_check_target(input, target, "target")]
-    if target_b is not None:
-        targets.append(_check_target(input, target_b, "target_b"))
+    spec = loss_spec(input, target, weight, ignore_index, reduction, label_smoothing, target_b, lam)
     wide = wide_dtype(input.dtype)
     logits = _as_rows(input)
-    spec = LossSpec(
-        targets[0].flatten(),
-        None if target_b is None else targets[1].flatten(),
-        None if lam is None else lam_of_rows(lam, targets[0], logits.device, wide),
-        weight,
-        ignore_index,
-        REDUCTION_CODES[reduction],
-        float(label_smoothing),
-    )
     assumed_grad_output = _assumed_grad_output(grad_scale, logits.device, wide)
     loss: Tensor
     if transformed():
@@ -158,9 +148,42 @@ def cross_entropy(
     return loss.reshape(() if input.dim() == 1 else input.shape[:1] + input.shape[2:])
 
 
-def _unpack(
+def loss_spec(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    target_b: Tensor | None,
+    lam: Tensor | float | None,
+) -> LossSpec:
+    """The checked arguments of ``cross_entropy``, by rows; of ``input`` no value is read.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as ``cross_entropy``.
+    """
+    _check_options(input, weight, reduction, label_smoothing)
+    targets = [_check_target(input, target, "target")]
+    if target_b is not None:
+        targets.append(_check_target(input, target_b, "target_b"))
+    return LossSpec(
+        targets[0].flatten(),
+        None if target_b is None else targets[1].flatten(),
+        None
+        if lam is None
+        else lam_of_rows(lam, targets[0], input.device, wide_dtype(input.dtype)),
+        weight,
+        ignore_index,
+        REDUCTION_CODES[reduction],
+        float(label_smoothing),
+    )
+
+
+def unpack(
     target: Tensor | MixedTarget, target_b: Tensor | None, lam: Tensor | float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | float | None]:
+    """Both targets and λ, however they were given."""
     if isinstance(target, MixedTarget):
         if target_b is not None or lam is not None:
             raise ValueError("target is a MixedTarget already: leave out target_b and lam")

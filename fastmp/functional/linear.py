@@ -195,12 +195,8 @@ def _linear(
         or torch.compiler.is_exporting()
     ):
         return activate(F.linear(input, weight, bias), activation)
-    kind = input.device.type
-    if kind not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-    _check(input, weight, bias)
+    input, weight, bias = autocast_operands(input, weight, bias)
+    check_operands(input, weight, bias)
     tensors = (input, weight) if bias is None else (input, weight, bias)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not operation.worthwhile(input, weight, following if differentiable else activation):
@@ -212,13 +208,26 @@ def _linear(
     return y
 
 
+def autocast_operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as ``torch.autocast`` has them, where it is on."""
+    kind = input.device.type
+    if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    bias = None if bias is None else _autocast(bias, dtype)
+    return _autocast(input, dtype), _autocast(weight, dtype), bias
+
+
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast does: every floating type but fp64."""
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if eligible else tensor
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError unless shapes, dtypes and devices fit together."""
     out_features, in_features = weight.shape
     if input.dim() == 0 or input.shape[-1] != in_features:
         raise RuntimeError(

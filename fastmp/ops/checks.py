@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmp.backends.abi import LossSpec
 from fastmp.backends.registry import on_host
 
 
@@ -33,6 +34,23 @@ def check_lam(lam: Tensor | None) -> None:
     low, high = (lam, lam) if lam.dim() == 0 else torch.aminmax(lam)
     if not (low.item() >= 0 and high.item() <= 1):
         raise ValueError(f"lam must lie in [0, 1], got values from {low.item()} to {high.item()}")
+
+
+def check_values(spec: LossSpec, classes: int) -> None:
+    """Raise unless the targets and λ that are on the host are in range; a device would wait.
+
+    Raises:
+        IndexError: a target is no class.
+        ValueError: a λ is outside [0, 1].
+    """
+    for y in (spec.target_a, spec.target_b):
+        if y is None or not on_host(y):
+            continue
+        bad = ((y < 0) | (y >= classes)) & (y != spec.ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise spec.target_error(row, int(y[row]), classes)
+    check_lam(spec.lam)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

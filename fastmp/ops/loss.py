@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
-from fastmp.ops.checks import check_lam, transformed, wide_dtype
+from fastmp.ops.checks import check_lam, check_values, transformed, wide_dtype
+from fastmp.ops.linear_loss import LINEAR_LOSS
 
 
 class MixedTarget(NamedTuple):
@@ -53,18 +54,6 @@ def precomputes_grad(logits: Tensor, reduction: int, assumed_grad_output: Tensor
 
 
 # ---- reference: plain PyTorch, any floating dtype, any device ----
-
-
-def _check_values(spec: LossSpec, classes: int) -> None:
-    """Read the values of targets and λ that are on the host; on a device that would wait."""
-    for y in (spec.target_a, spec.target_b):
-        if y is None or not registry.on_host(y):
-            continue
-        bad = ((y < 0) | (y >= classes)) & (y != spec.ignore_index)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise spec.target_error(row, int(y[row]), classes)
-    check_lam(spec.lam)
 
 
 def _class_weights(logits: Tensor, weight: Tensor | None) -> Tensor:
@@ -118,7 +107,7 @@ def forward_reference(
     """
     rows, classes = logits.shape
     if not transformed():  # under vmap a tensor has many values
-        _check_values(spec, classes)
+        check_values(spec, classes)
     z = logits.to(wide_dtype(logits.dtype))
     w = _class_weights(logits, spec.weight)
     row_max = z.detach().amax(1) if classes else z.new_zeros(rows)  # it cancels: no derivative
@@ -245,4 +234,5 @@ registry.define(
         lambda *_: None,
         spec=LossSpec,
     ),
+    LINEAR_LOSS,
 )

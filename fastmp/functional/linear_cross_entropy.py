@@ -1,0 +1,197 @@
+"""The last linear layer and its cross-entropy as one function, without the logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmp.backends.abi import LossSpec, Reduction
+from fastmp.backends.torch_matmul import rows_of_product
+from fastmp.functional.cross_entropy import FirstOrderOnly, cross_entropy, loss_spec, unpack
+from fastmp.functional.linear import autocast_operands, check_operands
+from fastmp.ops.checks import transformed, wide_dtype
+from fastmp.ops.loss import MixedTarget
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """A sum of rows' losses: the forward writes the gradients too, in fp32, for a gradient of 1.
+
+    For reduction none the gradients wait for ``grad_output``, and the logits are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_weight: Tensor | None,
+        chunk: int,
+        *spec: Any,
+    ) -> Tensor:
+        needs = list(ctx.needs_input_grad[:3])
+        is_sum = LossSpec(*spec).reduction == Reduction.SUM or row_weight is not None
+        loss, *grads = torch.ops.fastmp.linear_loss(
+            input, weight, bias, row_weight, chunk, needs if is_sum else [False] * 3, *spec
+        )
+        ctx.save_for_backward(input, weight, bias, *spec[:4], *(grads if is_sum else ()))
+        ctx.options = chunk, needs, spec[4:]
+        if row_weight is not None:
+            loss = (row_weight * loss).sum()
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, *tensors = ctx.saved_tensors
+        chunk, needs, options = ctx.options
+        with torch.no_grad():
+            factor, grads = grad_output, tensors[4:]
+            if not grads:
+                _, *grads = torch.ops.fastmp.linear_loss(
+                    input, weight, bias, grad_output, chunk, needs, *tensors[:4], *options
+                )
+                factor = grad_output.new_ones(())
+            scaled = [
+                (grad * factor).to(input.dtype) if need else None
+                for grad, need in zip(grads, needs, strict=True)
+            ]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            scaled = [
+                None if grad is None else FirstOrderOnly.apply(grad, input, weight)  # type: ignore[no-untyped-call]
+                for grad in scaled
+            ]
+        return (*scaled, *[None] * 9)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | MixedTarget,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    target_b: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
+
+    ``torch.nn.functional.linear_cross_entropy``, also of mixed pairs of targets: rows go through
+    layer and loss in chunks, so 2,048 rows of 50,257 fp32 logits take 50 MB instead of 1.2 GB. The
+    gradients are computed with the loss and kept in fp32 until the backward multiplies them by its
+    ``grad_output`` and rounds once; a loss scale need not be known ahead. Follows
+    ``torch.autocast``. Under ``torch.func`` and in forward mode the logits are whole.
+
+    Args:
+        input: (in_features) or (N, in_features), fp32, bf16, fp16 or fp64.
+        linear_weight: (C, in_features), the dtype of ``input``; may be the embedding's (tied).
+        target: class indices int64 or uint8, () or (N); or a ``MixedTarget``.
+        linear_bias: (C) or None.
+        weight: class weights (C), in the dtype of ``input`` or fp32.
+        ignore_index: rows with this target add nothing; their gradient is 0.
+        reduction: "none", "mean" or "sum". With "none" the backward computes the logits again.
+        label_smoothing: ε in [0, 1].
+        target_b: the second target, shaped as the first.
+        lam: weight of the first target in [0, 1]: a number, a 0-d tensor or (N).
+        chunk: rows at a time, at least 1. None: logits of 32 MB on a CPU, 128 MB on a GPU.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64): a scalar, or for "none" () or (N).
+
+    Raises:
+        IndexError: a target is out of range (CPU; on a GPU loss and gradients are NaN).
+        ValueError, TypeError, RuntimeError: as ``linear`` and ``cross_entropy``, a ``chunk`` below
+            1, or an input of more dimensions.
+    """
+    target, target_b, lam = unpack(target, target_b, lam)
+    if linear_weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_weight must have the shape (C, in_features), got {tuple(linear_weight.shape)}"
+        )
+    if input.dim() not in (1, 2):
+        raise RuntimeError(
+            f"input must have the shape (N, {linear_weight.shape[1]}), got {tuple(input.shape)}; "
+            "flatten input and target, e.g. hidden.flatten(0, 1) and labels.flatten()"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
+    check_operands(input, linear_weight, linear_bias)
+    classes = linear_weight.shape[0]
+    like_logits = input.new_empty(()).expand(*input.shape[:-1], classes)
+    spec = loss_spec(
+        like_logits, target, weight, ignore_index, reduction, label_smoothing, target_b, lam
+    )
+    if transformed():
+        logits = F.linear(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits, target, weight, ignore_index, reduction, label_smoothing,
+            target_b=target_b, lam=lam,
+        )  # fmt: skip
+    rows = input if input.dim() == 2 else input.unsqueeze(0)
+    chunk = chunk or rows_of_product(input.device, classes * input.element_size())
+    operands = (rows, linear_weight, linear_bias)
+    if reduction == "none":
+        loss: Tensor = _apply(*operands, None, chunk, spec)
+        return loss.reshape(input.shape[:-1])
+    if reduction == "sum":
+        return _apply(*operands, None, chunk, spec)
+    return _mean(*operands, chunk, spec)
+
+
+def _apply(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    row_weight: Tensor | None,
+    chunk: int,
+    spec: LossSpec,
+) -> Tensor:
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        input, linear_weight, linear_bias, row_weight, chunk, *spec
+    )
+    return loss
+
+
+def _mean(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk: int, spec: LossSpec
+) -> Tensor:
+    """A mean as a sum: gradients in 16 bits are then near 1, whatever the number of rows.
+
+    The two targets of a pair have divisors of their own: λ/A and (1-λ)/B are r λ' and r (1-λ') with
+    a weight r of the row, taken relative to the largest one.
+    """
+    divisor = _divisor(spec.target_a, input, spec)
+    undefined, row_weight = divisor == 0, None
+    scale = torch.where(undefined, 0, 1 / divisor)  # every target is ignored: no gradient
+    spec = spec._replace(reduction=Reduction.SUM)
+    if spec.target_b is not None and spec.lam is not None:
+        divisor_b = _divisor(spec.target_b, input, spec)
+        undefined = undefined | (divisor_b == 0)
+        share_a = (spec.lam * scale).expand(len(input))
+        share_b = ((1 - spec.lam) * torch.where(divisor_b == 0, 0, 1 / divisor_b)).expand(
+            len(input)
+        )
+        total = share_a + share_b
+        scale = total.max() if len(input) else total.sum()
+        lam = torch.where(total > 0, share_a / total, 0)
+        row_weight = torch.where(total > 0, total / scale, 0)
+        spec = spec._replace(reduction=Reduction.NONE, lam=lam)
+    loss = _apply(input, linear_weight, linear_bias, row_weight, chunk, spec) * scale
+    return torch.where(undefined, torch.nan, loss)
+
+
+def _divisor(target: Tensor, input: Tensor, spec: LossSpec) -> Tensor:
+    """The divisor of a mean: the number of targets that count, or the sum of their weights."""
+    wide, valid = wide_dtype(input.dtype), target != spec.ignore_index
+    if spec.weight is None:
+        return valid.sum().to(wide)
+    inside = target.clamp(0, max(0, len(spec.weight) - 1))  # the operation tells of the others
+    weights = spec.weight.to(wide)[inside]
+    return torch.where(valid, weights, 0).sum()
