@@ -121,6 +121,59 @@ def _goals(timings: dict[str, Timing], device: str) -> dict[str, float]:
     return {"dense targets": 10.0, compiled: 1.5, **liger}
 
 
+# ---- the linear layer before it ----
+
+
+def linear_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float
+) -> list[Row]:
+    """(rows, features, classes): layer and loss both ways, against torch's with and without logits.
+
+    The notes have the peak of memory above the inputs on a GPU.
+    """
+    rows, features, classes = shape
+    torch.manual_seed(0)
+    x = torch.randn(rows, features, device=device, dtype=dtype).requires_grad_()
+    w = (torch.randn(classes, features, device=device) / features**0.5).to(dtype).requires_grad_()
+    y = torch.randint(classes, (rows,), device=device)
+    candidates: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: fastmp.functional.linear_cross_entropy(x, w, y),
+        "F.linear, F.cross_entropy": lambda: F.cross_entropy(F.linear(x, w), y),
+    }
+    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        candidates["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(
+            x, w, y, options=options
+        )
+
+    def both(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        value = loss()
+        return value.detach().float(), *torch.autograd.grad(value, (x, w))
+
+    runs = {name: partial(both, loss) for name, loss in candidates.items()}
+    ours, theirs = (runs[name]() for name in (OURS, "F.linear, F.cross_entropy"))
+    tolerance = 8 * torch.finfo(dtype).eps
+    for own, other in zip(ours, theirs, strict=True):
+        error = (own - other).float().norm() / other.float().norm()
+        assert error <= tolerance, (error, tolerance)
+    label = f"linear + loss, {dtype_name(dtype)}, {rows} x {features} x {classes}"
+    timings = timed(dict(runs), seconds, label, kernel_clock(device))
+    notes = "" if device == "cpu" else _peaks(runs)
+    goals = {"F.linear, F.cross_entropy": 1.0}
+    return [Row("loss", label, timings, goals=goals, notes=notes, clock=CLOCKS[device])]
+
+
+def _peaks(runs: Mapping[str, Callable[[], object]]) -> str:
+    """The peak of memory of each candidate, above what is there before."""
+    peaks = []
+    for name, run in runs.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        peaks.append(f"{name} {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB")
+    return f"peak {', '.join(peaks)}"
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     """Every case of this subject."""
     seconds = 0.3 if quick else SECONDS[device]
@@ -134,7 +187,20 @@ def cases(device: str, quick: bool) -> list[Case]:
     else:
         sizes = [(n, c, t) for n, c in ((4096, 1000), (512, 32000)) for t in (fp32, bf16, fp16)]
         sizes += [(n, 1000, bf16) for n in (64, 512)]
-    return [
+    found = [
         Case(f"loss {n} x {c} {dtype_name(t)}", partial(case, n, c, t, device, seconds))
         for n, c, t in sizes
+    ]
+    if quick:
+        layers, dtype = [(256, 16, 1000)], fp32
+    elif device == "cpu":
+        layers, dtype = [(2048, 512, 50257)], fp32
+    else:
+        layers, dtype = [(2048, 4096, 128256), (8192, 4096, 128256)], bf16
+    return found + [
+        Case(
+            f"linear + loss {rows} x {classes}",
+            partial(linear_case, (rows, features, classes), dtype, device, seconds),
+        )
+        for rows, features, classes in layers
     ]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fastmp
+from fastmp.functional import linear_cross_entropy
 from tests.compat.conftest import (
     CLASSES,
     FEATURES,
@@ -116,3 +117,44 @@ def test_a_model_of_theirs_is_converted():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+class WithoutLogits(nn.Module):
+    """That of docs/migrating.md."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, **inputs):
+        hidden = self.model.base_model(input_ids, **inputs).last_hidden_state
+        rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": linear_cross_entropy(rows, self.model.lm_head.weight, targets)}
+
+
+def causal_language_model(kind):
+    sizes = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
+    if kind == "gpt2":
+        off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **off))
+    config = transformers.LlamaConfig(**sizes, intermediate_size=64)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_causal_language_model_without_logits(kind):
+    """The model's own loss and gradients; GPT-2's head is its embedding."""
+    torch.manual_seed(0)
+    model = causal_language_model(kind)
+    tokens = torch.randint(97, (3, 12))
+    labels = tokens.clone()
+    labels[:, :4] = -100
+    mask = torch.ones_like(tokens)
+    expected = model(tokens, attention_mask=mask, labels=labels).loss
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    loss = WithoutLogits(model)(tokens, labels, attention_mask=mask)["loss"]
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, list(model.parameters())), grads, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastmp import backends
 from fastmp.backends import triton
 from fastmp.data.mixup import Mixup
-from fastmp.functional import MixedTarget, cross_entropy, linear, mix
+from fastmp.functional import MixedTarget, cross_entropy, linear, linear_cross_entropy, mix
 from fastmp.nn import CrossEntropyLoss, Linear
 from fastmp.ops.mix import mix_reference
 from tests.functional.confident_cases import CONFIDENT, check_confident_rows, gradient_on
@@ -88,6 +88,20 @@ def loss_case(kind, dtype, seed):
     return Case(forward, 1, [t.to(DEVICE) for t in (z, a, b, lam, scale, grad_output)])
 
 
+def linear_loss_case(dtype, seed):
+    """Chunks of 128 and a last one of 44 rows."""
+    torch.manual_seed(seed)
+    x, w = torch.randn(300, 264), torch.randn(1001, 264) / 16
+    a, b = torch.randint(1001, (2, 300))
+    a[1] = -100
+
+    def forward(x, w, a, b, lam):
+        return linear_cross_entropy(x, w, MixedTarget(a, b, lam), label_smoothing=0.1, chunk=128)
+
+    tensors = [x.to(dtype), w.to(dtype), a, b, torch.rand(300), torch.tensor(1024.0)]
+    return Case(forward, 2, [t.to(DEVICE) for t in tensors], 4 * torch.finfo(dtype).eps)
+
+
 def linear_case(activation, dtype, seed):
     """The products of the gradients are cuBLAS's, which may add up in another order."""
     torch.manual_seed(seed)
@@ -119,6 +133,7 @@ def mix_case(kind, seed):
 CASES = {f"loss {a} {d}": partial(loss_case, a, d) for d in HALVES
          for a in ("nothing", "number", "tensor", "each row")}  # fmt: skip
 CASES |= {f"{a} {d}": partial(linear_case, a, d) for d in HALVES for a in ("gelu", "relu")}
+CASES |= {f"linear loss {d}": partial(linear_loss_case, d) for d in HALVES}
 CASES |= {kind: partial(mix_case, kind) for kind in ("mixup", "cutmix")}
 every_case = pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
 
