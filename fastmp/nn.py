@@ -195,7 +195,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     Args:
         in_features, num_classes, bias, device, dtype: of the layer.
-        weight, reduction, ignore_index, label_smoothing, chunk: see
+        weight: class weights, shape (num_classes).
+        reduction, ignore_index, label_smoothing, chunk: see
             ``fastmp.functional.linear_cross_entropy``.
     """
 
