@@ -45,14 +45,14 @@ def test_the_probe_chooses_a_type_that_is_clearly_faster(seconds, chosen):
 
 @pytest.mark.parametrize(("ratio", "chosen"), [(0.9, "fp32"), (1.1, "fp32"), (1.4, "bf16")])
 def test_the_choice_does_not_depend_on_the_noise_of_the_clock(ratio, chosen):
-    """Every step takes up to twice its time, as on a machine with other work."""
+    """Every step takes up to twice its time, one in 20 0.5 s more, as beside other work."""
     for seed in range(50):
         race, noise = Race(fp32=0.010, bf16=0.010 / ratio), random.Random(seed)
         plain = race.run
 
         def noisy(name, samples, race=race, noise=noise, plain=plain):
             plain(name, samples)
-            race.now += race.seconds[name] * noise.random()
+            race.now += race.seconds[name] * noise.random() + 0.5 * (noise.random() < 0.05)
 
         race.run = noisy
         assert race.fastest().chosen == chosen
@@ -62,5 +62,5 @@ def test_the_probe_drops_slow_and_broken_types():
     race = Race(fp32=0.001, bf16=3.0, fp16=None)
     found = race.fastest()
     assert found.chosen == "fp32"
-    assert [call for call in race.calls if call[0] != "fp32"] == [("bf16", 2), ("fp16", 2)]
+    assert [call for call in race.calls if call[0] != "fp32"] == [("bf16", 2)] * 2 + [("fp16", 2)]
     assert str(found).startswith("a training step: fp32 1.0 ms, bf16 dropped, fp16 dropped")
