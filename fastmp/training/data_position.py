@@ -43,8 +43,9 @@ def batches(
         loader.start_at(done)
         return iter(loader)
     now = rng.state(device)
-    rng.restore(start["global"], device)
-    restore_own_state(loader, start["own"])
+    if start:  # else the epoch was begun by other ranks: its order is lost
+        rng.restore(start["global"], device)
+        restore_own_state(loader, start["own"])
     iterator = iter(loader)
     for _ in range(done):
         next(iterator, None)

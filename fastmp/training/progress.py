@@ -79,6 +79,10 @@ class Progress:
             samples_per_second=self.samples / self.seconds,
         )
 
+    def steps_per_epoch(self) -> int | None:
+        """Of the finished epochs; None where none is finished, or another one is under way."""
+        return self.step // self.epoch if self.epoch and not self.batch else None
+
     def next_epoch(self) -> Progress:
         """The progress at the start of the next epoch."""
         return Progress(self.epoch + 1, self.step, skips_in_a_row=self.skips_in_a_row)

@@ -1,6 +1,7 @@
 """The saved state of a run: everything that the rest of the run depends on.
 
-    model, optimizer, scaler, ema, progress      the same on all ranks
+    model, optimizer, scaler, ema, progress,
+    schedule, batches_an_epoch                   the same on all ranks
     ranks: rng, mixup, epoch_start, loader       one entry a rank
 
 A run that is killed and resumed ends with the bits of one that was not.
@@ -26,10 +27,12 @@ from fastmp import checkpoint, files
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data.loader import Loader
+from fastmp.schedule import Schedule
 from fastmp.training import data_position, rng
 from fastmp.training.ema import EMA
 from fastmp.training.log import Log
 from fastmp.training.progress import Progress
+from fastmp.training.schedule_place import SchedulePlace
 from fastmp.training.settings import Settings
 from fastmp.training.step import Batch
 
@@ -47,6 +50,9 @@ class TrainState:
         if folder is not None:
             self.checkpoints = Checkpoints(folder / "checkpoints", keep=settings.keep)
         self.progress = Progress()
+        self.place = SchedulePlace()
+        self._batches: int | None = None  # an epoch, of the rank with the fewest
+        self._resumed = False  # since the last run
         self._settings = settings
         self._ema = ema
         self._loader: Iterable[Batch] = ()
@@ -57,16 +63,29 @@ class TrainState:
 
     # ---- the position in the data ----
 
-    def attach_loader(self, loader: Iterable[Batch]) -> None:
+    def attach_loader(self, loader: Iterable[Batch], schedule: Schedule | None) -> None:
         """Train with the batches of ``loader``, whose own generators belong to the state.
 
-        With several ranks each gets its own batches: the loader is split if it can be.
+        With several ranks each gets its own batches: the loader is split if it can be. If an epoch
+        had another number of batches, its position and that in the schedule stay the same share.
         """
         self._loader = self._settings.split(loader, training=True)
         # a class of the caller's may draw batches in its own way: they are compared
         self._knows_ranks = self._loader is not loader and type(loader) in (DataLoader, Loader)
         data_position.restore_own_state(self._loader, self._loader_state)
         self._loader_state = {}
+        former, self._batches = self._batches, self._common_batches()
+        steps = None if self._batches is None else self._steps_of(self._batches)
+        length = getattr(schedule, "length", None)
+        if self._resumed:
+            if former and self._batches and former != self._batches:
+                self.progress.batch = self.progress.batch * self._batches // former
+            self.place.move(steps, length, int(self._settings.optimizer.applied_steps))
+        self._resumed = False
+        self.place.steps_per_epoch, self.place.length = steps, length
+
+    def _steps_of(self, batches: int) -> int:
+        return math.ceil(batches / self._settings.accumulate)
 
     @property
     def batches_an_epoch(self) -> int | None:
@@ -99,12 +118,11 @@ class TrainState:
 
     def remaining_steps(self, epochs: int) -> int | None:
         """Steps in the next ``epochs`` epochs; None if the loader has no length."""
-        count = self._common_batches()
-        if count is None:
+        if self._batches is None:
             return None
-        batches = [count] * epochs
-        batches[:1] = [count - self.progress.batch]
-        return sum(math.ceil(count / self._settings.accumulate) for count in batches)
+        batches = [self._batches] * epochs
+        batches[:1] = [self._batches - self.progress.batch]
+        return sum(map(self._steps_of, batches))
 
     def begin_epoch(self) -> None:
         """Start the next epoch, or go on with an interrupted one."""
@@ -176,6 +194,8 @@ class TrainState:
             "scaler": settings.scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "progress": asdict(self.progress),
+            "schedule": asdict(self.place),
+            "batches_an_epoch": self._batches,
             "ranks": settings.world.gather(own),
         }
 
@@ -195,9 +215,12 @@ class TrainState:
         elif self._ema is not None:
             self._ema.restart()
         self.progress = Progress(**state["progress"])
+        self.place.load(state.get("schedule", {"steps_per_epoch": self.progress.steps_per_epoch()}))
+        self._batches, self._resumed = state.get("batches_an_epoch"), True
         ranks, world = state["ranks"], settings.world
         if len(ranks) != world.size:
-            self.progress.batch = self.progress.batch * len(ranks) // world.size
+            if self._batches is None:
+                self.progress.batch = self.progress.batch * len(ranks) // world.size
             return
         own = ranks[world.rank]
         self._epoch_start = own["epoch_start"]

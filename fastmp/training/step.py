@@ -29,6 +29,7 @@ from fastmp.schedule import Schedule, evaluate
 from fastmp.training import cuda_graph
 from fastmp.training.ema import EMA
 from fastmp.training.graph_constants import GraphConstants
+from fastmp.training.schedule_place import SchedulePlace
 from fastmp.training.settings import Settings
 
 Batch = tuple[Tensor, Tensor]
@@ -60,11 +61,16 @@ class TrainStep:
     Args:
         settings: those of the trainer.
         ema: updated after every step; None: there is none.
+        place: in the schedule; None: it goes by applied steps.
     """
 
-    def __init__(self, settings: Settings, ema: EMA | None) -> None:
+    def __init__(
+        self, settings: Settings, ema: EMA | None, place: SchedulePlace | None = None
+    ) -> None:
         self.settings = settings
         self.schedule: Schedule | None = None
+        self.followed: Schedule | None = None  # that schedule by applied steps
+        self._place = place or SchedulePlace()
         self._ema = ema
         self._telemetry = Telemetry(settings.optimizer) if settings.telemetry else None
         self._accumulator = Accumulator(
@@ -92,12 +98,13 @@ class TrainStep:
         if self.schedule is not None and not self._not_tabulated:
             optimizer.clear_schedule()
         self.schedule, self._not_tabulated = schedule, ""
+        self.followed = self._place.follow(schedule)
         if self._graph is not None:
             self._graph.reset()
-        if schedule is None:
+        if self.followed is None:
             return
         try:
-            lr, momentum = tabulate(schedule, steps)
+            lr, momentum = tabulate(self.followed, steps)
             if momentum and 0.0 in momentum and "momentum" in optimizer.defaults:
                 raise ValueError("with momentum 0 SGD must leave its buffer alone")
             optimizer.set_schedule(lr, momentum)
@@ -111,6 +118,8 @@ class TrainStep:
         endless = getattr(self.schedule, "length", None) is None
         if endless and steps:
             self.set_schedule(self.schedule, int(self.settings.optimizer.applied_steps) + steps)
+        elif self._place.follow(self.schedule) != self.followed:
+            self.set_schedule(self.schedule)
         self._warn_if_schedule_is_for_one_rank(steps)
         if self.uses_graph:
             self._record()
@@ -123,7 +132,7 @@ class TrainStep:
 
     def _warn_if_schedule_is_for_one_rank(self, steps: int | None) -> None:
         """A schedule made from the length of a loader that was split afterwards does not end."""
-        world, length = self.settings.world, getattr(self.schedule, "length", None)
+        world, length = self.settings.world, getattr(self.followed, "length", None)
         if world.size == 1 or not world.is_first or steps is None or length is None:
             return
         end = int(self.settings.optimizer.applied_steps) + steps
@@ -206,9 +215,9 @@ class TrainStep:
 
     def _run(self, batches: list[PreparedBatch]) -> StepOutput:
         loss, scale = self._backward(batches)
-        if self.schedule is not None and self._not_tabulated:
+        if self.followed is not None and self._not_tabulated:
             optimizer = self.settings.optimizer
-            apply(optimizer, *evaluate(self.schedule, int(optimizer.applied_steps)))
+            apply(optimizer, *evaluate(self.followed, int(optimizer.applied_steps)))
         return self._update(loss, scale)
 
     def _backward(self, batches: list[PreparedBatch]) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class StepLog:
 
     def _lr_of(self, applied: int) -> float:
         """The learning rate of the step that followed ``applied`` applied ones."""
-        optimizer, schedule = self._settings.optimizer, self._step_fn.schedule
+        optimizer, schedule = self._settings.optimizer, self._step_fn.followed
         if schedule is None:
             return float(optimizer.param_groups[0]["lr"])
         lr, momentum = evaluate(schedule, applied)

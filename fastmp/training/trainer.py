@@ -120,7 +120,7 @@ class Trainer:
         self._state = TrainState(settings, self.ema)
         self._log, self.checkpoints = self._state.log, self._state.checkpoints
         self._stop_signal = StopSignal(self.world)
-        self._step_fn = TrainStep(settings, self.ema)
+        self._step_fn = TrainStep(settings, self.ema, self._state.place)
         self._step_fn.set_schedule(schedule)
         self._steps = StepLog(settings, self._state, self._step_fn, self._stop_signal)
 
@@ -162,7 +162,7 @@ class Trainer:
         """
         results: list[EpochResult] = []
         last = self.epoch + epochs
-        self._state.attach_loader(train_loader)
+        self._state.attach_loader(train_loader, self.schedule)
         steps = self._state.remaining_steps(epochs)
         try:
             with self._state.held(), self._stop_signal.deferred(), self._step_fn.run(steps):
@@ -267,7 +267,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the trainer that ``state`` was taken from would have, to the bit.
 
-        With another number of ranks than it had, the random numbers are new ones.
+        With other ranks random numbers are new; with other batches the rest takes the schedule's.
 
         Raises:
             ValueError, RuntimeError: the state of another model, optimizer or scaler.
