@@ -123,10 +123,11 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
         world=world,
     )
     rng.seed(config.seed + world.rank)  # dropout does not depend on what was drawn before
-    if resuming and resume.load_newest(trainer, config):
+    loaded = resuming and resume.load_newest(trainer, config)
+    remaining = config.epochs - trainer.epoch
+    if loaded and remaining:
         where = f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}"
         print_rank0(f"{where}; changed: {changed}" if changed else where)
-    remaining = config.epochs - trainer.epoch
     with results.reported(config, trainer):
         if remaining:
             # the lr as given: a run resumed on another number of devices scales it again

@@ -52,7 +52,9 @@ def _same_kind(old: str, new: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None or value == () else str(value)
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return "none" if value is None else str(value)
 
 
 def load_newest(trainer: Trainer, config: TrainConfig) -> bool:
