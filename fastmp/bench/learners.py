@@ -20,8 +20,6 @@ from torch import Tensor, nn
 import fastmp
 from fastmp.bench.harness import OURS, dtype_name
 from fastmp.bench.workloads import Inputs, Workload
-from fastmp.training.cuda_graph import CudaRecorder, Graphed
-from fastmp.training.graph_constants import GraphConstants
 
 LR = 1e-4  # small: all candidates must still agree after some dozens of steps on one batch
 MAX_NORM = 1.0
@@ -60,7 +58,7 @@ def ours(
 
     step = _step(optimizer, scaler, torch.compile(loss_of) if mode == "compiled" else loss_of)
     if mode == "graphed":
-        step = _graphed(step, device)
+        step = _graphed(step)
     return Learner(model, optimizer, step, lambda images: model(images.to(dtype)))
 
 
@@ -118,12 +116,13 @@ def _step(
     return step
 
 
-def _graphed(step: Step, device: str) -> Step:
-    recorder = CudaRecorder(torch.device(device))
-    replayed = Graphed(lambda inputs: step(*inputs), recorder, GraphConstants())
+def _graphed(step: Step) -> Step:
+    replayed = fastmp.graphed(step)
 
     def call(*inputs: Tensor) -> Tensor:
-        loss: Tensor = replayed(inputs)
+        loss: Tensor = replayed(*inputs)
+        if replayed.reason:  # the kernels one by one would be timed under the name of a graph
+            raise RuntimeError(f"no CUDA graph: {replayed.reason}")
         return loss
 
     return call

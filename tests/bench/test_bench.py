@@ -236,6 +236,16 @@ def test_the_candidates_on_a_gpu():
     assert train._goals(work, names) == goals
 
 
+def test_a_step_that_is_no_graph_is_not_timed_as_one():
+    work = train.images("mlp", models.mlp, (1, 8, 8), 10, 8)
+    learner = learners.ours(work, work.make(), "cpu", torch.bfloat16, mode="graphed")
+    with (
+        pytest.warns(UserWarning, match="no CUDA graph"),
+        pytest.raises(RuntimeError, match="no CUDA graph: "),
+    ):
+        learner.step(*work.inputs("cpu"))
+
+
 def test_time_to_an_accuracy():
     """A curve for every candidate, the seconds where it crosses the target; or an error."""
     digits = data.load("digits")
