@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastmp.optim.base import FusedOptimizer, LoadedState
+from fastmp.optim.base import FusedOptimizer
+from fastmp.optim.saved import LoadedState
 from fastmp.schedule import Schedule, evaluate
 
 

@@ -1,0 +1,145 @@
+"""Saving and loading of an optimizer: state, masters, counts; by copies and by pickles."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmp.optim import state
+from fastmp.optim.options import plain
+from fastmp.optim.scheduled import ScheduledOptimizer
+from fastmp.optim.step_context import StepContext
+from fastmp.optim.step_reducer import ReducerSearch
+from fastmp.optim.table_cache import TableCache
+
+
+class LoadedState(NamedTuple):
+    """The last state that was loaded: its number, and the applied steps it came with."""
+
+    number: int = 0
+    applied: int = 0
+
+
+class SavedOptimizer(ScheduledOptimizer):
+    """An optimizer whose state goes to torch's and comes from it, not rounded."""
+
+    step_context: StepContext
+    _tables: TableCache
+    _loaded = LoadedState()
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded")
+        own = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        remainders = self._tables.remainders
+        exported = {p: remainders.saved_state(p, s) for p, s in self.state.items()}
+        own["state"] = defaultdict(dict, exported)
+        own["remainders"] = remainders.state_dict(self._params())
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, restored: dict[str, Any]) -> None:
+        restored = dict(restored)
+        remainders = restored.pop("remainders", None)
+        super().__setstate__(restored)  # by load_state_dict too, which leaves the context alone
+        self.__dict__.setdefault("step_context", StepContext())
+        self.__dict__.setdefault("_search_reducer", ReducerSearch())
+        self._tables = TableCache()
+        if remainders is not None:
+            self._tables.remainders.load_state_dict(self._params(), remainders)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:
+                    state.to_own_state(param, self.state[param], self._state_keys(group))
+        self._state_is_shared = False
+        self.accept_group_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and ``counts``: applied and skipped steps, the clock of schedules.
+
+        With bf16 parameters also ``remainders``: checksums of the weights that they complete.
+        """
+        state.adopt_masters(self.state, self._params(), self._tables.remainders)
+        counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
+        saved = {**super().state_dict(), "counts": counts}
+        # a scheduler may have written numbers of NumPy's
+        saved["param_groups"] = [plain(group) for group in saved["param_groups"]]
+        params, remainders = self._params(), self._tables.remainders
+        for i, param in enumerate(params):
+            if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it
+                saved["state"][i] = remainders.saved_state(param, self.state[param])
+        if any(p.dtype == torch.bfloat16 for p in params):
+            saved["remainders"] = remainders.state_dict(params)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
+
+        Without ``counts``, as in torch's states and those of ``torch.distributed.checkpoint``, the
+        number of applied steps is the largest ``step`` of a parameter. torch's SGD keeps none:
+        then it stays as it is.
+
+        Raises:
+            ValueError: another number of groups or of parameters in a group, as in torch, or state
+                of another shape than its parameter. Nothing has changed then.
+        """
+
+        counts: dict[str, Any] = {}
+
+        # The last pre-hook: after the caller's own, which may change the state.
+        def shield(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            counts.update(loaded.get("counts") or state.counts_of(loaded["state"]))
+            return state.shield_from_cast(loaded, self._params())
+
+        handle = self.register_load_state_dict_pre_hook(shield)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for name, count in counts.items():
+            self._read(name).copy_(torch.as_tensor(count))
+        self._loaded = LoadedState(self._loaded.number + 1, int(self.applied_steps))
+        if "remainders" in state_dict:
+            remainders = self._tables.remainders
+            remainders.load_state_dict(self._params(), state_dict["remainders"])
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 values of the parameters (fp64 of fp64), copies in the order of the groups.
+
+        With them and ``state_dict`` a run goes on in plain PyTorch: copy them into the fp32 model,
+        and load the state into torch's optimizer of the same name.
+        """
+        own, params = self._own_state, self._params()
+        state.adopt_masters(own, params, self._tables.remainders)
+        valid = self._tables.remainders.valid_state
+        return [state.master_of(p, valid(p, own.get(p, {}))).clone() for p in params]
+
+    @torch.no_grad()
+    def load_masters(self, values: Sequence[Tensor]) -> None:
+        """Set the parameters to these values: 16-bit weights round them, their state has the rest.
+
+        Args:
+            values: fp32 (fp64 for fp64), one for each parameter in the order of the groups, of its
+                shape, as from ``masters`` or from the parameters of an fp32 model.
+
+        Raises:
+            ValueError: another number of values, or one of another shape. Nothing has changed then.
+        """
+        params = self._params()
+        if [v.shape for v in values] != [p.shape for p in params]:
+            raise ValueError(
+                f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
+                f"{[tuple(v.shape) for v in values]}"
+            )
+        own = self._own_state
+        state.adopt_masters(own, params, self._tables.remainders)
+        for group in self.param_groups:
+            state.allocate(own, group["params"], self._state_keys(group))
+        for p, value in zip(params, values, strict=True):
+            state.set_master(p, own[p], value)
+        self._tables.remainders.adopt(params)
