@@ -71,6 +71,13 @@ class ScheduledOptimizer(RecordedOptimizer):
         """Go back to the hyperparameters of the groups."""
         self._schedule = None
 
+    def lr_after(self, applied: int) -> float:
+        """The lr of the first group in the step after ``applied`` ones; reads the device."""
+        group, table = self.param_groups[0], self._schedule
+        if table is None:
+            return float(group["lr"])
+        return float(table[min(applied, len(table) - 1), 0]) * float(group.get("lr_scale", 1.0))
+
     def accept_group_rates(self) -> None:
         """The groups' ``lr`` are to be as they are now: beside a table they are for show."""
         self._group_rates = [_seen(group["lr"]) for group in self.param_groups]

@@ -135,7 +135,7 @@ class StepLog:
         """The learning rate of the step that followed ``applied`` applied ones."""
         optimizer, schedule = self._settings.optimizer, self._step_fn.followed
         if schedule is None:
-            return float(optimizer.param_groups[0]["lr"])
+            return optimizer.lr_after(applied)
         lr, momentum = evaluate(schedule, applied)
         if not self._records:  # the groups, and so a checkpoint, show the newest step's values
             apply(optimizer, lr, momentum)

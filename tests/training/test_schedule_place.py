@@ -95,6 +95,14 @@ def test_the_same_batches_change_nothing(tmp_path, make):
     assert torch.equal(weights(whole.model), weights(parts.model))
 
 
+def test_a_schedule_that_is_bound_to_the_optimizer_is_the_one_shown(tmp_path):
+    made = OneCycle(0.1, 8, base_momentum=None, max_momentum=None)
+    trainer = trainer_for(small_model(), folder=tmp_path)
+    made.bind(trainer.optimizer)
+    trainer.fit(data(4), batches(1), 2)
+    assert rates(tmp_path) == [made(k)[0] for k in range(8)]
+
+
 def test_more_epochs_go_on_at_the_same_step(tmp_path):
     run(tmp_path, data(4), OneCycle(0.1, 8), 2)
     longer = OneCycle(0.1, 16)
