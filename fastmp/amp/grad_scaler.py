@@ -21,7 +21,28 @@ class GradScaler(torch.amp.GradScaler):
     by torch's code. ``unscale_`` accepts fp16 gradients of a fastmp optimizer, with a warning: what
     it unscales in place is rounded to fp16 again, so gradients below 6e-8 vanish. To clip, pass
     ``max_grad_norm`` to the optimizer.
+
+    Args:
+        device: where the gradients are. None: the accelerator that is there, else "cpu"; torch's
+            default, "cuda", disables the scaler on a machine without a GPU.
+        init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in torch.
     """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ) -> None:
+        if device is None:
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            device = "cpu" if accelerator is None else accelerator.type
+        super().__init__(
+            device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
+        )
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscale, check and update, unless a gradient is not finite; see torch's method."""

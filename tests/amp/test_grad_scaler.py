@@ -1,6 +1,7 @@
 """The scaler against torch's, and the conversion of a model."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -36,6 +37,24 @@ def train(scaler, model, optimizer, steps=24, unscale=False, start=0):
         scaler.update()
         seen.append((scaler.get_scale(), scaler._get_growth_tracker()))
     return seen
+
+
+def test_the_default_device_is_the_one_that_is_there():
+    """torch's default, "cuda", disables the scaler where there is no GPU: fp16 trains unscaled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaler = fastmp.amp.GradScaler()
+    assert scaler.is_enabled()
+    model, optimizer = model_and_optimizer(torch.float16)
+    if torch.cuda.is_available():
+        model.cuda()
+    device = next(model.parameters()).device
+    scaler.scale(model(torch.ones(2, 6).to(device, torch.float16)).float().mean()).backward()
+    scaler.step(optimizer)
+    assert scaler.get_scale() == 65536.0
+    assert list(inspect.signature(type(scaler)).parameters) == list(
+        inspect.signature(torch.amp.GradScaler).parameters
+    )
 
 
 @pytest.mark.parametrize("unscale", [False, True])
