@@ -185,14 +185,15 @@ def _linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, following: str
 ) -> Tensor:
     # Exported programs hold torch's operations only, and nested tensors have rules for no others; a
-    # vector as weight is rare, as are complex and whole numbers.
+    # vector as weight is rare, as are complex and whole numbers. The flag itself, since Dynamo of
+    # torch 2.11 takes is_exporting() for true in everything that it compiles.
     if (
         weight.dim() != 2
         or (not weight.is_floating_point() and weight.dtype == input.dtype)
         or input.is_nested
         or transformed()
         or torch._C._get_tracing_state()
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag
     ):
         return activate(F.linear(input, weight, bias), activation)
     input, weight, bias = autocast_operands(input, weight, bias)
