@@ -17,6 +17,8 @@ _IN_FP32: dict[type[nn.Module], type[nn.Module]] = {
     nn.InstanceNorm3d: InstanceNorm3d,
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Vectors of torch's spectral norms, which are multiplied with the weight: 1 if it has one row.
+_SPECTRAL = ("_u", "_v")
 
 
 def convert(
@@ -100,7 +102,7 @@ def _stays_fp32(module: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
             buffer.dim() == 0
             or "freq" in name
             or (buffer.dim() == 1 and computed)
-            or _is_count(buffer, dtype)
+            or (_is_count(buffer, dtype) and not name.endswith(_SPECTRAL))
         ):
             yield buffer
 

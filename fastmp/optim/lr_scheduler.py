@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmp.optim.base import FusedOptimizer
+from fastmp.optim.options import plain
 from fastmp.optim.saved import LoadedState
 from fastmp.schedule import Schedule, evaluate
 
@@ -55,7 +56,6 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         self.unit = unit
         self.optimizer = optimizer
         self._first = self._start(last_epoch + 1)
-        self._loads = getattr(optimizer, "_loaded", LoadedState()).number
         for group in getattr(optimizer, "param_groups", ()):
             # torch requires it with last_epoch >= 0; it is not used here
             group.setdefault("initial_lr", _copy(group["lr"]))
@@ -70,7 +70,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         return int(self.optimizer.applied_steps)
 
     def _start(self, position: int) -> int | None:
-        """The applied steps at position 0, if it is at ``position`` now."""
+        """The applied steps at position 0, if it is at ``position`` now, whatever was loaded."""
+        self._loads = getattr(self.optimizer, "_loaded", LoadedState()).number
         applied = self._applied()
         return None if applied is None else applied - position
 
@@ -93,6 +94,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     def _update_lr(self, epoch: int | None = None) -> None:
         """As ``step``; torch's ``SequentialLR`` calls it."""
         if epoch is not None:
+            epoch = plain(epoch)
             self._first = self._start(epoch)
             self.last_epoch = epoch
         else:
@@ -139,10 +141,15 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         state: dict[str, Any] = super().state_dict()
         for name in ("schedule", "unit", "_loads", "_loaded_at"):
             state.pop(name, None)
-        return {**state, "applied": self._applied()}
+        rates = zip(self.optimizer.param_groups, self._last_lr, strict=False)
+        in_groups = all(bool(group["lr"] == lr) for group, lr in rates)
+        return {**state, "applied": self._applied(), "in_groups": in_groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position of ``state_dict``, and write its values into the groups.
+
+        They are not written if they were not in the groups when the state was saved: another part
+        of a ``SequentialLR`` had the turn then, say.
 
         The optimizer's own state may be loaded before or after, or not at all. The state may come
         from a run with another kind of optimizer.
@@ -155,12 +162,14 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
                 "expected the state of a scheduler, with 'last_epoch', got the keys "
                 f"{sorted(state_dict)}"
             )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "applied"})
+        own = {k: v for k, v in state_dict.items() if k not in ("applied", "in_groups")}
+        super().load_state_dict(own)
         first, self._loaded_at = self._first, None
         if first is not None:  # "applied" is missing in states of older versions
             self._loaded_at = state_dict.get("applied", first + self.last_epoch), first
         self._anchor(self._applied())
-        self._write()
+        if state_dict.get("in_groups", True) and self.last_epoch >= 0:
+            self._write()
 
     def _anchor(self, applied: int | None) -> None:
         """Keep the position with an optimizer that has applied this many steps.

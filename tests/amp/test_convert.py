@@ -105,6 +105,18 @@ def test_running_statistics_of_instance_norms(dtype, dims, affine):
     assert type(fastmp.convert(model, torch.float32)[0]) is kind
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_spectral_norm_of_one_row(norm, dtype):
+    """The last layer of a discriminator: its vector of one element is 1, and no counter."""
+    torch.manual_seed(0)
+    plain = norm(nn.Linear(8, 1))
+    model = fastmp.convert(copy.deepcopy(plain), dtype)
+    x = torch.randn(4, 8).to(dtype)
+    assert model(x).dtype == dtype
+    torch.testing.assert_close(model(x).float(), plain(x.float()), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "GPTNeoX", "Qwen2"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rotary_tables_are_those_of_from_pretrained(kind, dtype, tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
@@ -187,6 +188,54 @@ def test_a_save_between_the_two_steps_loses_none(order):
     step(optimizer)
     scheduler.step()
     assert scheduler.last_epoch == 5
+
+
+def warm_then_fall(optimizer):
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3)
+    fall = LRScheduler(optimizer, Cosine(0.1, 9))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], milestones=[3])
+
+
+def fall_then_rise(optimizer):
+    fall, rise = (
+        LRScheduler(optimizer, Cosine(0.1, 9)),
+        LRScheduler(optimizer, Warmup(Constant(0.2), 4)),
+    )
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [fall, rise], milestones=[3])
+
+
+@pytest.mark.parametrize("order", ["optimizer", "scheduler"])
+@pytest.mark.parametrize("cut", range(1, 7))
+@pytest.mark.parametrize("make", [warm_then_fall, fall_then_rise])
+def test_a_sequence_of_torchs_resumes_in_either_order(make, cut, order):
+    """Before, at and after the milestone: only the part whose turn it is writes its rate."""
+
+    def run(resumed):
+        seen = []
+        _, optimizer = model_and("AdamW", bound=False)
+        scheduler = make(optimizer)
+        for seed in range(9):
+            if resumed and seed == cut:
+                saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+                _, optimizer = model_and("AdamW", bound=False)
+                scheduler = make(optimizer)
+                loads = [optimizer.load_state_dict, scheduler.load_state_dict]
+                pairs = list(zip(loads, saved, strict=True))
+                for load, state in pairs if order == "optimizer" else reversed(pairs):
+                    load(state)
+            seen.append(optimizer.param_groups[0]["lr"])
+            step(optimizer, seed)
+            scheduler.step()
+        return seen
+
+    assert run(resumed=True) == run(resumed=False)
+
+
+def test_a_position_of_numpys_is_saved_as_a_plain_number():
+    _, optimizer = model_and("AdamW", bound=False)
+    scheduler = LRScheduler(optimizer, MADE)
+    scheduler.step(np.int64(3))
+    assert type(scheduler.state_dict()["last_epoch"]) is int
 
 
 def test_an_optimizer_that_is_loaded_alone_leaves_the_scheduler_where_it_is():
