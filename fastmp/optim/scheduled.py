@@ -20,6 +20,7 @@ class ScheduledOptimizer(RecordedOptimizer):
 
     _schedule: Tensor | None = None
     _group_rates: Sequence[Any] = ()  # of the groups when the table was set
+    _group_momenta: Sequence[Any] = ()  # likewise, where the table has them
     _warned_of_rates = False
 
     def bind_schedule(self, schedule: Schedule, steps: int | None = None) -> None:
@@ -79,22 +80,35 @@ class ScheduledOptimizer(RecordedOptimizer):
         return float(table[min(applied, len(table) - 1), 0]) * float(group.get("lr_scale", 1.0))
 
     def accept_group_rates(self) -> None:
-        """The groups' ``lr`` are to be as they are now: beside a table they are for show."""
+        """The groups' ``lr`` are to be as they are now: beside a table they are for show.
+
+        So is their momentum, where the table has one.
+        """
         self._group_rates = [_seen(group["lr"]) for group in self.param_groups]
+        schedule = self._schedule
+        replaced = schedule is not None and not bool(schedule[0, 1].isnan())
+        self._group_momenta = list(map(_momentum, self.param_groups)) if replaced else []
 
     def _warn_of_group_rates(self) -> None:
-        """Once: the groups' rates are set, by a scheduler say, while a table is followed."""
+        """Once: the groups' rates are set, by a scheduler say, while a table is followed.
+
+        Or their momentum is, and the table has one.
+        """
         if self._warned_of_rates or self._schedule is None:
             return
         known = zip(self.param_groups, self._group_rates, strict=False)
         changed = any(_seen(group["lr"]) != seen and not _is_zero(group) for group, seen in known)
+        momenta = zip(self.param_groups, self._group_momenta, strict=False)
         # torch's schedulers put a wrapper around the step of their optimizer
-        if changed or hasattr(self.step, "_wrapped_by_lr_sched"):
+        changed = changed or hasattr(self.step, "_wrapped_by_lr_sched")
+        if changed or any(_momentum(group) != seen for group, seen in momenta):
             self._warned_of_rates = True
+            name = "lr" if changed else "momentum"
             warnings.warn(
                 "a schedule is bound to this optimizer, and a scheduler, or other code, sets the "
-                "lr of its groups: the lr in the groups is shown, that of the bound schedule is "
-                "used. Leave the scheduler out, or call clear_schedule() to use the groups' lr",
+                f"{name} of its groups: the {name} in the groups is shown, that of the bound "
+                "schedule is used. Leave the scheduler out, or call clear_schedule() to use the "
+                f"groups' {name}",
                 UserWarning,
                 stacklevel=4,
             )
@@ -123,6 +137,10 @@ class ScheduledOptimizer(RecordedOptimizer):
 def _seen(lr: float | Tensor) -> Any:
     """Equal as long as ``lr`` is the same; of a tensor without reading it."""
     return (id(lr), lr._version) if isinstance(lr, Tensor) else lr
+
+
+def _momentum(group: dict[str, Any]) -> Any:
+    return _seen(group["betas"][0] if "betas" in group else group["momentum"])
 
 
 def _is_zero(group: dict[str, Any]) -> bool:

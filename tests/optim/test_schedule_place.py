@@ -361,6 +361,25 @@ def test_a_rate_that_is_edited_beside_a_bound_schedule_is_warned_of(tensor_lr):
         step(optimizer)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_momentum_that_is_edited_beside_that_of_a_schedule_is_warned_of(name):
+    _, optimizer = model_and(name, bound=False)
+    group = optimizer.param_groups[0]
+    OneCycle(0.1, 12).bind(optimizer)
+    step(optimizer)
+    group.update({"betas": (0.5, 0.9)} if name == "AdamW" else {"momentum": 0.5})
+    with pytest.warns(UserWarning, match="the momentum in the groups is shown, that of the bound"):
+        step(optimizer)
+
+
+def test_a_momentum_beside_a_schedule_without_one_is_used():
+    _, optimizer = model_and("SGD")
+    optimizer.param_groups[0]["momentum"] = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(optimizer)
+
+
 def test_other_changes_are_not_warned_of():
     """Another schedule, more groups, a copy, a load, no schedule: the rate is the one asked for."""
     with warnings.catch_warnings():
