@@ -120,8 +120,16 @@ class Checkpoints:
         return None
 
     def _all(self) -> list[Path]:
-        """The finished ones, by step."""
+        """The finished ones, by step.
+
+        A link to a disk that is not there is no empty folder: a run would start from scratch.
+        """
         if not self.folder.is_dir():
+            if os.path.lexists(self.folder):
+                raise CheckpointError(
+                    f"{self.folder}: expected a folder of checkpoints, found a file or a broken "
+                    "link; bring the folder back, or remove what is there to start again"
+                )
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
@@ -145,7 +153,10 @@ class Checkpoints:
 
     def _clear(self) -> None:
         for left in self.folder.glob(f"*{_UNFINISHED}"):
-            shutil.rmtree(left)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:  # none of ours
+                left.unlink()
 
 
 def _copied(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,6 @@ def run(given: LrFind) -> None:
         world=World(),
     )
     found = lr_find.find(trainer, train_loader, low=given.low, high=given.high, steps=given.steps)
-    print(
-        f"suggestion: --lr {found.suggestion:.2g} (where the loss falls fastest)\n"
-        f"a tenth of where it is lowest: {found.at_minimum / 10:.2g}\n"
-        f"for a batch of {config.batch_size} x {config.accumulate}; the curve is in {given.picture}"
-    )
 
     def draw() -> None:
         from fastmp.report import lr_curve  # imports Matplotlib
@@ -93,3 +89,13 @@ def run(given: LrFind) -> None:
         lr_curve.draw(found, given.picture)
 
     results.attempt(str(given.picture), draw)
+    if math.isnan(found.suggestion):
+        raise lr_find.RangeTestError(
+            f"no suggestion: the loss did not fall from low={given.low:g} on before it was lowest; "
+            f"take more steps than {given.steps}, or another low; the curve is in {given.picture}"
+        )
+    print(
+        f"suggestion: --lr {found.suggestion:.2g} (where the loss falls fastest)\n"
+        f"a tenth of where it is lowest: {found.at_minimum / 10:.2g}\n"
+        f"for a batch of {config.batch_size} x {config.accumulate}; the curve is in {given.picture}"
+    )

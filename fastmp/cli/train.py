@@ -60,10 +60,13 @@ def _parsed(arguments: Sequence[str]) -> Train:
     found = finder.parse_known_args(arguments)[0]
     defaults = TrainConfig()
     if found.resume:
-        if found.out is None:
+        out = found.out
+        if out is None and found.config is not None:
+            out = recipe.read_toml(found.config).out
+        if out is None:
             raise ConfigError("resume: expected --out with the folder of the run, got no folder")
-        if (found.out / CONFIG).exists():
-            defaults = recipe.read_toml(found.out / CONFIG)
+        if (out / CONFIG).exists():
+            defaults = recipe.read_toml(out / CONFIG)
     if found.config is not None:
         defaults = recipe.read_toml(found.config, defaults)
     given = tyro.cli(

@@ -36,7 +36,9 @@ _HUB = "hf:"
 
 def is_known(name: str) -> bool:
     """Whether ``name`` is a built-in data set, a Hugging Face name or an existing folder."""
-    return name in DATASETS or name.startswith(_HUB) or Path(name).is_dir()
+    if name.startswith(_HUB):
+        return name != _HUB
+    return name in DATASETS or (name != "" and Path(name).is_dir())  # Path("") is this folder
 
 
 def load(name: str, *, image_size: int | None = None, warn: bool = True) -> Dataset:

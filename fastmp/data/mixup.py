@@ -196,7 +196,8 @@ class Mixup:
         shape = torch.full((2, n), alpha + 1.0, dtype=torch.float64)
         gamma = torch._standard_gamma(shape, generator=self.generator)
         uniform = 1.0 - self._uniform(2 * n).reshape(2, n)
-        first, second = gamma.log() + uniform.log() / alpha
+        # -log U is at most 37: finite. Below 1e-300 all λ are 0 or 1 anyway
+        first, second = gamma.log() + uniform.log() / max(alpha, 1e-300)
         return torch.sigmoid(first - second)
 
     def _box(self, lam: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

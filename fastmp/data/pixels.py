@@ -69,7 +69,7 @@ def _nominal(kind: str, low: float, high: float) -> tuple[float, float]:
     top = next((top for top in tops if high <= top), None)
     if low >= 0 and top is not None:
         return 0.0, top
-    return low, high if high > low else low + 1.0
+    return low, high if high > low else low + max(1.0, abs(low))  # 1e20 + 1 is 1e20
 
 
 def to_8_bits(image: Image, channels: int, ranges: Ranges) -> Image:
@@ -113,8 +113,7 @@ def _narrow(image: Image, ranges: Ranges) -> NDArray[np.uint8]:
     assert kind is not None
     known = ranges if kind in ranges else measure_ranges([image])
     low, high = known.get(kind, (0.0, 1.0))  # without a finite value
-    values = np.asarray(image)
-    values = np.nan_to_num(values.astype(np.result_type(values, np.float32)), nan=low)
+    values = np.nan_to_num(np.asarray(image, np.float64), nan=low)  # high - low overflows fp32
     levels: NDArray[np.uint8] = np.rint(
         (values.clip(low, high) - low) * (255 / (high - low))
     ).astype(np.uint8)

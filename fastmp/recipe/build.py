@@ -32,7 +32,7 @@ def device_of(config: TrainConfig) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = rendezvous.own_device(kind)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

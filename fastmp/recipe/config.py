@@ -53,6 +53,7 @@ _MAX_FLOAT = torch.finfo(torch.float32).max
 COUNT = Range(1, 2**31 - 1, "a whole number of at least 1")
 WHOLE = Range(0, 2**31 - 1, "a whole number of at least 0")
 PROCESSES = Range(0, 4096, "a whole number from 0 to 4096")
+SIDE = Range(1, 10_000, "a whole number from 1 to 10000")  # squared: what one image may have
 SEED = Range(0, 2**63 - 1, "a whole number from 0 to 2**63 - 1")
 NOT_NEGATIVE = Range(0, _MAX_FLOAT, "a finite number of at least 0")
 POSITIVE = Range(math.nextafter(0, 1), math.inf, "a number above 0")
@@ -69,7 +70,7 @@ class TrainConfig:
     data: str = "digits"
     """digits (1,797 images), fashion-mnist (70,000), a folder of train/CLASS/*.jpg, or hf:NAME."""
 
-    image_size: Annotated[int | None, COUNT, _hint("INT", "that of the images, at most 224")] = None
+    image_size: Annotated[int | None, SIDE, _hint("INT", "that of the images, at most 224")] = None
     """Height and width that images from files are cut to."""
 
     workers: Annotated[int, PROCESSES] = 4

@@ -29,7 +29,7 @@ _TAGS = {
 
 
 class LogError(ValueError):
-    """A line of the log that is not JSON; the message says what to do."""
+    """A line that is no row of a log; the message says what to do."""
 
 
 class Log:
@@ -76,7 +76,7 @@ class Log:
         """Go on after ``step``: the next row first drops all rows after it, and notes it.
 
         Raises:
-            LogError: a line that is not JSON; nothing is written then.
+            LogError: a line that is no row; nothing is written then.
         """
         if self._folder is not None and (self._folder / FILE).exists():
             read(self._folder / FILE)
@@ -116,16 +116,20 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str
     """The rows, of one kind or all, in order.
 
     Raises:
-        LogError: a line that is not JSON; a torn last line of a killed run is left out.
+        LogError: a line that is no row; a torn last line of a killed run is left out.
     """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # a torn line has no line feed
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            wanted = kind in (None, row["kind"])
+        except (ValueError, TypeError, KeyError) as error:
+            shown = line[:60].decode(errors="backslashreplace")
             raise LogError(
-                f"{path}, line {number}: expected JSON, got {line[:60]!r}; "
+                f"{path}, line {number}: expected JSON with a kind, got {shown!r}; "
                 "delete the line, or the file"
             ) from error
-    return [row for row in rows if kind in (None, row["kind"])]
+        if wanted:
+            rows.append(row)
+    return rows

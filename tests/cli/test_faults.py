@@ -119,12 +119,33 @@ def test_weights_that_are_none_are_one_line(tmp_path, capsys, name, content):
     assert f"{tmp_path / name} cannot be read" in error_of(capsys, "train", *FAST, *flags)
 
 
-def test_a_line_of_the_log_that_is_no_json(out, capsys):
-    with (out / "metrics.jsonl").open("a") as lines:
-        lines.write("nonsense\n")
+@pytest.mark.parametrize("text", ["nonsense", '{"step": 1}', "[1]", "3", "", "\\xff"])
+def test_a_line_of_the_log_that_is_no_row(out, capsys, text):
+    with (out / "metrics.jsonl").open("ab") as lines:
+        lines.write(b"\xff\n" if text == "\\xff" else text.encode() + b"\n")
     line = error_of(capsys, "train", "--out", out, "--resume", "--epochs", 3)
     assert "metrics.jsonl, line" in line
-    assert "expected JSON, got 'nonsense'; delete the line" in line
+    assert f"expected JSON with a kind, got {text!r}; delete the line" in line
+
+
+@pytest.mark.parametrize("harm", ["a file", "a broken link"])
+def test_checkpoints_that_are_no_folder_do_not_start_the_run_again(out, capsys, harm):
+    path = out / "checkpoints"
+    shutil.rmtree(path)
+    path.write_text("") if harm == "a file" else path.symlink_to("a disk that is not there")
+    rows = (out / "metrics.jsonl").read_bytes()
+    line = error_of(capsys, "train", "--out", out, "--resume", "--epochs", 3)
+    assert f"{path}: expected a folder of checkpoints, found a file or a broken link" in line
+    assert (out / "metrics.jsonl").read_bytes() == rows
+
+
+def test_leftovers_among_the_checkpoints_lose_no_epoch(out, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (out / "checkpoints" / "step-000000007.unfinished").write_text("")
+    (out / "checkpoints" / "step-000000008.unfinished").symlink_to(tmp_path / "kept")
+    assert cli.main(["train", "--out", str(out), "--resume", "--epochs", "3"]) == 0
+    assert newest(out)["progress"]["epoch"] == 3
+    assert (tmp_path / "kept").exists()
 
 
 # ---- a full disk ----
@@ -164,6 +185,10 @@ def test_a_full_disk(tmp_path, size):
         (("train", "--config", "."), "config file .: expected TOML, got: [Errno 21]"),
         (("train", "--out", "/dev/null/run"), "out: expected a folder that can be written to"),
         (("train", "--init-from", "nowhere"), "nowhere does not exist"),
+        (("train", "--data", ""), "an existing folder or hf:NAME, got ''"),
+        (("train", "--data", "hf:"), "an existing folder or hf:NAME, got 'hf:'"),
+        (("train", "--device", "meta"), "device: expected one that works here, got 'meta'"),
+        (("train", "--image-size", 100_000), "image_size: expected a whole number from 1 to 10000"),
     ],
 )
 def test_arguments_out_of_range_are_refused_at_once(tmp_path, monkeypatch, capsys, words, message):

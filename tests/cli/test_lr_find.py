@@ -7,6 +7,17 @@ pytest.importorskip("tyro", reason="tyro is not installed: no command line to te
 from fastmp import cli
 
 
+@pytest.mark.parametrize("flags", [("--steps", "3"), ("--low", "1e-300", "--steps", "9")])
+def test_no_suggestion_is_an_error_and_no_nan(tmp_path, capsys, flags):
+    picture = tmp_path / "curve.png"
+    words = ["lr-find", "--model", "mlp", "--dtype", "fp32", *flags, "--picture", str(picture)]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert "nan" not in out
+    assert err.startswith("fastmp lr-find: error: no suggestion: the loss did not fall from low=")
+    assert picture.exists()
+
+
 def test_lr_find(tmp_path, capsys):
     picture = tmp_path / "curve.png"
     flags = ["--model", "mlp", "--dtype", "fp32", "--steps", "60", "--picture", str(picture)]

@@ -181,6 +181,14 @@ def test_a_config_file_counts_as_its_flags(out, tmp_path, capsys, plain):
     assert rows(out) == plain
 
 
+def test_the_folder_may_come_from_the_config_file(out, tmp_path, capsys, plain):
+    file = tmp_path / "with_out.toml"
+    file.write_text(f'model = "mlp"\nepochs = 2\nout = "{out}"\n')
+    assert cli.main(["train", "--resume", "--config", str(file)]) == 0
+    assert "resumed at step 22, epoch 2; changed: epochs 1 -> 2" in capsys.readouterr().out
+    assert rows(out) == plain
+
+
 def test_data_that_moved(tmp_path, capsys):
     from tests.data.image_cases import write
 

@@ -55,6 +55,13 @@ def test_lam_follows_the_beta_distribution(alpha):
     assert abs((lam - 0.5).pow(4).mean() / fourth - 1) < 0.015
 
 
+@pytest.mark.parametrize("alpha", [5e-324, 1e-320, 1e-30])
+def test_lam_of_the_smallest_alphas_is_0_or_1(alpha):
+    lam = Mixup(alpha, per_sample=True)._beta(alpha, 1000)
+    assert set(lam.tolist()) == {0.0, 1.0}
+    assert 400 < lam.sum() < 600
+
+
 def test_prob_and_switch_prob():
     x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
     out, target = Mixup(prob=0.0, generator=generator())(x, y)

@@ -77,7 +77,9 @@ def test_pgm_of_16_bits(tmp_path):
         (np.float32([0, 200]), (0, 255)),
         (np.float32([280, 310]), (280, 310)),  # kelvin
         (np.float32([-1, 1, np.nan, np.inf, -np.inf]), (-1, 1)),
-        (np.float32([1000, 1000]), (1000, 1001)),
+        (np.float32([-0.5, -0.5]), (-0.5, 0.5)),
+        (np.float32([1000, 1000]), (1000, 2000)),
+        (np.float32([2.0**100]), (2.0**100, 2.0**101)),
     ],
 )
 def test_the_range_of_wide_values(values, expected):
@@ -105,6 +107,12 @@ def test_values_that_are_not_finite_or_out_of_range():
     assert result.tolist() == [[0, 0, 0, 128, 255, 255]]
     nothing = Image.fromarray(np.full((1, 2), np.nan, np.float32))
     assert levels(nothing).tolist() == [[0, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_whole_range_of_fp32():
+    image = Image.fromarray(np.float32([[-3e38, 0, 3e38]]))
+    assert levels(image).tolist() == [[0, 128, 255]]
 
 
 def test_a_set_of_wide_images_is_as_bright_as_its_twin_of_8_bits(tmp_path):
