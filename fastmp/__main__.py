@@ -48,7 +48,8 @@ def _run() -> int:
     try:
         return cli.main(sys.argv[1:])
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is closed
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

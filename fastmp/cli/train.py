@@ -210,5 +210,5 @@ def _run_folder(config: TrainConfig, resume: bool) -> Path:
             raise ConfigError(f"out: expected {wanted}, {out} is not{hint}")
         return out
     model = config.model.replace(":", ".")
-    name = Path(config.data).name.replace(":", "-")
+    name = Path(config.data).resolve().name.replace(":", "-")  # of "." too
     return Path("runs") / f"{name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -19,6 +19,7 @@ _NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _OF_SYSTEMS = {
     "__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information",
 }  # fmt: skip
+_OF_A_RUN = "metrics.jsonl"  # in the folder of a run, whose curves.png is no image of a class
 _TRAIN = ("train", "training")
 _TEST = ("val", "valid", "validation", "test", "testing")
 _PARTS = {*_TRAIN, *_TEST}
@@ -159,7 +160,7 @@ class Listing:
 
     def notes(self, folder: Path) -> list[str]:
         """One line on what was passed over, one on empty classes, where there are any."""
-        found, name = [], shown(folder.name)
+        found, name = [], shown(folder.name or folder)
         for reason, paths in self.passed_over.items():
             examples = [os.path.relpath(path, folder) for path in paths[:4]]
             found.append(f"{reason}: {len(paths):,} ({few(examples)})")
@@ -239,7 +240,11 @@ def _images(
         if _identity(folder) in seen:
             continue
         seen.add(_identity(folder))
-        for entry in _entries(folder, listing):
+        entries = list(_entries(folder, listing))
+        if any(entry.name == _OF_A_RUN for entry in entries):
+            listing.pass_over("results of runs", folder)
+            continue
+        for entry in entries:
             _, dot, ending = entry.name.rpartition(".")
             if _is_folder(entry):
                 waiting.append(entry.path)

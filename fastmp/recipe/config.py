@@ -189,6 +189,10 @@ class TrainConfig:
             raise ConfigError(
                 f"model: expected {known} or package.module:factory, got {self.model!r}"
             )
+        for name in ("data", "model", "init_from", "out"):  # config.toml could not be read again
+            text = str(getattr(self, name))
+            if text != text.encode(errors="replace").decode():
+                raise ConfigError(f"{name}: expected a name in UTF-8, got {text!a}; rename it")
         for name, allowed in _ranges().items():
             value = getattr(self, name)
             if value is not None:

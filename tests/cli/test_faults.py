@@ -257,6 +257,12 @@ def test_a_reader_that_has_gone(tmp_path, words):
     assert process.returncode == 141
 
 
+def test_a_closed_output(tmp_path):
+    done = in_a_process("doctor", cwd=tmp_path, preexec_fn=lambda: os.close(1))
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
 # ---- after training ----
 
 

@@ -31,6 +31,24 @@ def everything(source):
     return source.batch(range(len(source)))[0]
 
 
+def test_the_results_of_runs_are_no_class(tmp_path, monkeypatch):
+    """``fastmp train --data .`` writes into ./runs, and is called again."""
+    for name in ("cat", "dog", "runs/first", "dog/runs/second"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(3):
+            picture(i).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "runs/first/metrics.jsonl").write_text("")
+    (tmp_path / "dog/runs/second/metrics.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    dataset = data.load(".", warn=False)
+    assert dataset.classes == ("cat", "dog")
+    assert len(dataset.train) + len(dataset.test) == 6
+    assert dataset.notes[:2] == (
+        "passed over in .: results of runs: 2 (dog/runs/second, runs/first)",
+        "no classes, since without images in .: runs",
+    )
+
+
 def test_what_systems_leave_behind_is_no_class_and_no_error(folder):
     clean = data.load(str(folder))
     for name in JUNK:

@@ -66,3 +66,10 @@ def test_a_rate_is_scaled_to_the_global_batch():
     assert TrainConfig(lr=0.5, batch_size=999).resolved(8, samples=9).lr == 0.5
     with pytest.raises(ConfigError, match=r"lr, base_lr: expected one of them, got 0.1 and"):
         TrainConfig(lr=0.1, base_lr=0.2).resolved()
+
+
+@pytest.mark.parametrize("name", ["data", "model", "init_from", "out"])
+def test_names_that_the_config_file_could_not_hold_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected a name in UTF-8, got 'a:\\udcff'"):
+        TrainConfig(**{name: "a:\udcff"})
+    TrainConfig(**{name: "ü:日本"})
