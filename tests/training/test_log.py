@@ -73,7 +73,7 @@ def test_rewind_drops_what_came_after_and_a_torn_line(tmp_path):
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / log.FILE
     path.write_text('{"kind": "step", "step": 1}\nnonsense\n{"kind": "step", "step": 2}\n')
-    with pytest.raises(ValueError, match=r"line 2: expected JSON, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"line 2: expected JSON with a kind, got 'nonsense'"):
         log.read(path, "step")
 
 
