@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,14 +123,21 @@ class Dataset:
         return self.train.shape
 
 
-def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 (N, C, H, W), scaled to [0, 1].
+def histogram(images: Tensor) -> Tensor:
+    """How often each level of uint8 (N, C, H, W) occurs per channel: int64 (C, 256)."""
+    return torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
+
+
+def statistics(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, scaled to [0, 1], of the levels in a ``histogram``.
 
     The standard deviation of a channel that is constant, or below a sixteenth of one of 255 levels,
     is given as 1: divided by it the channel is 0 where it has its mean, and small elsewhere.
     """
-    pixels = images.numpy() / 255.0
-    mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+    shares = counts.numpy() / counts.numpy().sum(1, keepdims=True)
+    levels = np.arange(256) / 255.0
+    mean = shares @ levels
+    std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
     std[std < _LEAST_STD] = CONSTANT_STD
     return tuple(mean.tolist()), tuple(std.tolist())
 
@@ -141,4 +149,5 @@ def in_memory(
     classes: tuple[str, ...],
 ) -> Dataset:
     """A data set of (images, labels) pairs."""
-    return Dataset(name, Arrays(*train), Arrays(*test), *statistics(train[0]), classes)
+    statistics_ = statistics(histogram(train[0]))
+    return Dataset(name, Arrays(*train), Arrays(*test), *statistics_, classes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmp.data import folders, pixels
-from fastmp.data.dataset import CONSTANT_STD, DataError, Dataset, Shape, statistics
+from fastmp.data.dataset import CONSTANT_STD, DataError, Dataset, Shape, histogram, statistics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -147,7 +147,7 @@ def dataset_of(
         DataError: an image that cannot be read, a label out of range.
     """
     (read, labels), (read_test, test_labels) = parts
-    sample = range(0, len(labels), -(-len(labels) // _SAMPLE))
+    sample, test_sample = _sample(labels), _sample(test_labels)
     headers = list(_headers(read, sample))
     side = MAX_DEFAULT_SIDE
     side = min(side, stat.median_low(h.side for h in headers)) if size is None else size
@@ -155,19 +155,45 @@ def dataset_of(
         headers, _headers(read, range(len(labels))), _headers(read_test, range(len(test_labels)))
     )
     shape = (1 if all(header.channels == 1 for header in everything) else 3, side, side)
-    wide = [index for index, header in zip(sample, headers, strict=True) if header.wide]
-    ranges = pixels.measure_ranges(_load(read, index)[0] for index in wide)
+    ranges = _ranges(read, sample)
     train = Images(read, labels, shape, ranges)
     test = Images(read_test, test_labels, shape, ranges)
-    images, _ = train.batch(sample)
-    mean, std = statistics(images)
+    counts = sum(histogram(train.batch([index])[0]) for index in sample)  # one in memory at a time
+    assert isinstance(counts, Tensor)
+    mean, std = statistics(counts)
     notes = [*notes, *_decided(train, test, classes, ranges, std)]
-    if images.max() < _DARK:
+    notes += _other_scale(ranges, _ranges(read_test, test_sample))
+    top = int(counts.sum(0).nonzero().max())
+    if top < _DARK:
         notes.append(
-            f"dark: no pixel of {len(images):,} training images is above {images.max()} of 255; "
+            f"dark: no pixel of {len(sample):,} training images is above {top} of 255; "
             "were they saved with fewer bits than their format has?"
         )
     return Dataset(name, train, test, mean, std, tuple(classes), tuple(notes))
+
+
+def _sample(labels: Tensor) -> range:
+    return range(0, len(labels), -(-len(labels) // _SAMPLE))
+
+
+def _ranges(read: Read, sample: range) -> pixels.Ranges:
+    """Of the wide values in these images."""
+    wide = (
+        index for index, header in zip(sample, _headers(read, sample), strict=True) if header.wide
+    )
+    return pixels.measure_ranges(_load(read, index)[0] for index in wide)
+
+
+def _other_scale(train: pixels.Ranges, test: pixels.Ranges) -> Iterator[str]:
+    """A line for wide values that reach twice as far in one part as in the other."""
+    for kind in train.keys() & test.keys():
+        (low, high), (test_low, test_high) = train[kind], test[kind]
+        spans = high - low, test_high - test_low
+        if max(spans) >= 2 * min(spans):
+            yield (
+                f"validation images reach from {test_low:g} to {test_high:g} where training images "
+                f"reach from {low:g} to {high:g}, and are scaled as those: are both of one kind?"
+            )
 
 
 class _Header(NamedTuple):

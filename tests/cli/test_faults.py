@@ -160,7 +160,11 @@ def test_a_full_disk(tmp_path, size):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    done = in_a_process("train", *FAST, "--out", "run", cwd=tmp_path, preexec_fn=limit)
+    # Python would cut its bytecode of the modules as well, and fail to read it from then on
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = in_a_process(
+        "train", *FAST, "--out", "run", cwd=tmp_path, preexec_fn=limit, env=environment
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("fastmp train: error: [Errno 27] File too large")

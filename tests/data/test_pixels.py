@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from fastmp import data
 from fastmp.data import files, pixels
-from fastmp.data.dataset import statistics
+from fastmp.data.dataset import histogram, statistics
 from tests.data.image_cases import Image, picture, write
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -279,4 +281,35 @@ def test_the_std_of_a_single_pixel_by_a_level_is_1(other):
     """0.1 + 0.1 + ... is no multiple of 0.1: the std of a constant is 1e-17, not 0."""
     images = torch.full((7, 1, 33, 31), 77, dtype=torch.uint8)
     images[0, 0, 0, 0] += other
-    assert statistics(images)[1] == (1.0,)
+    assert statistics(histogram(images))[1] == (1.0,)
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 7, 9), np.uint8))
+    mean, std = statistics(histogram(images))
+    scaled = images.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+
+
+def test_loading_holds_one_image_at_a_time(tmp_path):
+    """64 images of 600 x 600: 69 MB as bytes, 553 as the fp64 values that a mean goes over."""
+    write(tmp_path, ("train", "val"), per_class=32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data.load(str(tmp_path), image_size=600, warn=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
+
+
+def test_validation_images_on_another_scale_are_said(tmp_path):
+    for part, top in (("train", 1), ("val", 255)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(2):
+                values = np.float32(LEVELS / 255) * top
+                Image.fromarray(values).save(tmp_path / part / name / f"{i}.tif")
+    dataset = data.load(str(tmp_path), warn=False)
+    assert dataset.notes == (
+        "pixels that are floats: 0 to 1 becomes 0 to 255",
+        "validation images reach from 0 to 255 where training images reach from 0 to 1, and are "
+        "scaled as those: are both of one kind?",
+    )
