@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
@@ -39,6 +40,7 @@ def convert(
     - buffers with "freq" in their name, and vectors that no checkpoint holds: the frequencies of
       rotary embeddings, which are multiplied with positions;
     - buffers of whole numbers that ``dtype`` does not have: tables of positions;
+    - what a model of transformers keeps in fp32 under ``from_pretrained(dtype=)``;
     - what ``keep_fp32`` names.
 
     Parameters stay the same objects and ``state_dict`` keys do not change. The model then expects
@@ -70,6 +72,7 @@ def convert(
     kept = {id(t) for t in _named_exceptions(model, keep_fp32)}
     for module in model.modules():
         kept |= {id(t) for t in _stays_fp32(module, dtype)}
+        kept |= {id(t) for t in _transformers_exceptions(module, dtype)}
 
     def cast(tensor: Tensor) -> Tensor:
         target = torch.float32 if id(tensor) in kept else dtype
@@ -115,6 +118,19 @@ def _is_count(buffer: Tensor, dtype: torch.dtype) -> bool:
     if exact and buffer.numel() > 1:
         return False
     return bool((buffer == buffer.trunc()).all()) and bool(buffer.isfinite().all())
+
+
+def _transformers_exceptions(module: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What the class of a model names, by parts of names: in fp16, or "strict", in bf16 too."""
+    attributes = ["_keep_in_fp32_modules_strict"]
+    if dtype == torch.float16:
+        attributes.append("_keep_in_fp32_modules")
+    named = [getattr(module, attribute, None) for attribute in attributes]
+    parts = [part for entry in named if isinstance(entry, list | set | tuple) for part in entry]
+    if parts:
+        pattern = re.compile("|".join(parts).replace("*", ".*"))
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        yield from (tensor for name, tensor in tensors if pattern.search(name))
 
 
 def _named_exceptions(

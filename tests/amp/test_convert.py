@@ -146,6 +146,41 @@ def test_rotary_tables_are_those_of_from_pretrained(kind, dtype, tmp_path):
     assert (cosine - exact(torch.zeros(1, 1, 32), positions)[0]).abs().max() < 0.01
 
 
+TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+HEADS = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("T5ForConditionalGeneration", {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}),
+        (
+            "DeepseekV3ForCausalLM",
+            {**EXPERTS, **HEADS, "moe_intermediate_size": 16, "q_lora_rank": 8,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1},
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_model_of_transformers_keeps_in_fp32(kind, sizes, dtype, tmp_path):
+    """T5's wo overflows in fp16; the bias of a router moves by 0.001, which bf16 does not add."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'fastmp[interop]'"
+    )
+    model_class = getattr(transformers, kind)
+    plain = model_class(model_class.config_class(**TINY, **sizes)).eval()
+    plain.save_pretrained(tmp_path)
+    theirs = model_class.from_pretrained(tmp_path, dtype=dtype).eval()
+    ours = fastmp.convert(copy.deepcopy(plain), dtype)
+    a, b = ({n: t.dtype for n, t in m.state_dict().items()} for m in (ours, theirs))
+    assert a == b
+    assert (torch.float32 in b.values()) == (kind[:2] != "T5" or dtype == torch.float16)
+    tokens = torch.randint(50, (1, 6))
+    given = {"decoder_input_ids": tokens} if kind[:2] == "T5" else {}
+    torch.testing.assert_close(ours(tokens, **given).logits, theirs(tokens, **given).logits)
+
+
 @pytest.mark.parametrize(
     ("entry", "kept"),
     [
