@@ -53,6 +53,7 @@ class Remainders:
     def __init__(self) -> None:
         self._params: list[Tensor] = []  # of the current table
         self._remainders: list[Tensor] = []
+        self._owners: dict[int, Tensor] = {}  # by the id of a remainder
         self._indices: dict[Tensor, int] = {}
         self._versions: list[int] = []  # when they were last read
         self._steps = 0  # since then, each of which raised every version by 1
@@ -66,6 +67,8 @@ class Remainders:
         expected = self._checksums.get(param)
         if expected is not None:
             return remainder * (checksum(param) == expected)
+        if self._is_of_another(param, remainder):
+            return torch.zeros_like(remainder)
         if not self._is_changed(param):
             return remainder
         copy = self._copies.get(param)
@@ -73,6 +76,10 @@ class Remainders:
             return torch.zeros_like(remainder)
         same = copy.view(torch.int16) == param.detach().view(torch.int16)
         return torch.where(same, remainder, 0)
+
+    def _is_of_another(self, param: Tensor, remainder: Tensor) -> bool:
+        """Whether code outside moved a state from one parameter to another that replaces it."""
+        return self._owners.get(id(remainder), param) is not param
 
     def _is_changed(self, param: Tensor) -> bool:
         index = self._indices.get(param)
@@ -84,6 +91,10 @@ class Remainders:
 
     def use(self, params: list[Tensor], remainders: list[Tensor]) -> None:
         """The next steps change these weights and their remainders."""
+        for param, remainder in zip(params, remainders, strict=True):
+            if self._is_of_another(param, remainder):
+                remainder.zero_()
+        self._owners = dict(zip(map(id, remainders), params, strict=True))
         now = (version + self._steps for version in self._versions)
         known = {**self._others, **dict(zip(self._params, now, strict=True))}
         self._params, self._remainders = params, remainders
@@ -134,6 +145,7 @@ class Remainders:
     def adopt(self, params: list[Tensor]) -> None:
         """The remainders of these parameters were computed from the weights as they are."""
         self._checksums.clear()
+        self._owners.clear()
         self._read_versions()
         self._others = {p: p._version for p in params}
         self._copy(params)

@@ -97,6 +97,24 @@ def test_masters_and_saved_state_are_those_of_the_weights_between_steps():
     assert same_bits(other.masters(), optimizer.masters())
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_moved_to_a_parameter_that_replaces_its_own(name):
+    """As code does that prunes or grows a model: state and group get the new parameter."""
+    (old,) = parameters(torch.bfloat16, [(97, 3)])
+    optimizer = getattr(fastmp.optim, name)([old], lr=1e-2, **OPTIMIZERS[name])
+    train(optimizer, [old], 0, 3)
+    (new,) = parameters(torch.bfloat16, [(97, 3)], seed=5)
+    optimizer.state[new] = optimizer.state.pop(old)
+    optimizer.param_groups[0]["params"][0] = new
+    assert same_bits(optimizer.masters(), widened([new]))
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, [new], 3, 4)
+    assert same_bits(optimizer.masters(), widened([new]))
+    optimizer.param_groups[0]["lr"] = 1e-2
+    train(optimizer, [new], 4, 5)
+    assert not same_bits(optimizer.masters(), widened([new]))
+
+
 def test_load_masters_is_no_edit():
     optimizer, params = trained()
     fine = [m * 1.0001 for m in optimizer.masters()]
