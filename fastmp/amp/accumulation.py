@@ -17,7 +17,7 @@ are not averaged, 5/6 and 1/6 of them are added. In a loop of your own::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -99,13 +99,20 @@ def loss_divisor(criterion: nn.Module, target: Tensor) -> Tensor | int | None:
     Args:
         criterion: ``CrossEntropyLoss`` and ``NLLLoss``, torch's or fastmp's, divide by the class
             weights of the targets that are not ignored, or by their number; with probabilities as
-            targets by their rows. torch's losses of single elements divide by the elements. Any
-            other loss is taken for a mean over the samples.
+            targets by their rows. torch's losses of single elements divide by the elements. A
+            module whose only child is one of these has its divisor, one with a method
+            ``divisor(target)`` its own. Any other loss is taken for a mean over the samples.
         target: of one batch; of a mixed pair the first, of which the second is a permutation.
 
     Returns:
         fp64 () on the device of the targets where their values count, without waiting for it.
     """
+    own_divisor: Callable[[Tensor], Tensor | int] | None = getattr(criterion, "divisor", None)
+    if own_divisor is not None:
+        return own_divisor(target)
+    children = list(criterion.children()) if isinstance(criterion, nn.Module) else []
+    if len(children) == 1 and isinstance(children[0], _PER_CLASS + _PER_ELEMENT):
+        return loss_divisor(children[0], target)
     if getattr(criterion, "reduction", "mean") == "sum":
         return None
     if isinstance(criterion, _PER_CLASS):

@@ -87,7 +87,33 @@ def test_an_overflow_stays_one():
 # ---- weights of the parts ----
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0])
+
+
+class Wrapped(torch.nn.Module):
+    """A loss of one's own around torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = torch.nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1)
+
+    def forward(self, logits, target):
+        return 2 * self.loss(logits, target)
+
+
+class Own(torch.nn.Module):
+    """A loss that tells its divisor: the targets of class 2."""
+
+    def forward(self, logits, target):
+        chosen = target == 2
+        return (logits[:, 0] * chosen).sum() / self.divisor(target)
+
+    def divisor(self, target):
+        return (target == 2).sum(dtype=torch.float64)
+
+
 CRITERIA = {
+    "wrapped": Wrapped(),
+    "own": Own(),
     "ours": fastmp.nn.CrossEntropyLoss(label_smoothing=0.1),
     "ours weighted": fastmp.nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1),
     "torch weighted": torch.nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1),
@@ -110,6 +136,8 @@ def target_for(criterion, logits, kind):
         return torch.rand(logits.shape, generator=generator).softmax(1)
     target = torch.randint(0, 3, shape, generator=generator)
     target[-1] = 1  # ignored by some, with it a whole part
+    if isinstance(criterion, Own):
+        target[1::2] = 2
     return target
 
 
