@@ -11,6 +11,7 @@ from fastmp.cli import bench, doctor, lr_find, train, verify
 from fastmp.cli.bench import BenchmarkFailed
 from fastmp.cli.verify import VerificationFailed
 from fastmp.data import DataError
+from fastmp.distributed.rendezvous import LauncherError
 from fastmp.files import FolderInUse
 from fastmp.models import ModelError
 from fastmp.recipe import ConfigError
@@ -26,13 +27,14 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     FolderInUse,
+    LauncherError,
     LogError,
     ModelError,
     OSError,
     RangeTestError,
     TransferError,
 )
-TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it
+TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it; SIGHUP too
 
 #: Every command, by name.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -49,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         0: done; 1: the run was stopped with its state saved, or a check failed; 2: bad usage or
-        bad input, or a file that cannot be read or written; 143: stopped by SIGTERM with the state
-        saved.
+        bad input, or a file that cannot be read or written; 143: stopped by SIGTERM or SIGHUP with
+        the state saved.
 
     Raises:
         BrokenPipeError: the reader of the output has gone.
@@ -79,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _fail(command: str, message: str, code: int) -> int:
-    """Print the message on the first rank only: an error on one rank stops all of them."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print the message on the first of several ranks: an error on one stops all of them."""
+    if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
         print(f"fastmp {command}: {message}", file=sys.stderr)
     return code
 

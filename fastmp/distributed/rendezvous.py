@@ -79,9 +79,28 @@ def current() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank)
 
 
+class LauncherError(ValueError):
+    """The environment variables of a launcher are not complete, or no numbers."""
+
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def launched() -> int:
-    """The number of processes that a launcher started together, as torchrun's environment says."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """The number of processes that a launcher started together, as torchrun's environment says.
+
+    Raises:
+        LauncherError: RANK or WORLD_SIZE is not a number.
+    """
+    if "RANK" not in os.environ:
+        return 1
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "1").isdecimal():
+            raise LauncherError(
+                f"expected a number in the environment variable {name}, got {os.environ[name]!r}; "
+                "unset it, or start with torchrun"
+            )
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def joined() -> World:
@@ -107,10 +126,19 @@ def torchrun_group(device: torch.device) -> Iterator[World]:
 
     Any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT will do. Without them, or
     inside an existing process group, none is made.
+
+    Raises:
+        LauncherError: some of them are missing.
     """
     if dist.is_initialized() or ("TORCHELASTIC_RUN_ID" not in os.environ and launched() == 1):
         yield current()
         return
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise LauncherError(
+            f"{launched()} processes were started together (WORLD_SIZE), but the environment has no "
+            f"{', '.join(missing)}; start them with torchrun, or unset RANK and WORLD_SIZE"
+        )
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     with group(device, rank, size, store=fresh_store(store, rank, size)) as world:
         yield world

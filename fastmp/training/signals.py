@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM take effect between two steps, so that the saved state is whole."""
+"""Ctrl-C, SIGTERM and SIGHUP take effect between two steps, so that the saved state is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from fastmp.distributed.rendezvous import World
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received: a scheduler, a container or ``torchrun`` ends the process."""
+    """SIGTERM was received: a scheduler, a container or ``torchrun`` ends the process.
+
+    Or SIGHUP: its terminal was closed.
+    """
+
+
+_TERMINATING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 
 
 class StopSignal:
@@ -30,14 +36,16 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In the block a first Ctrl-C or SIGTERM is recorded; a second one has its usual effect.
+        """In the block a first Ctrl-C, SIGTERM or SIGHUP is recorded; a second has its usual effect.
 
-        Outside the main thread nothing changes, nor for a signal that already has a handler.
+        Outside the main thread nothing changes, nor for a signal that already has a handler or is
+        ignored, as nohup ignores SIGHUP.
         """
         self.received = self.agreed = 0
         replaced = {}
         if threading.current_thread() is threading.main_thread():
-            usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+            usual = {signal.SIGINT: signal.default_int_handler}
+            usual |= dict.fromkeys(_TERMINATING, signal.SIG_DFL)
             replaced = {n: old for n, old in usual.items() if signal.getsignal(n) is old}
         for number in replaced:
             signal.signal(number, self._record)
@@ -71,4 +79,4 @@ class StopSignal:
 
 
 def _interrupt(number: int) -> KeyboardInterrupt:
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+    return Terminated() if number in _TERMINATING else KeyboardInterrupt()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: recorded inside the block, once."""
+"""Ctrl-C, SIGTERM and SIGHUP: recorded inside the block, once."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ def _default_handlers():
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     }
     yield
     for number, handler in before.items():
@@ -26,7 +27,7 @@ def stop_signal():
     return signals.StopSignal(World())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_is_recorded_and_the_handler_comes_back(stop_signal, number):
     before = signal.getsignal(number)
     with stop_signal.deferred():
@@ -38,7 +39,11 @@ def test_the_first_is_recorded_and_the_handler_comes_back(stop_signal, number):
 
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)],
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, signals.Terminated),
+        (signal.SIGHUP, signals.Terminated),
+    ],
 )
 def test_the_second_does_not_wait(stop_signal, number, kind):
     with stop_signal.deferred():
@@ -80,3 +85,10 @@ def test_another_thread_has_no_signals(stop_signal):
     thread.start()
     thread.join()
     assert received == [0]
+
+
+def test_a_process_under_nohup_goes_on(stop_signal):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signal.deferred():
+        signal.raise_signal(signal.SIGHUP)
+        assert stop_signal.received == 0
