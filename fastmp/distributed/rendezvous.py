@@ -136,8 +136,8 @@ def torchrun_group(device: torch.device) -> Iterator[World]:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise LauncherError(
-            f"{launched()} processes were started together (WORLD_SIZE), but the environment has no "
-            f"{', '.join(missing)}; start them with torchrun, or unset RANK and WORLD_SIZE"
+            f"{launched()} processes were started together (WORLD_SIZE), but the environment has "
+            f"no {', '.join(missing)}; start them with torchrun, or unset RANK and WORLD_SIZE"
         )
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     with group(device, rank, size, store=fresh_store(store, rank, size)) as world:

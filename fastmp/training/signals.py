@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from fastmp.distributed.rendezvous import World
 
@@ -36,7 +37,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In the block a first Ctrl-C, SIGTERM or SIGHUP is recorded; a second has its usual effect.
+        """In the block a first such signal is recorded; a second one has its usual effect.
 
         Outside the main thread nothing changes, nor for a signal that already has a handler or is
         ignored, as nohup ignores SIGHUP.
@@ -44,8 +45,8 @@ class StopSignal:
         self.received = self.agreed = 0
         replaced = {}
         if threading.current_thread() is threading.main_thread():
-            usual = {signal.SIGINT: signal.default_int_handler}
-            usual |= dict.fromkeys(_TERMINATING, signal.SIG_DFL)
+            usual: dict[int, Any] = dict.fromkeys(_TERMINATING, signal.SIG_DFL)
+            usual[signal.SIGINT] = signal.default_int_handler
             replaced = {n: old for n, old in usual.items() if signal.getsignal(n) is old}
         for number in replaced:
             signal.signal(number, self._record)

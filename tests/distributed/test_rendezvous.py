@@ -77,3 +77,21 @@ def test_the_world_without_torchrun():
     assert world.broadcast_object(3) == 3
     assert world.gather(3) == [3]
     assert world.is_first
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "x"}, "a number in the environment variable RANK, got 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "variable WORLD_SIZE, got 'two'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "has no MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_half_of_a_launchers_environment_is_named(monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    group = rendezvous.torchrun_group(torch.device("cpu"))
+    with pytest.raises(rendezvous.LauncherError, match=message):
+        group.__enter__()
