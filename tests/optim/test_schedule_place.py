@@ -373,11 +373,14 @@ def test_a_momentum_that_is_edited_beside_that_of_a_schedule_is_warned_of(name):
 
 
 def test_a_momentum_beside_a_schedule_without_one_is_used():
-    _, optimizer = model_and("SGD")
-    optimizer.param_groups[0]["momentum"] = 0.5
+    model, optimizer = model_and("SGD")
+    optimizer.param_groups[0].update(momentum=0.5, weight_decay=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(optimizer)
+        step(optimizer)
+    grad, buffer = model.weight.grad, optimizer.state[model.weight]["momentum_buffer"]
+    torch.testing.assert_close(buffer, 1.5 * grad)
 
 
 def test_other_changes_are_not_warned_of():
