@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fastmp import checkpoint, files
 from fastmp.checkpoint import CheckpointError
 from fastmp.checkpoint.manager import Checkpoints
+from fastmp.data import DataError
 from fastmp.data.loader import Loader
 from fastmp.schedule import Schedule
 from fastmp.training import data_position, rng
@@ -315,6 +316,22 @@ class TrainState:
                 except (OSError, CheckpointError) as failed:
                     note = f"the state before the validation is not saved: {failed}"
                 error.add_note(note)
+            raise
+
+    @contextmanager
+    def saved_if_unreadable(self, save: Callable[[], str]) -> Iterator[None]:
+        """Save when a batch in the block cannot be read: the state is that of the step before.
+
+        Several ranks have no common one then: the others are within a step.
+
+        Args:
+            save: saves, and returns a sentence that says where.
+        """
+        try:
+            yield
+        except DataError as error:
+            if self._settings.world.size == 1:
+                error.add_note(save())
             raise
 
     def wait(self) -> None:

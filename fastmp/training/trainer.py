@@ -158,6 +158,7 @@ class Trainer:
             RunStopped: the loss turned non-finite, more than 20 steps in a row were skipped, or the
                 loss scale fell below 1. The state is saved first, on a GPU one step later.
             KeyboardInterrupt: likewise; ``signals.Terminated`` for SIGTERM.
+            DataError: a batch cannot be read; on one rank the state is saved first.
             ValueError: a loader without batches, or the same ones on several ranks.
         """
         results: list[EpochResult] = []
@@ -187,12 +188,9 @@ class Trainer:
         self._state.begin_epoch()
         name = f"epoch {self.epoch + 1}/{last}"
         with tqdm(
-            total=self._state.batches_an_epoch,
-            initial=self._state.progress.batch,
-            desc=name,
-            leave=False,
-            disable=None if self.progress else True,  # None: no bar unless on a terminal
-        ) as bar:
+            total=self._state.batches_an_epoch, initial=self._state.progress.batch, desc=name,
+            leave=False, disable=None if self.progress else True,  # None: only on a terminal
+        ) as bar, self._state.saved_if_unreadable(self._save_and_wait):  # fmt: skip
             self._train_epoch(bar)
         with self._state.saved_first():
             result = self._state.progress.result(self.evaluate(val_loader))

@@ -93,7 +93,7 @@ def test_a_run_with_any_loader_goes_on_to_the_bit(tmp_path, stop_after):
 
 
 class Fails(list):
-    """Validation batches, the second of which cannot be read."""
+    """Batches, the second of which cannot be read."""
 
     def __iter__(self):
         yield self[0]
@@ -125,6 +125,26 @@ def test_an_error_in_the_validation_loses_no_epoch(tmp_path):
         for rows in (one, two)
     ]
     assert results[0] == results[1]
+
+
+def test_a_batch_that_cannot_be_read_loses_no_step(tmp_path):
+    def trained(name, loader, resume=False):
+        rng.seed(7 if not resume else 99)
+        trainer = trainer_for(small_model(), ema=0.9, folder=tmp_path / name)
+        assert trainer.resume_newest() == resume
+        trainer.fit(loader, batches(1), 2 - trainer.epoch)
+        return trainer
+
+    whole = trained("whole", batches(3))
+    with pytest.raises(DataError) as raised:
+        trained("cut", Fails(batches(3)))
+    (note,) = raised.value.__notes__
+    assert note == f"the state is saved in {tmp_path / 'cut' / 'checkpoints'}"
+    assert newest(tmp_path / "cut")["progress"]["step"] == 1
+    resumed = trained("cut", batches(3), resume=True)
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+    one, two = (log.read(tmp_path / name / log.FILE, "step") for name in ("whole", "cut"))
+    assert [row["loss"] for row in one] == [row["loss"] for row in two]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
