@@ -31,8 +31,6 @@ class FusedOptimizer(SavedOptimizer):
     group's options stand for (``_hyper``).
     """
 
-    _launch_schedule: tuple[Tensor | None, bool] = (None, False)  # and whether it has a momentum
-
     def __init__(
         self,
         *args: Any,
@@ -245,10 +243,7 @@ class FusedOptimizer(SavedOptimizer):
         """
         hypers = [self._hyper(group) for group in self.param_groups]
         schedule = self._schedule
-        if schedule is not None and self._launch_schedule[0] is not schedule:
-            moves_momentum = not bool(schedule[0, 1].isnan())  # waits, once a schedule
-            self._launch_schedule = (schedule, moves_momentum)
-        if schedule is not None and self._launch_schedule[1]:
+        if schedule is not None and self._group_momenta:
             hypers = [h._replace(beta1=0.0) for h in hypers]
         lrs = [group["lr"] for group in self.param_groups]
         addresses = [lr.data_ptr() for lr in lrs if isinstance(lr, Tensor)]

@@ -13,6 +13,7 @@ from fastmp.optim.options import norm_limit
 from fastmp.schedule import Schedule, evaluate
 
 Column = Sequence[float] | None
+COLUMNS = ("lr", "momentum", "max_grad_norm")  # of a table, in this order
 
 
 def tabulate(schedule: Schedule, steps: int | None) -> tuple[list[float], list[float] | None]:
@@ -55,9 +56,9 @@ def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tenso
     steps = len(lr)
     if steps == 0:
         raise ValueError("lr: expected at least one step, got none")
-    table = np.full((steps, 3), np.nan)
-    columns = {"lr": lr, "momentum": momentum, "max_grad_norm": max_grad_norm}
-    for i, (name, column) in enumerate(columns.items()):
+    table = np.full((steps, len(COLUMNS)), np.nan)
+    columns = zip(COLUMNS, (lr, momentum, max_grad_norm), strict=True)
+    for i, (name, column) in enumerate(columns):
         if column is None:
             continue
         if len(column) != steps:
@@ -68,6 +69,11 @@ def build(lr: Sequence[float], momentum: Column, max_grad_norm: Column) -> Tenso
     if max_grad_norm is not None:
         norm_limit(min(max_grad_norm))
     return torch.from_numpy(table)
+
+
+def is_set(table: Tensor, column: str) -> bool:
+    """Whether a table has this column: at every step, or at none. Reads the table's device."""
+    return not bool(table[0, COLUMNS.index(column)].isnan())
 
 
 def check_momentum(groups: Sequence[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ class ScheduledOptimizer(RecordedOptimizer):
 
     _schedule: Tensor | None = None
     _group_rates: Sequence[Any] = ()  # of the groups when the table was set
-    _group_momenta: Sequence[Any] = ()  # likewise, where the table has them
+    _group_momenta: Sequence[Any] = ()  # likewise; empty: the table has none
     _warned_of_rates = False
 
     def bind_schedule(self, schedule: Schedule, steps: int | None = None) -> None:
@@ -86,7 +86,7 @@ class ScheduledOptimizer(RecordedOptimizer):
         """
         self._group_rates = [_seen(group["lr"]) for group in self.param_groups]
         schedule = self._schedule
-        replaced = schedule is not None and not bool(schedule[0, 1].isnan())
+        replaced = schedule is not None and schedule_table.is_set(schedule, "momentum")
         self._group_momenta = list(map(_momentum, self.param_groups)) if replaced else []
 
     def _warn_of_group_rates(self) -> None:

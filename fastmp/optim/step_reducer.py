@@ -23,9 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastmp.ops import update
 from fastmp.ops.update import Options
+from fastmp.optim.schedule_table import COLUMNS, is_set
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepReducer
 
-_CLIP = 2  # column of a schedule
+_CLIP = COLUMNS.index("max_grad_norm")
 
 
 class GroupReducer:
@@ -102,13 +103,12 @@ class GroupReducer:
         if self._schedule is None or self._schedule[0] is not options.schedule:
             rest = options.schedule.clone()
             rest[:, _CLIP] = torch.nan
-            clips = not bool(options.schedule[:, _CLIP].isnan().all())  # waits, once a schedule
+            clips = is_set(options.schedule, "max_grad_norm")  # waits, once a schedule
             self._schedule = (options.schedule, rest, clips)
         table, rest, clips = self._schedule
         if clips:
             row = step.applied.clamp(max=len(table) - 1).reshape(1)
-            limit = table[:, _CLIP].index_select(0, row)[0]
-            own = limit if own is None else torch.where(limit.isnan(), own, limit)
+            own = table[:, _CLIP].index_select(0, row)[0]
         return options._replace(schedule=rest), own
 
 
