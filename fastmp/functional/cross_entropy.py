@@ -73,8 +73,8 @@ class FirstOrderOnly(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> None:
         """Raise."""
         raise RuntimeError(
-            "fastmp's cross_entropy has a first derivative only, but a second one was asked for; "
-            "use torch.nn.functional.cross_entropy here"
+            "fastmp's cross_entropy and linear_cross_entropy have a first derivative only, but a "
+            "second one was asked for; use torch.nn.functional.cross_entropy here"
         )
 
 

@@ -83,9 +83,9 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
     ``torch.nn.functional.linear_cross_entropy``, also of mixed pairs of targets: rows go through
-    layer and loss in chunks, so 2,048 rows of 50,257 fp32 logits take 50 MB instead of 1.2 GB. The
-    gradients are computed with the loss and kept in fp32 until the backward multiplies them by its
-    ``grad_output`` and rounds once; a loss scale need not be known ahead. Follows
+    layer and loss in chunks, whose logits and their gradients are all that is there of them. The
+    gradients of the layer are computed with the loss and kept in fp32 until the backward multiplies
+    them by its ``grad_output`` and rounds once; a loss scale need not be known ahead. Follows
     ``torch.autocast``. Under ``torch.func`` and in forward mode the logits are whole.
 
     Args:

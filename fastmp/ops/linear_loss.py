@@ -47,9 +47,7 @@ def linear_loss_reference(
         IndexError, ValueError: as ``check_values``.
     """
     check_values(spec, linear_weight.shape[0])
-    loss, dx, dw, db = (
-        t.zero_() for t in _outputs(input, linear_weight, linear_bias, row_grad, chunk, needs, spec)
-    )
+    loss, dx, dw, db = (t.zero_() for t in _outputs(input, linear_weight, needs, spec))
     rows, is_sum = input.shape[0], spec.reduction == Reduction.SUM
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
@@ -93,13 +91,7 @@ def _chunk(
 
 
 def _outputs(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    row_grad: Tensor | None,
-    chunk: int,
-    needs: list[bool],
-    spec: LossSpec,
+    input: Tensor, linear_weight: Tensor, needs: list[bool], spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of the reference, not filled."""
     (rows, features), classes = input.shape, linear_weight.shape[0]
@@ -119,6 +111,6 @@ LINEAR_LOSS = TorchOp(
     "int chunk, bool[3] needs, Tensor target_a, Tensor? target_b, Tensor? lam, Tensor? weight, "
     "int ignore_index, int reduction, float smoothing) -> (Tensor, Tensor, Tensor, Tensor)",
     linear_loss_reference,
-    _outputs,
+    lambda input, weight, bias, row_grad, chunk, needs, spec: _outputs(input, weight, needs, spec),
     spec=LossSpec,
 )

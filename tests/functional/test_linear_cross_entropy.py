@@ -47,13 +47,14 @@ def value_and_grads(loss, tensors, grad_output=3.0):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize("lam", [None, 0.3, "rows"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("reduction", "lam"),  # torch has no λ per row for a mean: see the next test
+    [(reduction, lam) for reduction in ("mean", "sum", "none") for lam in (None, 0.3)]
+    + [("sum", "rows"), ("none", "rows")],
+)
 @pytest.mark.parametrize("chunk", [1, 32, 77, 1000])
 def test_values_and_gradients_are_torchs(chunk, reduction, lam, ignored, weighted):
     x, w, b, a, other, weight = problem(ignored=ignored, weighted=weighted)
-    if lam == "rows" and reduction == "mean":
-        pytest.skip("torch has no λ per row for a mean; the pair of means is checked with a number")
     lam = torch.linspace(0, 1, N, dtype=torch.float64) if lam == "rows" else lam
     if isinstance(lam, torch.Tensor) and reduction == "sum":
         rows = reference(x, w, b, a, other, lam, weight=weight, reduction="none")
@@ -196,7 +197,7 @@ def test_in_torch_func_and_twice_differentiated():
     torch.testing.assert_close(grad, expected)
     loss = linear_cross_entropy(x, w, a, linear_bias=b)
     (first,) = torch.autograd.grad(loss, w, create_graph=True)
-    with pytest.raises(RuntimeError, match="has a first derivative only"):
+    with pytest.raises(RuntimeError, match="first derivative only"):
         first.sum().backward()
 
 
