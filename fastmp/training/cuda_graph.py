@@ -6,7 +6,7 @@ draws random numbers on the host, is not recorded. Then the step is captured, wh
 and replayed from there on. Every input shape has a graph of its own, captured when it has run as
 kernels twice; all graphs share one memory pool. Whatever else a graph holds, hyperparameters and
 addresses, is compared before every replay: where it has changed all graphs are dropped, and the
-step runs as kernels until it is captured anew.
+step runs as kernels until it is captured again.
 """
 
 from __future__ import annotations

@@ -35,6 +35,27 @@ def load(param, value):
 routes = pytest.mark.parametrize("route", [in_place, past_autograd, load])
 
 
+def beside_torch(name, ours):
+    """An optimizer of these parameters; fp32 copies of them, and torch's optimizer of those."""
+    theirs = [p.detach().float().requires_grad_() for p in ours]
+    reference = fastmp.optim.Lion if name == "Lion" else getattr(torch.optim, name)
+    own = getattr(fastmp.optim, name)(ours, lr=1e-2, **OPTIMIZERS[name])
+    return own, theirs, reference(theirs, lr=1e-2, **OPTIMIZERS[name])
+
+
+def edit_some(ours, theirs, route, seed):
+    """About a third of the elements of both."""
+    for p, q in zip(ours, theirs, strict=True):
+        chosen = torch.rand(p.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+        route(p, torch.where(chosen, 5.0 + seed, p.detach()))
+        in_place(q, torch.where(chosen, 5.0 + seed, q.detach()))
+
+
+def assert_masters(optimizer, expected):
+    expected = [q.detach() for q in expected]
+    torch.testing.assert_close(optimizer.masters(), expected, rtol=1e-5, atol=1e-6)
+
+
 def weight(values, dtype):
     return torch.nn.Parameter(torch.as_tensor(values).to(dtype))
 
@@ -67,21 +88,15 @@ def test_zeroed_weights_are_zero(dtype, name, route):
 def test_any_edit_of_fp32_and_fp16_weights_is_as_in_torch(dtype, name, route):
     """Element by element: the others keep what their masters have beyond 16 bits."""
     ours = parameters(dtype)
-    theirs = [p.detach().float().requires_grad_() for p in ours]
-    a = getattr(fastmp.optim, name)(ours, lr=1e-2, **OPTIMIZERS[name])
-    reference = fastmp.optim.Lion if name == "Lion" else getattr(torch.optim, name)
-    b = reference(theirs, lr=1e-2, **OPTIMIZERS[name])
+    a, theirs, b = beside_torch(name, ours)
     for step in range(8):
         give_gradients(ours, theirs, seed=step)
         if step % 3 == 1:
-            for p, q in zip(ours, theirs, strict=True):
-                chosen = torch.rand(p.shape, generator=torch.Generator().manual_seed(step)) < 0.3
-                route(p, torch.where(chosen, 5.0 + step, p.detach()))
-                in_place(q, torch.where(chosen, 5.0 + step, q.detach()))
-        torch.testing.assert_close(a.masters(), [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+            edit_some(ours, theirs, route, step)
+        assert_masters(a, theirs)
         a.step()
         b.step()
-    torch.testing.assert_close(a.masters(), [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+    assert_masters(a, theirs)
 
 
 @dtypes

@@ -9,7 +9,15 @@ import torch
 import fastmp
 from fastmp.optim.remainders import checksum
 from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot
-from tests.optim.test_edited_weights import OPTIMIZERS, in_place, load, optimizers
+from tests.optim.test_edited_weights import (
+    OPTIMIZERS,
+    assert_masters,
+    beside_torch,
+    edit_some,
+    in_place,
+    load,
+    optimizers,
+)
 
 routes = pytest.mark.parametrize("route", [in_place, load])
 
@@ -40,20 +48,15 @@ def widened(params):
 def test_the_first_edit_drops_the_remainders_and_later_ones_go_by_element(name, route):
     """Against torch in fp32, rounded where the first edit rounds."""
     ours = parameters(torch.bfloat16)
-    theirs = [p.detach().float().requires_grad_() for p in ours]
-    a = getattr(fastmp.optim, name)(ours, lr=1e-2, **OPTIMIZERS[name])
-    reference = fastmp.optim.Lion if name == "Lion" else getattr(torch.optim, name)
-    b = reference(theirs, lr=1e-2, **OPTIMIZERS[name])
+    a, theirs, b = beside_torch(name, ours)
     for step in range(9):
         give_gradients(ours, theirs, seed=step)
-        if step % 2 == 1:
+        if step == 1:
             for p, q in zip(ours, theirs, strict=True):
-                if step == 1:
-                    in_place(q, p.float())
-                chosen = torch.rand(p.shape, generator=torch.Generator().manual_seed(step)) < 0.3
-                route(p, torch.where(chosen, 5.0 + step, p.detach()))
-                in_place(q, torch.where(chosen, 5.0 + step, q.detach()))
-        torch.testing.assert_close(a.masters(), [q.detach() for q in theirs], rtol=1e-5, atol=1e-6)
+                in_place(q, p.float())
+        if step % 2 == 1:
+            edit_some(ours, theirs, route, step)
+        assert_masters(a, theirs)
         a.step()
         b.step()
 

@@ -72,7 +72,7 @@ class Loop:
         self.graphed._held = self.graphed._now()
 
     def read(self):
-        """What the kernel is told, looked up independently of ``GraphConstants``."""
+        """The constants of a launch, read independently of ``GraphConstants``."""
         groups = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
