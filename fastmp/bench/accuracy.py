@@ -47,11 +47,8 @@ def accuracy_case(
     The candidates take turns of 10 steps. Only the steps count: not compiling, reading the data and
     measuring the accuracy. Without CUDA graphs: the host sets the learning rate of every step.
     """
-    made = {
-        name: learner
-        for name, learner in learners.candidates(workload, device, dtype, compiled=True).items()
-        if "graphed" not in name and "reduce-overhead" not in name
-    }
+    modes = ("eager", "compiled")
+    made = learners.candidates(workload, device, dtype, modes)
     warm = workload.inputs(device)
     for learner in made.values():
         before = [copy.deepcopy(part.state_dict()) for part in (learner.model, learner.optimizer)]
@@ -79,7 +76,7 @@ def accuracy_case(
     label = f"{workload.name} to {target.accuracy:.1%} of {dataset.name}, {dtype_name(dtype)}"
     ends = ", ".join(f"{name} {curve[-1][1]:.2%}" for name, curve in curves.items())
     notes = f"after {target.steps} steps: {ends}"
-    others = list(learners.own_modes(workload, device, compiled=True))[1:]
+    others = list(learners.own_modes(workload, device, modes))[1:]
     return [Row("train", label, timings, notes=notes, not_comparable=others, curves=curves)]
 
 

@@ -9,7 +9,7 @@ optimizer in it. All have the same weights, batches and learning rate.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +129,9 @@ def _graphed(step: Step) -> Step:
 
 
 def candidates(
-    workload: Workload, device: str, dtype: torch.dtype, *, compiled: bool
+    workload: Workload, device: str, dtype: torch.dtype, modes: Sequence[str]
 ) -> dict[str, Learner]:
-    """Every candidate, from the same weights; ``compiled``: with torch.compile too.
+    """Every candidate in these modes of ``MODES``, eager among them, from the same weights.
 
     ``OURS`` is the mode that the workload names, the others of fastmp are ``own_modes``. On a CPU
     there are no graphs, and fastmp gains nothing by compiling, which takes minutes.
@@ -140,23 +140,22 @@ def candidates(
     torch._dynamo.reset()
     model = workload.make().to(device)
     amp = f"AMP {dtype_name(dtype)}"
-    own = own_modes(workload, device, compiled=compiled)
+    own = own_modes(workload, device, modes)
     made = {name: ours(workload, model, device, dtype, mode=mode) for name, mode in own.items()}
     made[amp] = torch_amp(workload, model, device, dtype)
     made["fp32"] = torch_amp(workload, model, device, torch.float32)
-    if compiled:
+    if "compiled" in modes:
         made[f"compiled {amp}"] = torch_amp(workload, model, device, dtype, mode="compiled")
-    if compiled and device == "cuda":
+    if "graphed" in modes and device == "cuda":
         made[f"reduce-overhead {amp}"] = torch_amp(workload, model, device, dtype, mode="graphed")
     return made
 
 
-def own_modes(workload: Workload, device: str, *, compiled: bool) -> dict[str, str]:
+def own_modes(workload: Workload, device: str, modes: Sequence[str]) -> dict[str, str]:
     """fastmp's candidates by name, with their modes; ``OURS`` first."""
-    if device != "cuda" or not compiled:
-        return {OURS: "eager"}
-    rest = {f"{OURS}, {mode}": mode for mode in MODES if mode != workload.own_mode}
-    return {OURS: workload.own_mode, **rest}
+    headline = workload.own_mode if device == "cuda" and workload.own_mode in modes else "eager"
+    rest = [mode for mode in modes if device == "cuda" and mode != headline]
+    return {OURS: headline, **{f"{OURS}, {mode}": mode for mode in rest}}
 
 
 def losses(learners: dict[str, Learner], inputs: Inputs) -> dict[str, float]:

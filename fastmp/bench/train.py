@@ -30,7 +30,8 @@ def step_case(
 ) -> list[Row]:
     """The time of a step on a random batch."""
     inputs = workload.inputs(device)
-    made = learners.candidates(workload, device, dtype, compiled=compiled)
+    modes = learners.MODES if compiled else ("eager",)
+    made = learners.candidates(workload, device, dtype, modes)
     first = learners.losses(made, inputs)
     learners.check(first, first[OURS])
     label = f"{workload.name} step, {dtype_name(dtype)}, {workload.label}"
@@ -39,7 +40,7 @@ def step_case(
     last = learners.losses(made, inputs)
     learners.check(last, first[OURS])  # every candidate took as many steps
     notes = f"losses {first[OURS]:.4f} to " + ", ".join(f"{k} {v:.4f}" for k, v in last.items())
-    own = learners.own_modes(workload, device, compiled=compiled)
+    own = learners.own_modes(workload, device, modes)
     if len(own) > 1:
         notes = f"{OURS} is {workload.own_mode}; {notes}"
     goals = _goals(workload, list(timings)) if device == "cuda" else {}
