@@ -170,7 +170,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             raise CheckpointError(f"{name}: only dense tensors can be saved, got {value.layout}")
         if name in tensors:  # {"a.b": x, "a": {"b": y}} or {1: x, "1": y}
             name = f"{name}#{len(tensors)}"
-        # a copy: safetensors refuses tensors that share memory, such as the views of an arena
+        # a copy: training goes on meanwhile, and safetensors refuses tensors that share memory
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
     if isinstance(value, list | tuple):
