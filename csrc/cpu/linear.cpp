@@ -6,26 +6,12 @@
  * activation           y = act(z): reads z and writes y, 4 bytes of 16-bit values.
  * activation_backward  dz = dy act'(z) and db = Σ dz: reads dy and z, writes dz, 6 bytes of 16-bit
  *                      values; without an activation reads only dy, 2 bytes. */
-#include "activation.h"
+#include "activation_table.h"
 #include "gemm.h"
 #include "pages.h"
 
 namespace fastmp {
 namespace FASTMP_TARGET {
-
-#if defined(__AVX512BF16__)
-/* One instruction instead of eleven. Subnormal values become 0, as they do in the products. */
-template <>
-inline void save_lanes<bf16>(Vec v, bf16* p, int64_t n) {
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  if (n >= kWidth) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
-  } else {
-    _mm256_mask_storeu_epi16(p, first_lanes(n), half);
-  }
-}
-#endif
-
 namespace {
 
 /* ---- gemm ---- */
@@ -158,7 +144,17 @@ int activate_as(const fastmp_activation_args& args) {
   constexpr int64_t kGrain = 32768;
   const T* z = static_cast<const T*>(args.saved);
   T* y = static_cast<T*>(args.out);
-  parallel_for(args.rows * args.columns, kGrain, [&](int64_t begin, int64_t end) {
+  const int64_t n = args.rows * args.columns;
+  if (y != z) hint_huge_pages(y, n * static_cast<int64_t>(sizeof(T)));
+  if constexpr (kHasTable<T, Act>) {
+    if (const T* table = value_table<T, Act>(n)) {
+      parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+        look_up_range(table, z + begin, y + begin, end - begin);
+      });
+      return FASTMP_OK;
+    }
+  }
+  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
       save_lanes(Act::value(load_lanes(z + i, end - i)), y + i, end - i);
     }
@@ -166,10 +162,20 @@ int activate_as(const fastmp_activation_args& args) {
   return FASTMP_OK;
 }
 
+/* grad act'(saved) of a vector; table: of act', or null. */
+template <class T, class Act>
+Vec gradient(const float* table, Vec grad, const T* saved, int64_t lanes) {
+  if constexpr (kHasTable<T, Act>) {
+    if (table != nullptr && lanes >= kWidth) return grad * look_up(table, saved);
+  }
+  return Act::gradient(grad, load_lanes(saved, lanes));
+}
+
 /* kCount rows from `row` on; their dz is added up in pairs and then to the sums of the columns: a
  * fourth of the passes over these, and a fourth of the rounding errors. */
 template <class T, class Act, int64_t kCount>
-void backward_rows(const fastmp_activation_args& args, int64_t row, float* sums) {
+void backward_rows(const fastmp_activation_args& args, const float* table, int64_t row,
+                   float* sums) {
   const int64_t n = args.columns, first = row * n;
   const T* grad = static_cast<const T*>(args.grad_output) + first;
   const bool writes_out = args.out != nullptr;
@@ -182,7 +188,7 @@ void backward_rows(const fastmp_activation_args& args, int64_t row, float* sums)
       const int64_t at = r * n + i;
       dz[r] = load_lanes(grad + at, n - i);
       if (writes_out) {
-        dz[r] = Act::gradient(dz[r], load_lanes(saved + at, n - i));
+        dz[r] = gradient<T, Act>(table, dz[r], saved + at, n - i);
         save_lanes(dz[r], out + at, n - i);
       }
     }
@@ -217,6 +223,8 @@ int backward_as(const fastmp_activation_args& args) {
   Scratch<float> sums(blocks * n);
   if (sums.data == nullptr) return FASTMP_NO_MEMORY;
   hint_huge_pages(args.out, args.rows * n * static_cast<int64_t>(sizeof(T)));
+  const float* table = nullptr;
+  if constexpr (kHasTable<T, Act>) table = derivative_table<T, Act>(args.rows * n);
   const int64_t grain = max_of<int64_t>(1, kElements / (block * n));
   parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -224,8 +232,8 @@ int backward_as(const fastmp_activation_args& args) {
       memset(block_sums, 0, sizeof(float) * static_cast<size_t>(n));
       const int64_t row_end = min_of((i + 1) * block, args.rows);
       int64_t row = i * block;
-      for (; row + 4 <= row_end; row += 4) backward_rows<T, Act, 4>(args, row, block_sums);
-      for (; row < row_end; ++row) backward_rows<T, Act, 1>(args, row, block_sums);
+      for (; row + 4 <= row_end; row += 4) backward_rows<T, Act, 4>(args, table, row, block_sums);
+      for (; row < row_end; ++row) backward_rows<T, Act, 1>(args, table, row, block_sums);
     }
   });
   if (args.grad_bias != nullptr) {

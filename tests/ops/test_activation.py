@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastmp.backends.cpu.linear import activate, activation_backward
 from fastmp.functional import linear
 from fastmp.ops.linear import ACTIVATIONS
 from tests.functional.linear_cases import (
@@ -121,3 +122,28 @@ def test_activations_at_the_ends(activation, dtype, own):
         assert (y[:, 2] == INF).all()
         assert ((dz[:, 1].double() - float(activation == "none")).abs() < 1e-37).all()
         assert (dz[:, 2] == 1).all()
+
+
+def bits(t):
+    """As integers; 0 for every NaN."""
+    return torch.where(t.isnan(), 0, t.view(torch.int16))
+
+
+@pytest.mark.skipif(not NATIVE, reason="needs the native library")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_looked_up_and_computed_are_the_same_bits(activation, dtype):
+    """A large call looks values and derivatives up, one of 2,048 elements computes them."""
+    z = torch.arange(-(2**15), 2**15 + 5).to(torch.int16).view(dtype)  # all, and a tail of 5
+    grad = torch.linspace(-3, 5, len(z)).to(dtype)
+
+    def value(z, grad):
+        return activate(z.clone(), activation, in_place=True)
+
+    def gradient(z, grad):
+        return activation_backward(grad[None], z[None], activation, False)[0][0]
+
+    for call in (value, gradient):
+        parts = [call(*part) for part in zip(z.split(2048), grad.split(2048), strict=True)]
+        assert torch.equal(bits(call(z, grad)), bits(torch.cat(parts)))
+    assert torch.equal(bits(activate(z, activation, in_place=False)), bits(value(z, grad)))
