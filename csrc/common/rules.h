@@ -3,7 +3,9 @@
  *
  * A rule is a struct with
  *   number        by which the class in fastmp/optim names it and fastmp_hyper carries it,
- *   states        how many fp32 states an element has,
+ *   states        how many states an element has; apply() sees them as fp32, and how they are kept
+ *                 is a policy beside the rule (state_kinds.h),
+ *   quantity(s)   what state s is, which decides how a narrow kind rounds it,
  *   prepare()     the hyperparameters of a group at a step, reduced to a few fp32 numbers, in fp64,
  *   apply()       p, states <- one element's update, branch-free so that it vectorises.
  * grad_factor carries the unscaling, the clipping and the sign of maximize, in one multiplication.
@@ -11,8 +13,7 @@
 #ifndef FASTMP_RULES_H
 #define FASTMP_RULES_H
 
-#include "numerics.h"
-#include "table.h"
+#include "state_kinds.h"
 #ifndef __CUDACC_RTC__
 #include <math.h>
 #endif
@@ -28,6 +29,9 @@ template <bool amsgrad>
 struct AdamRule {
   static constexpr int number = amsgrad ? 1 : 0;
   static constexpr int states = amsgrad ? 3 : 2;
+  FASTMP_FN constexpr Quantity quantity(int s) {
+    return s == 0 ? Quantity::kSigned : s == 1 ? Quantity::kSquare : Quantity::kMaximum;
+  }
 
   struct Coefficients {
     float grad_factor, decay, l2, rate1, beta2, rate2, root_correction, eps, step_size;
@@ -69,6 +73,7 @@ template <bool momentum>
 struct SgdRule {
   static constexpr int number = momentum ? 3 : 2;
   static constexpr int states = momentum ? 1 : 0;
+  FASTMP_FN constexpr Quantity quantity(int) { return Quantity::kSigned; }
 
   struct Coefficients {
     float grad_factor, l2, momentum_keep, momentum_take, from_grad, from_buffer;
@@ -103,6 +108,7 @@ struct SgdRule {
 struct LionRule {
   static constexpr int number = 4;
   static constexpr int states = 1;
+  FASTMP_FN constexpr Quantity quantity(int) { return Quantity::kSigned; }
 
   struct Coefficients {
     float grad_factor, decay, beta1, rate1, beta2, rate2, lr;

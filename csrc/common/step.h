@@ -48,6 +48,22 @@ FASTMP_FN fastmp_hyper apply_schedule(fastmp_hyper hyper, const ScheduleRow& sch
   return hyper;
 }
 
+/* How far an average goes towards its weight in the step that a tensor takes: 1 - decay. The first
+ * step copies the weight, as torch.optim.swa_utils.AveragedModel does. */
+FASTMP_FN float ema_rate(const fastmp_request& request, float step) {
+  if (request.ema_decays == nullptr || step <= 1.0f) return 1.0f;
+  const int64_t last = request.ema_rows - 1;
+  const int64_t counted = request.record->applied;
+  const int64_t applied = counted < 0 ? 0 : counted;
+  return static_cast<float>(1.0 - request.ema_decays[applied < last ? applied : last]);
+}
+
+/* torch.lerp: exact at a rate of 1, and where average and value are equal. */
+FASTMP_FN float move_average(float average, float value, float rate) {
+  const float base = rate < 0.5f ? average : value;
+  return base + (value - average) * (rate < 0.5f ? rate : rate - 1.0f);
+}
+
 /* The norm to clip to; negative: no clipping. */
 FASTMP_FN double max_norm_of(const fastmp_request& request, const ScheduleRow& scheduled) {
   return is_set(scheduled.max_grad_norm) ? scheduled.max_grad_norm : request.max_grad_norm;

@@ -26,16 +26,20 @@ enum fastmp_master {
   FASTMP_SPLIT = 2, /* int16 remainder beside a bf16 parameter; together the fp32 bits */
 };
 
-/* One parameter tensor: flat memory, every tensor of the row in the same element order. Ten 64-bit
- * words. */
+/* How the states of a parameter, its moments, are kept: a struct of state_kinds.h. */
+enum fastmp_state_kind { FASTMP_STATE_F32 = 0, FASTMP_STATE_BF16 = 1 };
+
+/* One parameter tensor: flat memory, every tensor of the row in the same element order. Eleven
+ * 64-bit words. */
 typedef struct {
   void* param;
   const void* grad;
-  void* master;  /* fp32 (FULL) or int16 (SPLIT); NULL for SELF */
-  float* state0; /* first moment or momentum */
-  float* state1; /* second moment */
-  float* state2; /* running maximum of the second moment */
-  float* step;   /* one value: how many updates this tensor has received */
+  void* master;   /* fp32 (FULL) or int16 (SPLIT); NULL for SELF */
+  void* state0;   /* first moment or momentum */
+  void* state1;   /* second moment */
+  void* state2;   /* running maximum of the second moment */
+  float* average; /* moving average of the weight; NULL: none is kept */
+  float* step;    /* one value: how many updates this tensor has received */
   int64_t numel;
   int64_t param_index; /* among all parameters of the optimizer, with and without gradients */
   uint16_t group;
@@ -43,7 +47,8 @@ typedef struct {
   uint8_t grad_dtype;
   uint8_t master_kind; /* fastmp_master */
   uint8_t rule;        /* CUDA: that of the group */
-  uint8_t reserved[2];
+  uint8_t state_kind;  /* fastmp_state_kind */
+  uint8_t reserved;
 } fastmp_row;
 
 /* One parameter group's hyperparameters. All doubles, so that the groups of an optimizer are the
@@ -84,6 +89,9 @@ typedef struct {
   const double* schedule; /* rows of (lr, momentum, max_grad_norm) by applied steps, the last one
                              from there on; NaN: unset. NULL: no schedule */
   int64_t schedule_rows;
+  const double* ema_decays; /* of the averages, by applied steps, the last one from there on */
+  int64_t ema_rows;
+  int64_t rounding_seed; /* of the random bits that round 16-bit states */
   fastmp_record* record;
 } fastmp_request;
 

@@ -8,6 +8,7 @@
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
  * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
  * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
+ * bf16 states save 8 of these; an average adds 8.
  * Phase 2 walks backwards, so the gradients scanned last are still in cache.
  *
  * Every sum has a fixed order that no number of threads changes: vector lanes within a chunk, the
@@ -216,6 +217,30 @@ void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
   }
 }
 
+/* n values of state s from offset on as fp32: in place where they are kept so, else in buffer. */
+template <class Kind>
+float* read_state(void* state, int64_t offset, int64_t n, float* buffer) {
+  typename Kind::Item* items = static_cast<typename Kind::Item*>(state) + offset;
+  if constexpr (Kind::kind == FASTMP_STATE_F32) return items;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::load(items[i]);
+  return buffer;
+}
+
+template <class Kind, Quantity quantity>
+void write_state(void* state, int64_t offset, int64_t n, const float* __restrict values,
+                 const uint32_t* __restrict random, int s) {
+  if constexpr (Kind::kind == FASTMP_STATE_F32) return;
+  typename Kind::Item* __restrict items = static_cast<typename Kind::Item*>(state) + offset;
+  for (int64_t i = 0; i < n; ++i) {
+    items[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s));
+  }
+}
+
+void move_averages(float* __restrict average, const float* __restrict value, int64_t n,
+                   float rate) {
+  for (int64_t i = 0; i < n; ++i) average[i] = move_average(average[i], value[i], rate);
+}
+
 template <class Rule>
 void apply_block(float* __restrict p, const float* __restrict g, float* __restrict s0,
                  float* __restrict s1, float* __restrict s2, int64_t n,
@@ -229,6 +254,7 @@ struct UpdateStep {
   const fastmp_hyper* groups;
   ScheduleRow scheduled;
   float grad_factor; /* unscales and clips */
+  const fastmp_request* request;
 };
 
 /* The last coefficients of a thread: two powers a chunk were 8% of a step over 1,000 small tensors,
@@ -256,20 +282,64 @@ typename Rule::Coefficients coefficients_of(const fastmp_row& row, const UpdateS
   return k;
 }
 
-template <class Rule>
+/* The elements of one block, with the states and the random bits that round them. */
+template <class Rule, class Kind>
+struct StateBlock {
+  alignas(64) float buffers[3][kBlock]; /* unused where the rule has no such state */
+  alignas(64) uint32_t random[kBlock];
+  float* values[3];
+
+  void read(const fastmp_row& row, int64_t offset, int64_t n) {
+    void* const states[3] = {row.state0, row.state1, row.state2};
+    for (int s = 0; s < 3; ++s) {
+      values[s] =
+          s < Rule::states ? read_state<Kind>(states[s], offset, n, buffers[s]) : buffers[s];
+    }
+  }
+
+  void write(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key) {
+    if constexpr (Kind::kind == FASTMP_STATE_F32 || Rule::states == 0) return;
+    const uint32_t first = static_cast<uint32_t>(offset);
+    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, first + static_cast<uint32_t>(i));
+    if constexpr (Rule::states > 0)
+      write_state<Kind, Rule::quantity(0)>(row.state0, offset, n, values[0], random, 0);
+    if constexpr (Rule::states > 1)
+      write_state<Kind, Rule::quantity(1)>(row.state1, offset, n, values[1], random, 1);
+    if constexpr (Rule::states > 2)
+      write_state<Kind, Rule::quantity(2)>(row.state2, offset, n, values[2], random, 2);
+  }
+};
+
+template <class Rule, class Kind>
 void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, int64_t end,
                   CoefficientCache* cache) {
   const auto k = coefficients_of<Rule>(row, step, cache);
+  const float rate = ema_rate(*step.request, *row.step);
+  const RandomKey key = random_key(step.request->rounding_seed, *row.step, row.param_index, begin);
   alignas(64) float grads[kBlock], masters[kBlock];
-  float unused[3][kBlock]; /* in place of states a rule does not have; never read or written */
+  StateBlock<Rule, Kind> states;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = min_of(kBlock, end - at);
     float* master = read_master(row, at, n, masters);
-    apply_block<Rule>(master, read_grad(row, at, n, grads),
-                      Rule::states > 0 ? row.state0 + at : unused[0],
-                      Rule::states > 1 ? row.state1 + at : unused[1],
-                      Rule::states > 2 ? row.state2 + at : unused[2], n, k);
+    states.read(row, at, n);
+    apply_block<Rule>(master, read_grad(row, at, n, grads), states.values[0], states.values[1],
+                      states.values[2], n, k);
+    states.write(row, at, n, key);
+    if (row.average != nullptr) move_averages(row.average + at, master, n, rate);
     write_weight(row, at, n, master);
+  }
+}
+
+template <class Rule>
+void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, int64_t end,
+                  CoefficientCache* cache) {
+  switch (row.state_kind) {
+#define FASTMP_CASE(Kind)                                   \
+  case Kind::kind:                                          \
+    update_chunk<Rule, Kind>(row, step, begin, end, cache); \
+    break;
+    FASTMP_STATE_KINDS(FASTMP_CASE)
+#undef FASTMP_CASE
   }
 }
 
@@ -309,9 +379,12 @@ int states_of(const fastmp_hyper& hyper) {
 }
 
 bool is_valid(const fastmp_request& request) {
-  if (request.record == nullptr || !is_aligned(8, request.record, request.schedule)) return false;
+  if (request.record == nullptr) return false;
+  if (!is_aligned(8, request.record, request.schedule, request.ema_decays)) return false;
   if (request.schedule != nullptr && request.schedule_rows < 1) return false;
+  if (request.ema_decays != nullptr && request.ema_rows < 1) return false;
   if (!is_addressable(24, request.schedule_rows)) return false;
+  if (!is_addressable(8, request.ema_rows)) return false;
   return is_aligned(4, request.grad_scale, request.external_found_inf);
 }
 
@@ -329,14 +402,18 @@ bool is_valid(const fastmp_update_args& args) {
     if (row.master_kind > FASTMP_SPLIT) return false;
     if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
     if (row.master_kind == FASTMP_SPLIT && row.param_dtype != FASTMP_BF16) return false;
-    if (!is_aligned(4, row.step, row.state0, row.state1, row.state2)) return false;
+    if (row.state_kind > FASTMP_STATE_BF16) return false;
+    const int64_t width = row.state_kind == FASTMP_STATE_F32 ? 4 : 2;
+    if (!is_aligned(width, row.state0, row.state1, row.state2)) return false;
+    if (!is_aligned(4, row.step, row.average)) return false;
+    if (row.average != nullptr && args.request.ema_decays == nullptr) return false;
     if (!is_aligned(bytes_of(row.param_dtype), row.param)) return false;
     if (!is_aligned(bytes_of(row.grad_dtype), row.grad)) return false;
     if (!is_aligned(row.master_kind == FASTMP_SPLIT ? 2 : 4, row.master)) return false;
     if (row.numel == 0) continue;
     if (row.param == nullptr || row.grad == nullptr) return false;
     if (row.master_kind != FASTMP_SELF && row.master == nullptr) return false;
-    const float* state[3] = {row.state0, row.state1, row.state2};
+    const void* state[3] = {row.state0, row.state1, row.state2};
     for (int s = 0; s < states; ++s) {
       if (state[s] == nullptr) return false;
     }
@@ -366,7 +443,7 @@ int update(const fastmp_update_args* args) {
   }
   if (!decision.skip) {
     for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
-    update_chunks(chunks, {args->groups, scheduled, decision.grad_factor});
+    update_chunks(chunks, {args->groups, scheduled, decision.grad_factor, &request});
   }
   commit_step(request, decision);
   return FASTMP_OK;

@@ -10,7 +10,7 @@
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
  * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
  * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
- * The table adds 8 for every chunk.
+ * bf16 states save 8 of these; an average adds 8. The table adds 8 for every chunk.
  *
  * A block has one contiguous range of chunks in both phases. It scans it forwards and updates it
  * backwards, so that the gradients scanned last are still in L2. A thread updates 4 elements at a
@@ -40,17 +40,22 @@ constexpr int kDtype<f16> = FASTMP_F16;
 template <>
 constexpr int kDtype<bf16> = FASTMP_BF16;
 
-/* Rule, dtypes and master of a row: the kernel is compiled for the cases of one optimizer. */
-template <class Rule_, class Param_, class Grad_, int master_>
+/* Rule, dtypes, master, kind of states and average of a row: the kernel is compiled for the cases
+ * of one optimizer. */
+template <class Rule_, class Param_, class Grad_, int master_, class State_ = StateF32,
+          bool averaged_ = false>
 struct Case {
   typedef Rule_ Rule;
   typedef Param_ Param;
   typedef Grad_ Grad;
+  typedef State_ State;
   static constexpr int master = master_;
+  static constexpr bool averaged = averaged_;
 
   static __device__ __forceinline__ bool matches(const fastmp_row& row) {
     return row.rule == Rule::number && row.param_dtype == kDtype<Param> &&
-           row.grad_dtype == kDtype<Grad> && row.master_kind == master;
+           row.grad_dtype == kDtype<Grad> && row.master_kind == master &&
+           row.state_kind == State::kind && (row.average != nullptr) == averaged;
   }
 };
 
@@ -239,11 +244,11 @@ FASTMP_DEVICE ScanResult sum_over_partials(const fastmp_step_args& args, Shared&
  * most have. */
 template <class Rule>
 FASTMP_DEVICE typename Rule::Coefficients coefficients_of(const fastmp_step_args& args,
-                                                          const fastmp_row& row, Shared& shared) {
+                                                          const fastmp_row& row, float step,
+                                                          Shared& shared) {
   typedef typename Rule::Coefficients Coefficients;
   static_assert(sizeof(Coefficients) <= sizeof shared.coefficients, "a rule with more of them");
   Coefficients* coefficients = reinterpret_cast<Coefficients*>(shared.coefficients);
-  const float step = *row.step + 1.0f; /* the epilogue raises the count */
   if (row.group != shared.group || step != shared.step) {
     sync_block();
     if (thread() == 0) {
@@ -264,28 +269,62 @@ struct Tensors {
   const typename Case::Grad* grad;
   float* full;
   int16_t* remainder;
-  float* state[3];
+  float* average;
+  typename Case::State::Item* state[3];
 
   static __device__ __forceinline__ Tensors of(const fastmp_row& row) {
+    typedef typename Case::State::Item Item;
     return {static_cast<typename Case::Param*>(row.param),
             static_cast<const typename Case::Grad*>(row.grad),
             static_cast<float*>(Case::master == FASTMP_SELF ? row.param : row.master),
             static_cast<int16_t*>(row.master),
-            {row.state0, row.state1, row.state2}};
+            row.average,
+            {static_cast<Item*>(row.state0), static_cast<Item*>(row.state1),
+             static_cast<Item*>(row.state2)}};
   }
 
   __device__ __forceinline__ bool are_aligned() const {
     bool aligned = is_aligned<4>(param) && is_aligned<4>(grad);
     if (Case::master == FASTMP_FULL) aligned = aligned && is_aligned<4>(full);
     if (Case::master == FASTMP_SPLIT) aligned = aligned && is_aligned<4>(remainder);
+    if (Case::averaged) aligned = aligned && is_aligned<4>(average);
     for (int s = 0; s < Case::Rule::states; ++s) aligned = aligned && is_aligned<4>(state[s]);
     return aligned;
   }
 };
 
+/* The numbers of a row at a step. */
+template <class Case>
+struct RowStep {
+  typename Case::Rule::Coefficients coefficients;
+  float rate; /* ema_rate() */
+  RandomKey key;
+
+  static __device__ __forceinline__ RowStep of(const fastmp_step_args& args, const fastmp_row& row,
+                                               int64_t begin, Shared& shared) {
+    const float step = *row.step + 1.0f; /* the epilogue raises the count */
+    RowStep made = {coefficients_of<typename Case::Rule>(args, row, step, shared), 1.0f, {}};
+    if constexpr (Case::averaged) made.rate = ema_rate(args.request, step);
+    if constexpr (Case::State::kind != FASTMP_STATE_F32) {
+      made.key = random_key(args.request.rounding_seed, step, row.param_index, begin);
+    }
+    return made;
+  }
+};
+
+template <int s, int n, class Case>
+FASTMP_DEVICE void write_state(const Tensors<Case>& at, int64_t i, const float (&values)[n],
+                               const uint32_t (&random)[n]) {
+  typename Case::State::Item items[n];
+  for (int e = 0; e < n; ++e) {
+    items[e] = Case::State::template store<Case::Rule::quantity(s)>(values[e],
+                                                                    bits_for_state(random[e], s));
+  }
+  write(items, at.state[s] + i);
+}
+
 template <int n, class Case>
-FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i,
-                             const typename Case::Rule::Coefficients& k) {
+FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i, const RowStep<Case>& step) {
   typename Case::Grad grads[n];
   typename Case::Param weights[n];
   int16_t remainders[n];
@@ -301,11 +340,30 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i,
   if constexpr (Case::master == FASTMP_FULL) {
     for (int e = 0; e < n; ++e) masters[e] = current_master(weights[e], masters[e]);
   }
-  for (int s = 0; s < Case::Rule::states; ++s) read(at.state[s] + i, states[s]);
-  for (int e = 0; e < n; ++e) {
-    Case::Rule::apply(masters[e], to_float(grads[e]), states[0][e], states[1][e], states[2][e], k);
+  for (int s = 0; s < Case::Rule::states; ++s) {
+    typename Case::State::Item items[n];
+    read(at.state[s] + i, items);
+    for (int e = 0; e < n; ++e) states[s][e] = Case::State::load(items[e]);
   }
-  for (int s = 0; s < Case::Rule::states; ++s) write(states[s], at.state[s] + i);
+  for (int e = 0; e < n; ++e) {
+    Case::Rule::apply(masters[e], to_float(grads[e]), states[0][e], states[1][e], states[2][e],
+                      step.coefficients);
+  }
+  uint32_t random[n] = {};
+  if constexpr (Case::State::kind != FASTMP_STATE_F32) {
+    for (int e = 0; e < n; ++e) random[e] = random_bits(step.key, static_cast<uint32_t>(i + e));
+  }
+  if constexpr (Case::Rule::states > 0) write_state<0>(at, i, states[0], random);
+  if constexpr (Case::Rule::states > 1) write_state<1>(at, i, states[1], random);
+  if constexpr (Case::Rule::states > 2) write_state<2>(at, i, states[2], random);
+  if constexpr (Case::averaged) {
+    float averages[n];
+    read(at.average + i, averages);
+    for (int e = 0; e < n; ++e) {
+      averages[e] = move_average(averages[e], masters[e], step.rate);
+    }
+    write(averages, at.average + i);
+  }
   if constexpr (Case::master == FASTMP_SPLIT) {
     for (int e = 0; e < n; ++e) split_master(masters[e], &weights[e], &remainders[e]);
     write(remainders, at.remainder + i);
@@ -322,14 +380,14 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i,
 template <class Case>
 FASTMP_DEVICE void update_row(const fastmp_step_args& args, const fastmp_row& row, int64_t begin,
                               int64_t end, Shared& shared) {
-  const auto k = coefficients_of<typename Case::Rule>(args, row, shared);
+  const RowStep<Case> step = RowStep<Case>::of(args, row, begin, shared);
   const Tensors<Case> tensors = Tensors<Case>::of(row);
   const int64_t whole = tensors.are_aligned() ? end / 4 * 4 : begin;
 #pragma unroll 1
-  for (int64_t i = whole + thread(); i < end; i += kThreads) update_at<1>(tensors, i, k);
+  for (int64_t i = whole + thread(); i < end; i += kThreads) update_at<1>(tensors, i, step);
 #pragma unroll 1
   for (int64_t i = whole - 4 * (thread() + 1); i >= begin; i -= 4 * kThreads) {
-    update_at<4>(tensors, i, k);
+    update_at<4>(tensors, i, step);
   }
 }
 
@@ -378,11 +436,11 @@ FASTMP_DEVICE bool is_last_block(fastmp_record* record, Shared& shared) {
 }
 
 /* Blocks on a multiprocessor, which share 65,536 registers: 64 a thread for one case with two
- * states, the most that fit into them; else 80 or 128. */
+ * fp32 streams beside the weight, the most that fit into them; else 80 or 128. */
 template <class... Cases>
 FASTMP_FN constexpr int blocks_for() {
-  const bool few_states = ((Cases::Rule::states < 3) && ...);
-  return sizeof...(Cases) > 3 ? 2 : sizeof...(Cases) > 1 || !few_states ? 3 : 4;
+  const bool few_streams = ((Cases::Rule::states + Cases::averaged < 3) && ...);
+  return sizeof...(Cases) > 3 ? 2 : sizeof...(Cases) > 1 || !few_streams ? 3 : 4;
 }
 
 template <class... Cases>

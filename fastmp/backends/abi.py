@@ -28,6 +28,13 @@ class Master(IntEnum):
     SPLIT = 2
 
 
+class StateKind(IntEnum):
+    """``fastmp_state_kind``: how the states of a parameter are kept."""
+
+    F32 = 0
+    BF16 = 1
+
+
 class Activation(IntEnum):
     """``fastmp_activation``: what a linear layer applies to its sums."""
 
@@ -91,6 +98,7 @@ ROW = np.dtype(
         ("state0", np.int64),
         ("state1", np.int64),
         ("state2", np.int64),
+        ("average", np.int64),
         ("step", np.int64),
         ("numel", np.int64),
         ("param_index", np.int64),
@@ -99,7 +107,8 @@ ROW = np.dtype(
         ("grad_dtype", np.uint8),
         ("master_kind", np.uint8),
         ("rule", np.uint8),
-        ("reserved", np.uint8, (2,)),
+        ("state_kind", np.uint8),
+        ("reserved", np.uint8),
     ]
 )
 
@@ -148,6 +157,9 @@ class Request(Structure):
         ("skip_nonfinite_check", c_int64),
         ("schedule", c_void_p),
         ("schedule_rows", c_int64),
+        ("ema_decays", c_void_p),
+        ("ema_rows", c_int64),
+        ("rounding_seed", c_int64),
         ("record", c_void_p),
     )
 

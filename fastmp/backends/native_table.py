@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request
+from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request, StateKind
 
 NO_CLIP = -1.0
 Lrs = Sequence[tuple[int, Tensor]]  # parameter groups whose lr is in device memory, with it
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STATE_KINDS = {torch.float32: StateKind.F32, torch.bfloat16: StateKind.BF16}
 _data_ptr = Tensor.data_ptr  # mapped over a list: no frame of Python for each tensor
 
 
@@ -24,11 +25,13 @@ class TensorRow(NamedTuple):
         param: the weight.
         master: None for fp32 and fp64 parameters, fp32 for fp16 ones, the int16 remainder that
             completes the weight to an fp32 value for bf16 ones.
-        states: fp32, as many as the rule has; like ``master`` in the strides of the parameter.
+        states: as many as the rule has, of one dtype of ``STATE_KINDS``, or fp64; like ``master``
+            and ``average`` in the strides of the parameter.
         step: 0-d fp32, the updates of this parameter so far.
         group: row of the hyperparameters.
         param_index: among all parameters of the optimizer.
         rule: number of the group's rule.
+        average: moving average of the weight, fp32; None: none is kept.
     """
 
     param: Tensor
@@ -38,6 +41,7 @@ class TensorRow(NamedTuple):
     group: int
     param_index: int
     rule: int
+    average: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -51,6 +55,8 @@ class Options(NamedTuple):
             read; non-finite values reach the weights, as in torch.
         schedule: float64 (steps, 3); lr, momentum and max_grad_norm of the step after k applied
             ones in row k, NaN where unset. With an lr, the groups' own are factors of it.
+        ema_decays: float64 (steps), of the averages, by applied steps; the last one from there on.
+        rounding_seed: of the random bits that round 16-bit states.
     """
 
     max_grad_norm: float = NO_CLIP
@@ -58,6 +64,8 @@ class Options(NamedTuple):
     external_found_inf: Tensor | None = None
     skip_nonfinite_check: bool = False
     schedule: Tensor | None = None
+    ema_decays: Tensor | None = None
+    rounding_seed: int = 0
 
 
 class NativeTable:
@@ -137,6 +145,7 @@ def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
         table[f"state{i}"] = [
             row.states[i].data_ptr() if i < len(row.states) else 0 for row in rows
         ]
+    table["average"] = [0 if row.average is None else row.average.data_ptr() for row in rows]
     table["step"] = [row.step.data_ptr() for row in rows]
     table["numel"] = [row.param.numel() for row in rows]
     table["param_index"] = [row.param_index for row in rows]
@@ -144,6 +153,7 @@ def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
     table["param_dtype"] = [DTYPE_CODES[row.param.dtype] for row in rows]
     table["grad_dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
     table["rule"] = [row.rule for row in rows]
+    table["state_kind"] = [STATE_KINDS[row.states[0].dtype] if row.states else 0 for row in rows]
     table["master_kind"] = [_master_kind(row.master) for row in rows]
     return table
 
@@ -158,7 +168,7 @@ def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | No
     """The options as the kernels read them, and the tensors that the request points to."""
     device = record.device
     scale, found_inf = (_fp32(t, device) for t in (options.grad_scale, options.external_found_inf))
-    schedule = options.schedule
+    schedule, decays = options.schedule, options.ema_decays
     made = Request(
         grad_scale=_address(scale),
         external_found_inf=_address(found_inf),
@@ -166,9 +176,12 @@ def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | No
         skip_nonfinite_check=options.skip_nonfinite_check,
         schedule=_address(schedule),
         schedule_rows=0 if schedule is None else len(schedule),
+        ema_decays=_address(decays),
+        ema_rows=0 if decays is None else len(decays),
+        rounding_seed=options.rounding_seed,
         record=record.data_ptr(),
     )
-    return made, [scale, found_inf, schedule, record]
+    return made, [scale, found_inf, schedule, decays, record]
 
 
 def _fp32(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.ops.update.rules import rule
+from fastmp.optim.averages import Ema
 from fastmp.optim.base import FusedOptimizer
 
 
@@ -26,10 +27,14 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
             bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
             weights, as in torch.
+        ema: decay of an average of the weights, in [0, 1), that the step moves along with them, 8
+            bytes a parameter; or one decay for each applied step, or a function of their number,
+            evaluated here (for its ``length``, or 100,000 steps; the last decay stays). See
+            ``averages`` and ``averaged``.
 
     Raises:
-        ValueError: as torch, a ``max_grad_norm`` that is not above 0, ``differentiable=True``, or a
-            sparse, complex or integer parameter.
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
+            ``differentiable=True``, or a sparse, complex or integer parameter.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
+        ema: Ema | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -65,6 +71,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            ema=ema,
         )
 
     @rule(0)
@@ -125,6 +132,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
+        ema: Ema | None = None,
     ) -> None:
         FusedOptimizer.__init__(
             self,
@@ -141,4 +149,5 @@ class AdamW(Adam, torch.optim.AdamW):
             fused=fused,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            ema=ema,
         )

@@ -15,8 +15,8 @@ from fastmp.backends.registry import on_host
 from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.ops.update.step_table import StepTable
+from fastmp.optim.averages import AveragedOptimizer, Ema, decay_table
 from fastmp.optim.options import norm_limit, plain
-from fastmp.optim.saved import SavedOptimizer
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
 from fastmp.optim.step_reducer import ReducerSearch, check_scaler, is_distributed, watch_wrappers
 from fastmp.optim.table_cache import TableCache
@@ -24,7 +24,7 @@ from fastmp.optim.table_cache import TableCache
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class FusedOptimizer(SavedOptimizer):
+class FusedOptimizer(AveragedOptimizer):
     """Step and state of the fused optimizers; the constructor passes torch's arguments on.
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
@@ -36,6 +36,7 @@ class FusedOptimizer(SavedOptimizer):
         *args: Any,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
+        ema: Ema | None = None,
         **kwargs: Any,
     ) -> None:
         self.max_grad_norm = max_grad_norm
@@ -43,6 +44,7 @@ class FusedOptimizer(SavedOptimizer):
         self.step_context = StepContext()
         self._tables = TableCache()
         self._search_reducer = ReducerSearch()
+        self._ema = None if ema is None else decay_table(plain(ema))
         watch_wrappers()
         super().__init__(*args[:1], *map(plain, args[1:]), **plain(kwargs))
         self._state_is_shared = False
@@ -109,6 +111,7 @@ class FusedOptimizer(SavedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_own_weights()
         params, grads = self._collect(self._params())
         reducer = self._reducer()
         if not params and reducer is None:
@@ -146,6 +149,7 @@ class FusedOptimizer(SavedOptimizer):
             context.found_inf,
             not self.skip_nonfinite,
             self._schedule_on(device),
+            self._ema_on(device),
         )
         if reducer is None:
             return options, None
@@ -248,4 +252,5 @@ class FusedOptimizer(SavedOptimizer):
         lrs = [group["lr"] for group in self.param_groups]
         addresses = [lr.data_ptr() for lr in lrs if isinstance(lr, Tensor)]
         table = None if schedule is None else (schedule.data_ptr(), len(schedule))
-        return hypers, addresses, table, self.max_grad_norm, self.skip_nonfinite
+        ema = None if self._ema is None else (self._ema.data_ptr(), len(self._ema))
+        return hypers, addresses, table, self.max_grad_norm, self.skip_nonfinite, ema

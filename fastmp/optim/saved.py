@@ -34,6 +34,12 @@ class SavedOptimizer(ScheduledOptimizer):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
+    def _keeps_average(self) -> bool:
+        raise NotImplementedError
+
+    def _require_own_weights(self) -> None:
+        raise NotImplementedError
+
     def __getstate__(self) -> dict[str, Any]:
         names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded")
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
@@ -56,6 +62,8 @@ class SavedOptimizer(ScheduledOptimizer):
             for param in group["params"]:
                 if param in self.state:
                     state.to_own_state(param, self.state[param], self._state_keys(group))
+                    if not self._keeps_average():
+                        self.state[param].pop("average", None)
         self._state_is_shared = False
         self.accept_group_rates()
 
@@ -64,6 +72,7 @@ class SavedOptimizer(ScheduledOptimizer):
 
         With bf16 parameters also ``remainders``: checksums of the weights that they complete.
         """
+        self._require_own_weights()
         state.adopt_masters(self.state, self._params(), self._tables.remainders)
         counts = {"applied": self.applied_steps.clone(), "skipped": self.skipped_steps.clone()}
         saved = {**super().state_dict(), "counts": counts}
@@ -89,6 +98,7 @@ class SavedOptimizer(ScheduledOptimizer):
                 of another shape than its parameter. Nothing has changed then.
         """
 
+        self._require_own_weights()
         counts: dict[str, Any] = {}
 
         # The last pre-hook: after the caller's own, which may change the state.
@@ -114,6 +124,7 @@ class SavedOptimizer(ScheduledOptimizer):
         With them and ``state_dict`` a run goes on in plain PyTorch: copy them into the fp32 model,
         and load the state into torch's optimizer of the same name.
         """
+        self._require_own_weights()
         own, params = self._own_state, self._params()
         state.adopt_masters(own, params, self._tables.remainders)
         valid = self._tables.remainders.valid_state
@@ -131,11 +142,8 @@ class SavedOptimizer(ScheduledOptimizer):
             ValueError: another number of values, or one of another shape. Nothing has changed then.
         """
         params = self._params()
-        if [v.shape for v in values] != [p.shape for p in params]:
-            raise ValueError(
-                f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
-                f"{[tuple(v.shape) for v in values]}"
-            )
+        self._require_own_weights()
+        state.check_shapes(values, params)
         own = self._own_state
         state.adopt_masters(own, params, self._tables.remainders)
         for group in self.param_groups:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.ops.update.rules import rule
+from fastmp.optim.averages import Ema
 from fastmp.optim.base import FusedOptimizer
 
 
@@ -26,10 +27,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
             bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
             weights, as in torch.
+        ema: as in ``Adam``.
 
     Raises:
-        ValueError: as torch, a ``max_grad_norm`` that is not above 0, ``differentiable=True``, or a
-            sparse, complex or integer parameter.
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
+            ``differentiable=True``, or a sparse, complex or integer parameter.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
+        ema: Ema | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -61,6 +64,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             fused=fused,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            ema=ema,
         )
 
     @rule(2)

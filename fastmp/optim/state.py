@@ -2,12 +2,12 @@
 
 One dict a parameter under torch's keys, as in torch's optimizers. State is always fp32 (fp64 for
 fp64 parameters), and 16-bit parameters have one more entry: ``master`` (fp32, beside fp16 weights)
-or ``remainder`` (int16, beside bf16 weights).
+or ``remainder`` (int16, beside bf16 weights). Optimizers that average have ``average`` (fp32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -33,13 +33,17 @@ def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
 # ---- new state ----
 
 
-def allocate(states: States, params: Iterable[Tensor], keys: Iterable[str]) -> None:
-    """Allocate missing state."""
+def allocate(
+    states: States, params: Iterable[Tensor], keys: Iterable[str], *, average: bool = False
+) -> None:
+    """Allocate missing state; with ``average``, averages that begin at the weights."""
     for param in params:
         master = MASTER_KEYS.get(param.dtype)
         for key in (*keys, *([] if master is None else [master]), "step"):
             if states[param].get(key) is None:
                 states[param][key] = _new(key, param.detach())
+        if average and states[param].get("average") is None:
+            states[param]["average"] = master_of(param, states[param]).clone()
 
 
 def _new(key: str, param: Tensor) -> Tensor:
@@ -61,6 +65,19 @@ def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
         return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
     of = current_master if param.dtype == torch.float16 else join_master
     return of(param.detach(), own)
+
+
+def check_shapes(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Refuse values that are not one for each parameter.
+
+    Raises:
+        ValueError: another number of values, or one of another shape.
+    """
+    if [v.shape for v in values] != [p.shape for p in params]:
+        raise ValueError(
+            f"expected {len(params)} values of the parameters' shapes, got {len(values)}: "
+            f"{[tuple(v.shape) for v in values]}"
+        )
 
 
 def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
@@ -134,7 +151,7 @@ def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> No
         step.device != param.device
     ):
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
-    for key in (*keys, *MASTER_KEYS.values()):
+    for key in (*keys, *MASTER_KEYS.values(), "average"):
         value = state.get(key)
         if value is None:
             continue
@@ -205,7 +222,7 @@ def to_own_state(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) ->
             continue  # cast by torch's optimizer, whose steps change the weight that it completes
         if key == "step":
             value = torch.tensor(float(value), dtype=torch.float32, device=param.device)
-        elif key in keys or key in MASTER_KEYS.values():
+        elif key in keys or key in MASTER_KEYS.values() or key == "average":
             dtype = _dtype_of(key, param.dtype)
             value = torch.empty_like(param, dtype=dtype).copy_(value)
         state[key] = value

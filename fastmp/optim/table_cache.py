@@ -61,7 +61,8 @@ def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     for i, group in enumerate(optimizer.param_groups):
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
-        state.allocate(all_states, params, keys)
+        averaged = optimizer._keeps_average()
+        state.allocate(all_states, params, keys, average=averaged)
         for param in group["params"]:
             if param.grad is not None:
                 own = all_states[param]
@@ -69,6 +70,8 @@ def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
                 master = own.get(state.MASTER_KEYS.get(param.dtype))
                 states = tuple(own[key] for key in keys)
                 rule = int(rules[i])
-                rows.append(TensorRow(param, master, states, own["step"], i, param_index, rule))
+                average = own["average"] if averaged else None
+                row = TensorRow(param, master, states, own["step"], i, param_index, rule, average)
+                rows.append(row)
             param_index += 1
     return rows

@@ -2,38 +2,64 @@
 
     average += (1 - decay) (weight - average)        after every applied step
 
-A 16-bit average would stand still: with decay 0.999 each change is below half a unit in the last
-place of bf16. Running statistics of batch norms are averaged too.
+An optimizer of ``fastmp.optim`` moves the averages of its parameters in its own pass: 8 bytes a
+parameter instead of 18 and two launches a tensor. What it does not have, running statistics of
+batch norms and parameters of other optimizers, is averaged here. A 16-bit average would stand
+still: with decay 0.999 each change is below half a unit in the last place of bf16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmp.optim.averages import AveragedOptimizer
+
 
 class EMA:
     """The average of ``model``'s floating-point parameters and buffers; 4 bytes each.
 
+    Args:
+        model: its parameters and buffers must stay the same tensors.
+        decay: in [0, 1).
+        optimizer: one of ``fastmp.optim``, which then averages its parameters; None, or another:
+            all is averaged here.
+
     Raises:
-        ValueError: a decay outside [0, 1).
+        ValueError: a decay outside [0, 1), or another one than the optimizer's.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the average must lie in [0, 1), got {decay}")
         self.decay = decay
+        self._optimizer = optimizer if isinstance(optimizer, AveragedOptimizer) else None
+        if self._optimizer is not None:
+            if self._optimizer.ema not in (None, decay):
+                raise ValueError(
+                    f"the decay of the average is {decay} here and {self._optimizer.ema} in the "
+                    "optimizer: expected the same, or one of them left out"
+                )
+            self._optimizer.ema = decay
         self._weights = {
             name: value
             for name, value in model.state_dict(keep_vars=True).items()
             if value.is_floating_point()
         }
-        self._averages = {
-            name: value.detach().float().clone() for name, value in self._weights.items()
+        groups = () if self._optimizer is None else self._optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]
+        positions = {param: i for i, param in enumerate(params)}
+        self._moved = {n: positions[w] for n, w in self._weights.items() if w in positions}
+        self._own = {
+            name: weight.detach().float().clone()
+            for name, weight in self._weights.items()
+            if name not in self._moved
         }
 
     @torch.no_grad()
@@ -44,24 +70,24 @@ class EMA:
             found_inf: 0-d, 1 if that step was skipped, else 0; it is read on the device.
         """
         step = (1.0 - self.decay) * (1.0 - found_inf)
-        for name, average in self._averages.items():
+        for name, average in self._own.items():
             average.lerp_(self._weights[name].float(), step)
 
     @torch.no_grad()
     def restart(self) -> None:
         """Set the averages to the weights: a loaded run that had no average begins one."""
-        for name, average in self._averages.items():
-            average.copy_(self._weights[name])
+        self._load({name: weight.detach().float() for name, weight in self._weights.items()})
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """In the block the model has the averages; afterwards its own weights, to the bit."""
-        own = {name: value.detach().clone() for name, value in self._weights.items()}
-        self._write(self._averages)
-        try:
-            yield
-        finally:
-            self._write(own)
+        own = {name: self._weights[name].detach().clone() for name in self._own}
+        with nullcontext() if self._optimizer is None else self._optimizer.averaged():
+            self._write(self._own)
+            try:
+                yield
+            finally:
+                self._write(own)
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
@@ -71,7 +97,11 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, by the model's names, fp32."""
-        return dict(self._averages)
+        averages = [] if self._optimizer is None else self._optimizer.averages()
+        return {
+            name: averages[self._moved[name]] if name in self._moved else self._own[name]
+            for name in self._weights
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``.
@@ -79,11 +109,20 @@ class EMA:
         Raises:
             ValueError: other names than the model has.
         """
-        if state_dict.keys() != self._averages.keys():
-            differing = sorted(state_dict.keys() ^ self._averages.keys())
+        if state_dict.keys() != self._weights.keys():
+            differing = sorted(state_dict.keys() ^ self._weights.keys())
             raise ValueError(
                 f"the averages are those of another model: {', '.join(differing[:5])} "
                 f"{'is' if len(differing) == 1 else 'are'} only on one side"
             )
-        for name, value in state_dict.items():
-            self._averages[name].copy_(value)
+        self._load(state_dict)
+
+    @torch.no_grad()
+    def _load(self, values: dict[str, Tensor]) -> None:
+        for name, average in self._own.items():
+            average.copy_(values[name])
+        if self._optimizer is not None:
+            averages = self._optimizer.averages()
+            for name, i in self._moved.items():
+                averages[i] = values[name]
+            self._optimizer.load_averages(averages)

@@ -191,7 +191,7 @@ class TrainState:
             "model": shards.full_model_state() if shards else model.state_dict(),
             "optimizer": shards.full_optimizer_state(optimizer)
             if shards
-            else optimizer.state_dict(),
+            else _without_averages(optimizer.state_dict()),
             "scaler": settings.scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "progress": asdict(self.progress),
@@ -338,6 +338,15 @@ class TrainState:
         """Return when the checkpoints of the folder are on disk."""
         if self.checkpoints is not None:
             self.checkpoints.wait()
+
+
+def _without_averages(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without the averages: a checkpoint has them by the model's names."""
+    states = {
+        index: {key: value for key, value in own.items() if key != "average"}
+        for index, own in state["state"].items()
+    }
+    return {**state, "state": states}
 
 
 def _shape(value: Any) -> str:

@@ -116,7 +116,7 @@ class Trainer:
         self.scaler, self.mixup, self.accumulate = settings.scaler, mixup, accumulate
         self.shards, self.folder, self.world = shards, settings.folder, settings.world
         self.progress = progress and self.world.is_first
-        self.ema = None if ema is None else EMA(model, ema)
+        self.ema = None if ema is None else EMA(model, ema, optimizer)
         self._state = TrainState(settings, self.ema)
         self._log, self.checkpoints = self._state.log, self._state.checkpoints
         self._stop_signal = StopSignal(self.world)

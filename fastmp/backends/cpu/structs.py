@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from fastmp.backends.abi import Request
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class Status(IntEnum):

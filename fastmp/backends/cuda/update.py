@@ -10,22 +10,35 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cuda, native_table, registry
-from fastmp.backends.abi import CHUNK, LR, Master, StepArgs
+from fastmp.backends.abi import CHUNK, LR, Master, StateKind, StepArgs
 from fastmp.backends.cuda import launch, nvrtc
 from fastmp.backends.native_table import Lrs, NativeTable, Options, TensorRow
 
 MAX_PARTIALS = 2048  # of a norm, whatever the GPU
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
+_STATES = {StateKind.F32: "StateF32", StateKind.BF16: "StateBf16"}
 
 #: Memory that captured graphs read when they are replayed, kept as long as the process lives: the
-#: end of a graph cannot be observed. 80 bytes a tensor and 8 a chunk for every capture; no weight.
+#: end of a graph cannot be observed. 88 bytes a tensor and 8 a chunk for every capture; no weight.
 _captured: list[Any] = []
 
 
-def case_of(rule: int, param: int, grad: int, master: int) -> str:
-    """``Case`` of update.cu for the number of a rule, the codes of two dtypes and a master."""
+def case_of(
+    rule: int, param: int, grad: int, master: int, state: int = 0, averaged: bool = False
+) -> str:
+    """``Case`` of update.cu.
+
+    Args:
+        rule: its number.
+        param, grad: codes of dtypes.
+        master: a ``Master``.
+        state: a ``StateKind``.
+        averaged: whether an average of the weight is kept.
+    """
     dtypes = f"{_C_TYPES[param]}, {_C_TYPES[grad]}"
-    return f"fastmp::Case<fastmp::RuleOf<{rule}>::Rule, {dtypes}, FASTMP_{Master(master).name}>"
+    kept = f"FASTMP_{Master(master).name}, fastmp::{_STATES[StateKind(state)]}"
+    average = "true" if averaged else "false"
+    return f"fastmp::Case<fastmp::RuleOf<{rule}>::Rule, {dtypes}, {kept}, {average}>"
 
 
 class CudaStepTable(NativeTable):
@@ -37,8 +50,9 @@ class CudaStepTable(NativeTable):
 
     def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
         super().__init__(tensor_rows, grads)
-        columns = ("rule", "param_dtype", "grad_dtype", "master_kind")
-        kinds = set(zip(*(self.rows[name].tolist() for name in columns), strict=True))
+        names = ("rule", "param_dtype", "grad_dtype", "master_kind", "state_kind")
+        columns = [self.rows[name].tolist() for name in names]
+        kinds = set(zip(*columns, (self.rows["average"] != 0).tolist(), strict=True))
         self.device = tensor_rows[0].param.device
         self.kernel = launch.kernel(tuple(case_of(*kind) for kind in sorted(kinds)), self.device)
         self._uploaded = b""

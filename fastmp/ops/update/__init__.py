@@ -156,6 +156,14 @@ def _apply_schedule(
     return h, options.max_grad_norm if math.isnan(max_norm) else max_norm
 
 
+def _ema_rate(options: Options, applied: int, step: float) -> float:
+    """How far an average goes towards its weight; the first step of a tensor copies it."""
+    decays = options.ema_decays
+    if decays is None or step <= 1:
+        return 1.0
+    return 1.0 - float(decays[min(applied, len(decays) - 1)])
+
+
 def _commit(record: Tensor, decision: StepDecision) -> None:
     record_field(record, "grad_norm").fill_(decision.norm)
     record_field(record, "found_inf").fill_(float(decision.skip))
@@ -173,16 +181,19 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _reference(table: StepTable, hypers: np.ndarray, record: Tensor, options: Options) -> None:
-    applied = 0 if options.schedule is None else int(record_field(record, "applied"))
+    follows = options.schedule is not None or options.ema_decays is not None
+    applied = int(record_field(record, "applied")) if follows else 0
     groups = [_apply_schedule(Hyperparameters(*h), options, applied) for h in hypers.tolist()]
     decision = _decide(table, options, groups[0][1] if groups else options.max_grad_norm)
     if not decision.skip:
         for row, grad in zip(table.rows, table.grads, strict=True):
-            _update(row, grad, decision.grad_factor, groups[row.group][0])
+            new = _update(row, grad, decision.grad_factor, groups[row.group][0])
+            if row.average is not None:
+                row.average.lerp_(new, _ema_rate(options, applied, float(row.step)))
     _commit(record, decision)
 
 
-def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters) -> None:
+def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters) -> Tensor:
     g = _wide(grad) * (grad_factor * (-1 if h.maximize else 1))
     row.step.add_(1)
     master = row.master
@@ -201,6 +212,7 @@ def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters
     else:
         master.copy_(new)
         row.param.copy_(new)
+    return new
 
 
 registry.define("update")

@@ -21,7 +21,7 @@ STATES = {0: 2, 1: 3, 2: 0, 3: 1, 4: 1}  # of each rule
 
 
 def build(*cases):
-    """The kernel for these (rule, param, grad, master), for every architecture."""
+    """The kernel for these arguments of ``case_of``, for every architecture."""
     name = launch.kernel_name(tuple(case_of(*kind) for kind in cases))
 
     def one(arch):
@@ -53,6 +53,15 @@ def test_every_rule_in_every_dtype(rule, kept):
         assert kernel.count(r"ST\.E\.64.*") == narrow
         assert kernel.count(r"LDG\.E\.128\.CONSTANT.*") >= 3  # the scan, for every dtype
         assert kernel.occupancy() >= (0.33 if states > 2 else 0.5)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_an_average_is_one_more_stream(kept):
+    plain, averaged = build((0, *KEPT[kept])), build((0, *KEPT[kept], 0, True))
+    for without, kernel in zip(plain, averaged, strict=True):
+        for access in (r"LD\.E\.128.*", r"ST\.E\.128.*"):
+            assert kernel.count(access) == without.count(access) + 1
+        assert kernel.occupancy() >= 0.33
 
 
 @pytest.mark.parametrize(

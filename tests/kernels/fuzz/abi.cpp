@@ -121,6 +121,8 @@ static int32_t fuzz_update(Input& in) {
     row.state0 = in.floats(numel);
     row.state1 = in.floats(numel);
     row.state2 = in.floats(numel);
+    row.average = in.one_in(3) ? in.floats(numel) : nullptr;
+    row.state_kind = in.one_in(20) ? in.byte() : static_cast<uint8_t>(in.code(2));
     row.step = in.floats(1);
   }
   fastmp_update_args args;
@@ -138,6 +140,10 @@ static int32_t fuzz_update(Input& in) {
   if (in.one_in(3)) {
     request.schedule_rows = in.extent(3);
     request.schedule = static_cast<double*>(in.buffer(product(request.schedule_rows, 3), 8));
+  }
+  if (in.one_in(2)) {
+    request.ema_rows = in.extent(3);
+    request.ema_decays = static_cast<double*>(in.buffer(request.ema_rows, 8));
   }
   request.record = static_cast<fastmp_record*>(in.buffer(1, sizeof(fastmp_record)));
   return fastmp_update(&args);

@@ -94,9 +94,12 @@ FASTMP_DEVICE void store_bits(T value, T* to) {
 
 namespace fastmp {
 
-/* Every case there can be. */
-#define FASTMP_GRADS(Rule, Param, master) \
-  Case<Rule, Param, float, master>, Case<Rule, Param, f16, master>, Case<Rule, Param, bf16, master>
+/* Every case there can be; kinds of states and averages with gradients of the weight's dtype. */
+#define FASTMP_GRADS(Rule, Param, master)                                                \
+  Case<Rule, Param, float, master>, Case<Rule, Param, f16, master>,                      \
+      Case<Rule, Param, bf16, master>, Case<Rule, Param, Param, master, StateF32, true>, \
+      Case<Rule, Param, Param, master, StateBf16>,                                       \
+      Case<Rule, Param, Param, master, StateBf16, true>
 #define FASTMP_CASES(Rule)                                                      \
   FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL), \
       FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT),

@@ -37,6 +37,15 @@ def test_the_same_bits_as_the_cpu_engine(cpu_engine, monkeypatch, dtype, make):
     torch.testing.assert_close(ours[-1], theirs[-1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ema", [0.9, [0.5, 0.8, 0.2]], ids=str)
+def test_averages_have_the_same_bits(cpu_engine, monkeypatch, dtype, ema):
+    ours = steps(adam_w(p := parameters(dtype), ema=ema), p)
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    theirs = steps(adam_w(p := parameters(dtype), ema=ema), p)
+    assert same_bits(ours[:-1], theirs[:-1])
+
+
 def test_the_norm_does_not_depend_on_the_grid(kernel, monkeypatch):
     monkeypatch.setattr(backend, "MAX_PARTIALS", 17)
 
