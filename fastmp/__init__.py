@@ -35,6 +35,7 @@ from fastmp.amp import convert  # noqa: E402
 
 if TYPE_CHECKING:
     from fastmp import checkpoint, data, transfer
+    from fastmp.models.run import load
     from fastmp.training.graphed import graphed
     from fastmp.training.trainer import Trainer
     from fastmp.verification import verify
@@ -50,6 +51,7 @@ __all__ = [
     "data",
     "functional",
     "graphed",
+    "load",
     "nn",
     "optim",
     "schedule",
@@ -67,6 +69,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fastmp.{name}")
     if name == "Trainer":
         return importlib.import_module("fastmp.training.trainer").Trainer
+    if name == "load":
+        return importlib.import_module("fastmp.models.run").load
     if name == "graphed":
         return importlib.import_module("fastmp.training.graphed").graphed
     if name == "verify":

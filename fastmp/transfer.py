@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import fastmp.nn
 from fastmp import checkpoint
+from fastmp.checkpoint import weights
+from fastmp.checkpoint.manager import Checkpoints
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _SHOWN = 4  # names of each kind in a report
@@ -71,8 +73,9 @@ def load_pretrained(
     Args:
         model: entries that do not fit keep their values.
         source: a .safetensors file; a file of ``torch.save`` with a state_dict, bare or under
-            "state_dict" or "model" (read with weights_only: no code in it runs); the folder of a
-            fastmp checkpoint; a module; a state_dict.
+            "state_dict" or "model" (read with weights_only: no code in it runs); a run's folder,
+            which stands for its best checkpoint, its ``checkpoints``, one of these, or a file of
+            one: the weights that were validated, in fp32; a module; a state_dict.
         prefix: of the model's names in the source, such as "backbone.".
         strict: refuse a source that does not fit entry by entry.
 
@@ -93,6 +96,11 @@ def load_pretrained(
             if name in entries and entries[name].shape != own[name].shape
         },
     )
+    if not fitting and report.reshaped:
+        raise TransferError(
+            "no entry of the source fits the model: their names are equal and their shapes differ, "
+            f"{_shapes(report.reshaped)}; is it of another model?"
+        )
     if not fitting:
         raise TransferError(
             f"no entry of the source fits the model: the source has "
@@ -106,12 +114,22 @@ def load_pretrained(
     return report
 
 
+def _shapes(reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    shown = [
+        f"{name} is {found} in the source and {wanted} in the model"
+        for name, (wanted, found) in list(reshaped.items())[:_SHOWN]
+    ]
+    return ", ".join(shown) + (", ..." if len(reshaped) > _SHOWN else "")
+
+
 def _entries(source: Any) -> dict[str, Tensor]:
     """The tensors of a source, by name."""
     if isinstance(source, nn.Module):
         source = source.state_dict()
     if isinstance(source, str | os.PathLike):
         source = _read(Path(source))
+    if weights.is_trainer_state(source):
+        source = weights.fp32_weights(source)
     for key in ("state_dict", "model"):
         if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
             source = source[key]
@@ -130,6 +148,7 @@ def _read(path: Path) -> Any:
     if not path.exists():
         raise TransferError(f"{path} does not exist; expected a file of weights or a checkpoint")
     try:
+        path = _file_of_run(path)
         if path.is_dir():
             return checkpoint.load(path)
         if path.suffix == ".safetensors":
@@ -142,6 +161,21 @@ def _read(path: Path) -> Any:
             f"{path} cannot be read: expected .safetensors or a state_dict of torch.save without "
             f"other objects, got: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _file_of_run(path: Path) -> Path:
+    """The checkpoint, or the file of weights, that a path of a run stands for; else the path."""
+    folder = path if path.is_dir() else path.parent
+    of_checkpoint = path.name == checkpoint.MANIFEST or path.name.startswith("tensors-")
+    if (folder / checkpoint.MANIFEST).is_file() and (path.is_dir() or of_checkpoint):
+        return folder
+    if not path.is_dir():
+        return path
+    kept = path if path.name == "checkpoints" else path / "checkpoints"
+    found = Checkpoints(kept).best() if os.path.lexists(kept) else None
+    if found is None and (path / weights.FILE).is_file():
+        return path / weights.FILE
+    return found or path
 
 
 def _unwrapped(entries: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

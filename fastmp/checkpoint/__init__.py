@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastmp.checkpoint.format import CheckpointError, load, save
+from fastmp.checkpoint.format import MANIFEST, CheckpointError, load, save
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["MANIFEST", "CheckpointError", "load", "save"]

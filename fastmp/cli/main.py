@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastmp.checkpoint import CheckpointError
-from fastmp.cli import bench, doctor, lr_find, train, verify
+from fastmp.cli import bench, doctor, evaluate, export, lr_find, predict, train, verify
 from fastmp.cli.bench import BenchmarkFailed
 from fastmp.cli.verify import VerificationFailed
 from fastmp.data import DataError
 from fastmp.distributed.rendezvous import LauncherError
 from fastmp.files import FolderInUse
 from fastmp.models import ModelError
+from fastmp.models.export import ExportError
+from fastmp.models.run import RunError
 from fastmp.recipe import ConfigError
 from fastmp.training.log import LogError
 from fastmp.training.lr_find import RangeTestError
@@ -26,12 +28,14 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DataError,
+    ExportError,
     FolderInUse,
     LauncherError,
     LogError,
     ModelError,
     OSError,
     RangeTestError,
+    RunError,
     TransferError,
 )
 TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells report it; SIGHUP too
@@ -39,6 +43,9 @@ TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells re
 #: Every command, by name.
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.main,
+    "predict": predict.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
     "lr-find": lr_find.main,
     "bench": bench.main,
     "verify": verify.main,
@@ -88,7 +95,7 @@ def _fail(command: str, message: str, code: int) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    lines = [f"  {name:<9} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fastmp COMMAND [FLAGS]",

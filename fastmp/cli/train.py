@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,11 +23,11 @@ from fastmp.cli import results
 from fastmp.data import Dataset
 from fastmp.distributed import rendezvous
 from fastmp.distributed.rendezvous import World
+from fastmp.models import run as models_run
+from fastmp.models.run import CONFIG
 from fastmp.recipe import DTYPES, ConfigError, TrainConfig, resume
-from fastmp.training import log, rng
+from fastmp.training import rng
 from fastmp.training.trainer import Trainer
-
-CONFIG = "config.toml"  # its name in a run folder
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,15 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
     config = given.resolved(world.size, len(dataset.train))
     model = recipe.build_model(config, dataset)
     pretrained = None if started else recipe.load_pretrained(config, model)
-    print_rank0(_summary(config, dataset, model, device, world))
+    train_loader, test_loader = recipe.loaders(config, dataset, device, world)
+    steps = math.ceil(len(train_loader) / config.accumulate)
+    print_rank0(_summary(config, dataset, model, device, world, steps))
     if pretrained is not None:
         print_rank0(f"{config.init_from}: {pretrained}")
     config = dataclasses.replace(
         config, dtype=recipe.choose_dtype(config, dataset, model, device, world)
     )
-    train_loader, test_loader = recipe.loaders(config, dataset, device, world)
     assert config.epochs is not None
-    steps = math.ceil(len(train_loader) / config.accumulate)
-    if steps == 1:
-        print_rank0(
-            f"one step an epoch, {config.epochs} in all: a smaller batch_size than "
-            f"{config.batch_size:,} gives more"
-        )
     trainer = recipe.build_trainer(
         config,
         dataset,
@@ -134,14 +130,14 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
     with results.reported(config, trainer):
         if remaining:
             # the lr as given: a run resumed on another number of devices scales it again
-            with _recorded(dataclasses.replace(config, lr=given.lr), trainer):
+            with _recorded(dataclasses.replace(config, lr=given.lr), dataset, trainer):
                 trainer.fit(train_loader, test_loader, remaining)
         else:
             done = f"{trainer.epoch} of {config.epochs} epochs are done"
             print_rank0(f"nothing left to train: {done}")
-    print_rank0(
-        f"\nThe run is in {out}: report.html, curves.png, {CONFIG}, {log.FILE}, checkpoints/"
-    )
+            if world.is_first:  # runs of earlier versions have none of these files
+                models_run.write_about(out, dataset)
+    print_rank0(_next_steps(out))
 
 
 @contextmanager
@@ -159,13 +155,14 @@ def _held(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
+def _recorded(config: TrainConfig, dataset: Dataset, trainer: Trainer) -> Iterator[None]:
     """Write the settings into the run's folder; the former ones, if not one step runs with them."""
     assert config.out is not None
     path, first = config.out / CONFIG, trainer.step
     former = path.read_bytes() if path.exists() else None
     if trainer.world.is_first:
         recipe.write_toml(config, path)
+        models_run.write_about(config.out, dataset)
     try:
         yield
     except BaseException:
@@ -175,7 +172,12 @@ def _recorded(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
 
 
 def _summary(
-    config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.device, world: World
+    config: TrainConfig,
+    dataset: Dataset,
+    model: nn.Module,
+    device: torch.device,
+    world: World,
+    steps: int,
 ) -> str:
     """Data, what is to be known of them, model, device and batch, a line each."""
     assert config.batch_size is not None
@@ -188,12 +190,31 @@ def _summary(
     if batch < given:
         parts = f", all that the data has for the {given:,} of the settings"
     size = sum(parameter.numel() for parameter in model.parameters())
+    few = f"one step an epoch, {config.epochs} in all: a smaller batch_size than "
+    few = f"\n{few}{config.batch_size:,} gives more" if steps == 1 else ""
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images of {'x'.join(map(str, dataset.shape))}, {len(dataset.classes)} classes\n"
         + "".join(f"  {note}\n" for note in dataset.notes)
         + f"{config.model}: {size:,} parameters, on {machine}\n"
-        f"global batch: {batch:,}{parts}; peak lr {config.lr:.3g}"
+        f"global batch: {batch:,}{parts}; {_count(steps, 'step')} an epoch; "
+        f"peak lr {config.lr:.3g}{few}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _next_steps(out: Path) -> str:
+    """The commands that use a finished run."""
+    run = shlex.quote(str(out))
+    return (
+        f"\nThe run is in {out}\n"
+        f"  look     {out / 'report.html'}\n"
+        f"  predict  fastmp predict {run} IMAGE...\n"
+        f"  export   fastmp export {run} --format onnx\n"
+        f"  Python   model = fastmp.load({str(out)!r}); model.predict('image.png')"
     )
 
 

@@ -49,7 +49,7 @@ class Images:
         self._read = read
         self.labels = labels
         self._shape = shape
-        self._ranges = ranges or {}
+        self.ranges = ranges or {}
 
     @property
     def shape(self) -> Shape:
@@ -59,6 +59,10 @@ class Images:
     def __len__(self) -> int:
         """N."""
         return len(self.labels)
+
+    def in_shape(self, shape: Shape, ranges: pixels.Ranges, labels: Tensor) -> Images:
+        """The same images as (C, H, W), wide values in other ranges, with labels int64 (N,)."""
+        return Images(self._read, labels, shape, ranges)
 
     def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Images uint8 (n, C, H, W) and labels int64 (n,).
@@ -73,7 +77,7 @@ class Images:
         channels, height, width = self._shape
         image, name = _load(self._read, index)
         with Reading(name):
-            image = pixels.to_8_bits(image, channels, self._ranges)
+            image = pixels.to_8_bits(image, channels, self.ranges)
             rng = None if seed is None else random.Random(f"{seed} {index}")
             crop = _centre_square(*image.size) if rng is None else _random_crop(*image.size, rng)
             image = image.resize((width, height), 2, box=crop, reducing_gap=2.0)  # 2: bilinear
@@ -235,13 +239,18 @@ def _decided(
         yield f"constant over the training images: channel {', '.join(constant)}; std taken as 1"
 
 
-class _Files:
-    """Opens files by index; a class, so that worker processes can unpickle it."""
+class Files:
+    """Opens files by index; a class, so that worker processes can unpickle it.
+
+    Args:
+        paths: of the files.
+    """
 
     def __init__(self, paths: list[str]) -> None:
         self._paths = paths
 
     def __call__(self, index: int) -> tuple[Image, str]:
+        """The image with its header read, and its name in messages."""
         path = self._paths[index]
         name = folders.shown(path)
         return opened(path, name), name
@@ -266,7 +275,7 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
     pillow()
     found = folders.split(folder)
     parts = [
-        (_Files([path for path, _ in pairs]), torch.tensor([label for _, label in pairs]))
+        (Files([path for path, _ in pairs]), torch.tensor([label for _, label in pairs]))
         for pairs in (found.train, found.test)
     ]
     return dataset_of(folders.shown(folder), parts, found.classes, size, found.notes)

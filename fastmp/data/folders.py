@@ -22,7 +22,6 @@ _OF_SYSTEMS = {
 _OF_A_RUN = "metrics.jsonl"  # in the folder of a run, whose curves.png is no image of a class
 _TRAIN = ("train", "training")
 _TEST = ("val", "valid", "validation", "test", "testing")
-_PARTS = {*_TRAIN, *_TEST}
 _HOLD_OUT = 10  # every tenth image of a class
 
 
@@ -108,17 +107,44 @@ def split(folder: Path) -> Split:
     return Split(parts[0], parts[1], tuple(map(shown, classes)), tuple(notes))
 
 
+def for_evaluation(folder: Path) -> tuple[Classes, list[str]]:
+    """The images of the folder's ``val``, or of its own classes where there is none, and notes.
+
+    Raises:
+        DataError: a folder that cannot be read, or no images.
+    """
+    chosen = _named(_below(folder), _TEST) or folder
+    listing = list_classes(chosen)
+    return listing.classes, listing.notes(chosen)
+
+
+def images_in(folder: Path) -> list[str]:
+    """The paths of the images in a folder and below it.
+
+    Raises:
+        DataError: a folder that cannot be read, or no images.
+    """
+    found = _images(os.fspath(folder), suffixes(), Listing(), [])
+    if not found:
+        raise DataError(f"{shown(folder)}: expected images, found none")
+    return found
+
+
+def _below(folder: Path) -> list[Path]:
+    return [Path(entry.path) for entry in _entries(folder, Listing()) if _is_folder(entry)]
+
+
+def _named(below: list[Path], names: Sequence[str]) -> Path | None:
+    """The folder of a part; without folders in it, it is a class that is called so."""
+    found = {path.name.casefold(): path for path in below}
+    parts = (found[name] for name in names if name in found)
+    return next((path for path in parts if _below(path)), None)
+
+
 def _parts(folder: Path) -> tuple[Path, Path | None, list[str]]:
     """The folders of the training and of the validation classes, and what else is there."""
-    below = [Path(entry.path) for entry in _entries(folder, Listing()) if _is_folder(entry)]
-    named = {path.name.casefold(): path for path in below if path.name.casefold() in _PARTS}
-    named = {  # a folder without folders in it is a class that is called so
-        name: path
-        for name, path in named.items()
-        if any(_is_folder(entry) for entry in _entries(path, Listing()))
-    }
-    train = next((named[name] for name in _TRAIN if name in named), None)
-    test = next((named[name] for name in _TEST if name in named), None)
+    below = _below(folder)
+    train, test = (_named(below, names) for names in (_TRAIN, _TEST))
     if train is None and test is not None:
         raise DataError(
             f"{shown(test)}: expected a folder {shown(folder / 'train')} beside it, found none"

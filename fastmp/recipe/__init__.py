@@ -7,6 +7,7 @@ from fastmp.recipe.build import (
     load_data,
     load_pretrained,
     loaders,
+    workers,
 )
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
 from fastmp.recipe.dtype_choice import choose_dtype
@@ -26,5 +27,6 @@ __all__ = [
     "loaders",
     "make_folder",
     "read_toml",
+    "workers",
     "write_toml",
 ]

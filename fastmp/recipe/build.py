@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastmp import amp, data, models, optim, transfer
-from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data import Dataset
 from fastmp.data.mixup import Mixup
 from fastmp.distributed import fsdp, rendezvous
@@ -72,7 +71,7 @@ def loaders(
             seed=config.seed,
             rank=world.rank,
             world=world.size,
-            workers=config.workers,
+            workers=workers(config),
             device=device,
         )
         for source, size, shuffle in (
@@ -81,6 +80,13 @@ def loaders(
         )
     )
     return train, test
+
+
+def workers(config: TrainConfig) -> int:
+    """Processes that decode images: at most one a core, beyond which they only take memory."""
+    available = getattr(os, "sched_getaffinity", None)  # Linux: a container may have few of them
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    return min(config.workers, cores)
 
 
 def build_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
@@ -101,11 +107,7 @@ def load_pretrained(config: TrainConfig, model: nn.Module) -> transfer.Report | 
     """
     if config.init_from is None:
         return None
-    source = config.init_from
-    if (source / "checkpoints").is_dir():  # the folder of a run
-        checkpoints = Checkpoints(source / "checkpoints")
-        source = checkpoints.best() or checkpoints.newest() or source
-    return transfer.load_pretrained(model, source)
+    return transfer.load_pretrained(model, config.init_from)
 
 
 def build_trainer(

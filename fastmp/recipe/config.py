@@ -74,7 +74,7 @@ class TrainConfig:
     """Height and width that images from files are cut to."""
 
     workers: Annotated[int, PROCESSES] = 4
-    """Processes that decode images from files; 0: the training process does it."""
+    """Processes that decode images from files, at most one a core; 0: the training process."""
 
     model: str = "convnet"
     """mlp, convnet, vit, or package.module:factory, called with (in_shape, classes)."""
@@ -127,7 +127,7 @@ class TrainConfig:
     """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
 
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
-    """Pretrained weights: .safetensors, a state_dict or a run; other weights stay random."""
+    """Pretrained weights: .safetensors, a state_dict or a run, whose best checkpoint it is."""
 
     freeze: tuple[str, ...] = ()
     """Parameters that do not train: names of them or of modules, or patterns such as 'blocks.*'."""

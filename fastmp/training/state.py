@@ -1,7 +1,7 @@
 """The saved state of a run: everything that the rest of the run depends on.
 
     model, optimizer, scaler, ema, progress,
-    schedule, batches_an_epoch                   the same on all ranks
+    schedule, batches_an_epoch, param_index      the same on all ranks
     ranks: rng, mixup, epoch_start, loader       one entry a rank
 
 A run that is killed and resumed ends with the bits of one that was not.
@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastmp import checkpoint, files
-from fastmp.checkpoint import CheckpointError
+from fastmp.checkpoint import CheckpointError, weights
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.data import DataError
 from fastmp.data.loader import Loader
@@ -197,8 +197,21 @@ class TrainState:
             "progress": asdict(self.progress),
             "schedule": asdict(self.place),
             "batches_an_epoch": self._batches,
+            "param_index": self._param_index(),
             "ranks": settings.world.gather(own),
         }
+
+    def _param_index(self) -> dict[str, int]:
+        """The number in the optimizer of each parameter of the model, tied ones under each name."""
+        settings = self._settings
+        groups = settings.optimizer.param_groups
+        numbers = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+        named = (
+            settings.shards.named_parameters()
+            if settings.shards
+            else settings.model.named_parameters(remove_duplicate=False)
+        )
+        return {name: numbers[p] for name, p in named if p in numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
@@ -280,13 +293,26 @@ class TrainState:
         self.log.resume(self.progress.step)
         return True
 
-    def held(self) -> AbstractContextManager[None]:
-        """A block in which the folder is this run's alone; raises ``files.FolderInUse``."""
-        if self.checkpoints is None:
-            return nullcontext()
-        folder = self.checkpoints.folder.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return files.locked(folder)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block in which the folder is this run's alone; raises ``files.FolderInUse``.
+
+        The weights of a run that ends there are in ``model.safetensors``, fp32; a run that does not
+        leaves no such file, since checkpoints are newer.
+        """
+        folder = None if self.checkpoints is None else self._settings.folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if folder is None else files.locked(folder):
+            if folder is not None:
+                (folder / weights.FILE).unlink(missing_ok=True)
+            yield
+            if self._settings.folder is None:
+                return
+            state = self.state_dict()  # every rank has a part of it
+            if folder is not None:
+                about = {"step": str(self.progress.step), "epoch": str(self.progress.epoch)}
+                weights.write(folder / weights.FILE, weights.fp32_weights(state), about)
 
     def save_in_folder(self, score: float | None = None) -> None:
         """Write a checkpoint into the folder, if there is one, in the background."""

@@ -25,10 +25,13 @@ def test_the_defaults_learn_the_digits_in_five_epochs(tmp_path):
     assert folder.name.startswith("digits-convnet-")
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
+        "classes.json",
         "config.toml",
         "curves.png",
         "events",
         "metrics.jsonl",
+        "model.safetensors",
+        "preprocessing.json",
         "report.html",
     ]
     last = log.read(folder / "metrics.jsonl", "epoch")[-1]
@@ -37,6 +40,11 @@ def test_the_defaults_learn_the_digits_in_five_epochs(tmp_path):
         assert part in done.stdout
     for op in ("loss", "mix", "update"):
         assert f"  {op} " in done.stdout
+    for step in (
+        f"fastmp predict runs/{folder.name} IMAGE...",
+        f"fastmp.load('runs/{folder.name}')",
+    ):
+        assert step in done.stdout
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
     # the checkpoint holds the evaluated model
