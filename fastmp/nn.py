@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastmp.functional.cross_entropy import cross_entropy
-from fastmp.functional.linear import activate_after, linear, linear_before
+from fastmp.functional.linear import linear, linear_before
+from fastmp.functional.linear_autograd import activate_after
 from fastmp.functional.linear_cross_entropy import linear_cross_entropy
 from fastmp.ops.checks import wide_dtype
 from fastmp.ops.linear import ACTIVATIONS
@@ -66,7 +67,7 @@ class Linear(torch.nn.Linear):
 
 
 class ReLU(torch.nn.ReLU):
-    """``torch.nn.ReLU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+    """``torch.nn.ReLU``, torch's own arguments; see ``linear_autograd.activate_after``."""
 
     kind = "relu"
 
@@ -76,7 +77,7 @@ class ReLU(torch.nn.ReLU):
 
 
 class SiLU(torch.nn.SiLU):
-    """``torch.nn.SiLU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+    """``torch.nn.SiLU``, torch's own arguments; see ``linear_autograd.activate_after``."""
 
     kind = "silu"
 
@@ -86,7 +87,7 @@ class SiLU(torch.nn.SiLU):
 
 
 class GELU(torch.nn.GELU):
-    """``torch.nn.GELU``, torch's own arguments; see ``fastmp.functional.linear.activate_after``."""
+    """``torch.nn.GELU``, torch's own arguments; see ``linear_autograd.activate_after``."""
 
     @property
     def kind(self) -> str:

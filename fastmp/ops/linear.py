@@ -40,6 +40,11 @@ def worthwhile_after(z: Tensor, activation: str) -> bool:
     return registry.ask("activation_backward", "worthwhile", z.device, activation, default=True)
 
 
+def recomputes_input(device: torch.device) -> bool:
+    """Whether act(z) is computed again in the backward where z is kept anyway."""
+    return registry.ask("activation_backward", "recomputes", device, default=True)
+
+
 # ---- reference: plain PyTorch, any floating dtype, any device ----
 
 
@@ -113,8 +118,8 @@ def backward_reference(
 
 
 def activation_backward_reference(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, needs_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::activation_backward`` in plain PyTorch: that of the activation alone.
 
     Args:
@@ -122,12 +127,15 @@ def activation_backward_reference(
         saved: z, or y for relu, of the same shape.
         activation: one of ``ACTIVATIONS``, not none.
         needs_bias: whether to compute db.
+        needs_output: whether to compute act(saved) again, which was not kept.
 
     Returns:
-        dz in the shape and dtype of ``grad``; db (out_features), or an empty tensor.
+        dz in the shape and dtype of ``grad``; db (out_features) and y in the shape of ``grad``, or
+        an empty tensor for each that is not needed.
     """
     dz = activation_gradient(grad, saved, activation)
-    return dz, as_rows(dz).sum(0) if needs_bias else grad.new_empty(0)
+    db = as_rows(dz).sum(0) if needs_bias else grad.new_empty(0)
+    return dz, db, activate(saved, activation) if needs_output else grad.new_empty(0)
 
 
 # ---- schema and fakes ----
@@ -152,9 +160,10 @@ def _backward_fake(
 
 
 def _activation_backward_fake(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad), grad.new_empty(grad.shape[-1] if needs_bias else 0)
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, needs_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    db = grad.new_empty(grad.shape[-1] if needs_bias else 0)
+    return torch.empty_like(grad), db, grad.new_empty(grad.shape if needs_output else 0)
 
 
 registry.define(
@@ -172,8 +181,8 @@ registry.define(
         _backward_fake,
     ),
     registry.TorchOp(
-        "activation_backward(Tensor grad, Tensor saved, str activation, bool needs_bias) "
-        "-> (Tensor, Tensor)",
+        "activation_backward(Tensor grad, Tensor saved, str activation, bool needs_bias, "
+        "bool needs_output) -> (Tensor, Tensor, Tensor)",
         activation_backward_reference,
         _activation_backward_fake,
     ),

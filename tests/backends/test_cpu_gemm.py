@@ -178,7 +178,7 @@ def test_opcheck(opcheck, activation, dtype):
         arguments = (grad, torch.randn_like(grad), x, w, activation, needs)
         opcheck(torch.ops.fastmp.linear_backward.default, arguments)
         if activation != "none":
-            arguments = (grad, torch.randn_like(grad), activation, needs[2])
+            arguments = (grad, torch.randn_like(grad), activation, needs[2], needs[0])
             opcheck(torch.ops.fastmp.activation_backward.default, arguments)
 
 

@@ -75,7 +75,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations(activation, dtype):
     def run():
         results.append(activate(z, activation, False))
-        results.extend(activation_backward(grad, z, activation, True))
+        results.extend(activation_backward(grad, z, activation, True, True))
         results.append(linear(z, one, None, activation))
 
     one = torch.ones(1, 1, dtype=dtype)

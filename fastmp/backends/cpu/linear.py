@@ -58,7 +58,7 @@ def linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::linear_backward``; the products are torch's where those are faster."""
-    dz, db = activation_backward(as_rows(grad), saved, activation, needs[2])
+    dz, db, _ = activation_backward(as_rows(grad), saved, activation, needs[2], False)
     if gemm_choice.prefers_own(grad.dtype):
         dx = gemm(dz, weight, input.shape) if needs[0] else grad.new_empty(0)
         dw = gemm(dz.t(), as_rows(input), weight.shape) if needs[1] else grad.new_empty(0)
@@ -127,14 +127,15 @@ def activate(z: Tensor, activation: str, in_place: bool) -> Tensor:
 
 
 def activation_backward(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, needs_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::activation_backward``, and for none: dz is grad, db its sums."""
     grad, saved = grad.contiguous(), saved.contiguous()
     dz = grad if activation == "none" else torch.empty_like(grad)
     db = grad.new_empty(grad.shape[-1] if needs_bias else 0)
+    y = activate(saved, activation, in_place=False) if needs_output else grad.new_empty(0)
     if activation == "none" and not needs_bias:
-        return dz, db
+        return dz, db, y
     args = ActivationArgs(
         saved=None if activation == "none" else saved.data_ptr(),
         grad_output=grad.data_ptr(),
@@ -146,7 +147,7 @@ def activation_backward(
         activation=ACTIVATION_CODES[activation],
     )
     cpu.call("fastmp_activation_backward", args)
-    return dz, db
+    return dz, db, y
 
 
 registry.register(
@@ -166,4 +167,5 @@ registry.register(
     backend="cpu",
     supports=_supports,
     worthwhile=lambda activation: activation != "relu",  # a call takes longer than torch's pass
+    recomputes=lambda: False,  # 1 to 2% of a step of eight MLPs, 384 and 768 wide
 )

@@ -108,23 +108,24 @@ def linear_backward(
 
 
 def _activation_backward(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dz as a matrix of rows, and db."""
+    """dz as a matrix of rows, and db; act(saved) goes to y, if given."""
     from fastmp.backends.triton.kernels import activation as kernels
 
     rows = as_rows(grad).contiguous()
     with torch.cuda.device_of(grad):
         saved = saved.contiguous().view(-1, rows.shape[1])
-        return kernels.activation_backward(rows, saved, activation, needs_bias)
+        return kernels.activation_backward(rows, saved, activation, needs_bias, y)
 
 
 def activation_backward(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, needs_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::activation_backward``."""
-    dz, db = _activation_backward(grad, saved, activation, needs_bias)
-    return cast(Tensor, torch.ops.aten._unsafe_view(dz, grad.shape)), db
+    y = grad.new_empty(grad.shape if needs_output else 0)
+    dz, db = _activation_backward(grad, saved, activation, needs_bias, y if needs_output else None)
+    return cast(Tensor, torch.ops.aten._unsafe_view(dz, grad.shape)), db, y
 
 
 registry.register(

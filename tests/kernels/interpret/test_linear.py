@@ -193,9 +193,15 @@ def test_gradients(activation, dtype, shape):
     assert_within(dz, ref, same, of_dz + half_ulp(ref, dtype))
     of_db = of_dz.sum(0) + 4 * FP32 * ref.abs().sum(0) + half_ulp(ref.sum(0), dtype)
     assert_within(db, ref.sum(0), same.sum(0), of_db, factor=3)
-    alone, nothing = activation_backward(grad, saved, activation, False)
+    y = torch.full_like(saved, NAN)
+    alone, nothing = activation_backward(grad, saved, activation, False, y)
     assert torch.equal(alone, dz)
     assert nothing.numel() == 0
+    if activation == "none":
+        assert y.isnan().all()
+    else:
+        ref, same = activate(saved.double(), activation), activate(saved, activation)
+        assert_within(y, ref, same, 4 * FP32 * saved.double().abs() + half_ulp(ref, dtype))
 
 
 def test_gradients_of_many_strips_and_layouts():
@@ -258,8 +264,8 @@ def test_the_operation_of_more_dimensions(dtype, k):
     exact = backward_reference(
         grad.double(), z.double(), x.double(), w.double(), "silu", [True, True, True]
     )
-    found = [*found, *backend.activation_backward(grad, z, "silu", True)]
-    exact = [*exact, *activation_backward_reference(grad.double(), z.double(), "silu", True)]
+    found = [*found, *backend.activation_backward(grad, z, "silu", True, True)]
+    exact = [*exact, *activation_backward_reference(grad.double(), z.double(), "silu", True, True)]
     for ours, reference in zip(found, exact, strict=True):
         assert ours.shape == reference.shape
         assert (ours - reference).abs().max() <= 4 * torch.finfo(dtype).eps * reference.abs().max()

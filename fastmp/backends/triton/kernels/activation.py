@@ -12,7 +12,8 @@
 The formulas and coefficients are those of ``csrc/cpu/activation.h``: one exponential each, shared
 between value and derivative. NaN stays NaN; derivatives at ±inf are their limits, 0 and 1.
 
-Bytes of the gradients, 16-bit: 4 read and 2 written for each element, 2 read with activation none;
+Bytes of the gradients, 16-bit: 4 read and 2 written for each element, 2 read with activation none,
+2 more written where act(z) was not kept and is computed again from the same z;
 and for each column of a split, a range of rows, 4 written and read again, which is 1/24 of that for
 the shortest split, 32 rows, and 1/300 for one of 400.
 
@@ -129,11 +130,12 @@ def _activation_backward_kernel(
     grad,  # (M, N)
     saved,  # (M, N); not read for none
     dz,  # (M, N); not written for none
+    y,  # (M, N), act(saved), or None; not written for none
     db_partial,  # (splits, N), fp32, or None
     M, N, split_m, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """dz, and in db_partial its sums over the split_m rows of each program."""
+    """dz and y, and in db_partial the sums of dz over the split_m rows of each program."""
     N = N // VECTOR * VECTOR  # a multiple of VECTOR: the compiler then takes 16 bytes at a time
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     o_m = tl.arange(0, BLOCK_M)[:, None]
@@ -149,6 +151,9 @@ def _activation_backward_kernel(
             b_saved = tl.load(saved + o_row + o_tile, mask=mask, other=0.0).to(tl.float32)
             b_dz = gradient(b_dz, b_saved, ACTIVATION)
             tl.store(dz + o_row + o_tile, b_dz.to(dz.dtype.element_ty), mask=mask)
+            if y is not None:
+                b_y = activate(b_saved, ACTIVATION)
+                tl.store(y + o_row + o_tile, b_y.to(y.dtype.element_ty), mask=mask)
         if db_partial is not None:
             b_sum += b_dz
     if db_partial is not None:
@@ -175,7 +180,7 @@ def _sum_splits_kernel(
 
 
 def activation_backward(
-    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dz and db, the latter empty unless needed, in one pass over matrices of rows.
 
@@ -184,6 +189,7 @@ def activation_backward(
         saved: z, or y for relu, of the same shape; not read for none, whose dz is grad itself.
         activation: a key of ``ACTIVATION_CODES``.
         needs_bias: whether to compute db.
+        y: dense, to be filled with act(saved), or None; left as it is for none.
     """
     m, n = grad.shape
     db = grad.new_empty(n if needs_bias else 0)
@@ -201,7 +207,7 @@ def activation_backward(
     if needs_bias:
         partial = torch.empty(splits, n, dtype=torch.float32, device=grad.device)
     _activation_backward_kernel[(triton.cdiv(n, tile.block_n), splits)](
-        dense, saved, dz, partial, m, n, tile.split_m, ACTIVATION=ACTIVATION_CODES[activation],
+        dense, saved, dz, y, partial, m, n, tile.split_m, ACTIVATION=ACTIVATION_CODES[activation],
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, VECTOR=vector, num_warps=tile.warps,
     )  # fmt: skip
     if needs_bias:
