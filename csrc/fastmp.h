@@ -142,6 +142,32 @@ typedef struct {
 FASTMP_EXPORT int32_t fastmp_activation(const fastmp_activation_args* args);
 FASTMP_EXPORT int32_t fastmp_activation_backward(const fastmp_activation_args* args);
 
+/* ---- tensors: addresses and layouts of Python's tensors in one call (cpu/tensors.cpp) ---- */
+
+/* The functions are those of torch's stable C ABI, aoti_torch_get_*. An object holds the address of
+ * a torch handle, and that of a tensor's metadata its dispatch keys, at offsets that the caller has
+ * found out. The caller holds the GIL. */
+typedef struct {
+  int64_t size;
+  const int64_t* objects; /* addresses of the Python objects: fixed ones, then bound ones */
+  int64_t fixed;          /* identity and address are part of their layout */
+  int64_t bound;          /* their addresses are written */
+  int64_t handle_offset;  /* bytes, in an object */
+  int64_t keys_offset;    /* bytes, in the metadata that the handle points to */
+  const void* get_data_ptr;
+  const void* get_dtype;
+  const void* get_device_index;
+  const void* get_dim;
+  const void* get_sizes;
+  const void* get_strides;
+  int64_t* layout; /* compared with `words` words of it; write: at most as many are written */
+  int64_t words;
+  int64_t* addresses; /* out, bound */
+  int32_t write;      /* 1: the layout is an output too, and words the number written */
+  int32_t same;       /* out: every word was written or equal, no function of torch failed */
+} fastmp_tensors_args;
+FASTMP_EXPORT int32_t fastmp_tensors(fastmp_tensors_args* args);
+
 #ifdef __cplusplus
 }
 #endif

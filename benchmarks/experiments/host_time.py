@@ -4,8 +4,9 @@
 
 AdamW with clipping on one thread; zero_grad and new gradients before every step, from the allocator
 as in a training loop. ``CHECKOUT`` is another one of the project, with its native library, measured
-in turn. The least of the rounds counts, each the lowest decile of its steps: all else is the noise
-of other processes. Below it the profile of a step: its Python functions' own time, by cProfile.
+in turn; its folder is named by its commit. The least of the rounds counts, each the lowest decile
+of its steps: all else is the noise of other processes. Below it the profile of a step: its Python
+functions' own time, by cProfile, in the fastest 30 of 600 steps.
 """
 
 from __future__ import annotations
@@ -56,15 +57,21 @@ class Loop:
 
     def profile(self) -> list[tuple[str, float]]:
         """Functions and their own microseconds a step, the longest first."""
+        self.backward()
+        self._optimizer.step()  # the first one lays the table out
+        profiles = [self._profiled(STEPS // 20) for _ in range(20)]
+        fastest = min(profiles, key=lambda rows: sum(own for _, own in rows))
+        return sorted(fastest, key=lambda row: -row[1])[:LISTED]
+
+    def _profiled(self, steps: int) -> list[tuple[str, float]]:
         profiler = cProfile.Profile()
-        for _ in range(STEPS):
+        for _ in range(steps):
             self.backward()
             profiler.enable()
             self._optimizer.step()
             profiler.disable()
         stats: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-        rows = [(_name(where), 1e6 * own / STEPS) for where, (_, _, own, _, _) in stats.items()]
-        return sorted(rows, key=lambda row: -row[1])[:LISTED]
+        return [(_name(where), 1e6 * own / steps) for where, (_, _, own, _, _) in stats.items()]
 
 
 def _name(where: tuple[str, int, str]) -> str:
@@ -103,7 +110,9 @@ def main() -> None:
     profile = Loop(torch.float32).profile()
     torch.set_num_threads(threads)
     lines = [
-        "\nA step of 161 tensors of 4 elements, AdamW with clipping, microseconds of the host.\n",
+        "\nA step of 161 tensors of 4 elements, AdamW with clipping, microseconds of the host."
+        + (f" Before: {options.before.name}." if options.before else "")
+        + "\n",
         f"| | {' | '.join(sides)} | ratio |",
         "| --- |" + " --- |" * (len(sides) + 1),
     ]
@@ -112,7 +121,7 @@ def main() -> None:
         ratio = f"{row['now'] / row['before']:.2f}" if "before" in row else ""
         lines.append(f"| {name} | {cells} | {ratio} |")
     lines += [
-        "\nThe profile of a step in fp32, own time under cProfile:\n",
+        f"\nThe profile of a step in fp32, own time under cProfile, in the fastest 30 of {STEPS}:\n",
         "| function | µs |",
         "| --- | --- |",
     ]

@@ -78,25 +78,26 @@ class NativeTable:
         self._reordered = [i for i, (param, grad) in pairs if not has_order_of(param, grad)]
         self._copies: list[Tensor] = []
         self.rows = _layout(tensor_rows, grads)
-        self.bind_gradients(grads)
+        self.bind_gradients(grads, None)
 
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are where they were when the table was laid out."""
         return list(map(_data_ptr, params)) == self._param_ptrs
 
-    def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
+    def bind_gradients(self, grads: Sequence[Tensor], addresses: np.ndarray | None) -> None:
         """Use these gradients, one per row, in the next step; of the layouts of the first ones.
 
-        Only their addresses are kept.
+        Only their addresses are kept, which the caller may know: int64, one per row.
         """
-        self.rows["grad"] = np.fromiter(map(_data_ptr, grads), np.int64, len(grads))
+        if addresses is None:
+            addresses = np.fromiter(map(_data_ptr, grads), np.int64, len(grads))
+        self.rows["grad"] = addresses
         for i in self._reordered:
             # Another order of the same elements (a channels_last weight with a contiguous gradient,
             # say): copied into the weight's order, a slower path with the same result.
             copy = torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i])
             self._copies.append(copy)
             self.rows["grad"][i] = copy.data_ptr()
-        return True
 
     def free_copies(self) -> None:
         """After the launch: what is allocated next on its stream comes after it."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.backends.registry import on_host
@@ -93,10 +95,34 @@ class FusedOptimizer(AveragedOptimizer):
 
     # ---- the step ----
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """As torch's, which wraps ``step`` in a range for profilers and in hooks.
+
+        Without either the step is called as it is: the range alone takes 9 µs of the 64 that a
+        step of 161 tensors takes.
+        """
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if (
+                torch._C._autograd._profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or optimizer._global_optimizer_pre_hooks
+                or optimizer._global_optimizer_post_hooks
+            ):
+                return hooked(self, *args, **kwargs)
+            result = func(self, *args, **kwargs)
+            self._optimizer_step_code()  # Python's profilers look for this call
+            return result
+
+        return step
+
     # One kernel: there is nothing to compile. torch.compiler.disable, the public name, would import
     # the compiler with fastmp; this one does so at the first call.
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, unless one is not finite.
 
@@ -111,11 +137,20 @@ class FusedOptimizer(AveragedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_mode = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as torch.no_grad, in 0.2 µs instead of 2.5
+        try:
+            self._step()
+        finally:
+            torch._C._set_grad_enabled(grad_mode)
+        return loss
+
+    def _step(self) -> None:
         self._require_own_weights()
         params, grads = self._collect(self._params())
         reducer = self._reducer()
         if not params and reducer is None:
-            return loss
+            return
         self._warn_of_group_rates()
         hypers = [self._hyper(group) for group in self.param_groups]
         if params:
@@ -124,10 +159,9 @@ class FusedOptimizer(AveragedOptimizer):
             table = StepTable((), ())
         options, reduced = self._decide_options(table, grads, reducer)
         if not params and (reduced is None or not float(reduced.grad_count)):
-            return loss  # no rank has a gradient
+            return  # no rank has a gradient
         self._run(table, hypers, options)
         self._record_step(table, reduced)
-        return loss
 
     def _collect(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""

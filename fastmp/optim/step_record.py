@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ class RecordedOptimizer(WatchedState):
     """Reads the record (``fastmp_record``) of the last step: device tensors, without a sync."""
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _device(self) -> torch.device:
         """Of the parameters; the CPU for an optimizer without any, on one of many ranks."""

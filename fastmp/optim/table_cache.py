@@ -39,8 +39,7 @@ class TableCache:
             table is None
             or rules != self._rules
             or (optimizer._state_is_shared and not self._held.is_unchanged(optimizer._own_state))
-            or not table.matches(params)
-            or not table.bind_gradients(grads)
+            or not table.bind(params, grads)
         ):
             rows = _rows(optimizer, rules)
             table = self.table = StepTable(rows, grads)

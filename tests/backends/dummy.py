@@ -61,14 +61,13 @@ class Step:
             )
             for row in rows
         ]
-        self.bind_gradients(grads)
+        self.bind_gradients(grads, None)
 
     def matches(self, params):
         return True
 
-    def bind_gradients(self, grads):
+    def bind_gradients(self, grads, addresses):
         self.grads = [to_host(grad) for grad in grads]
-        return True
 
     def step(self, hypers, record, options, lrs):
         calls["update"] += 1

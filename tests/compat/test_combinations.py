@@ -12,6 +12,7 @@ from torch import nn
 
 import fastmp.distributed
 import fastmp.distributed.fsdp
+import fastmp.distributed.rendezvous
 import fastmp.training.cuda_graph
 
 STEPS, LR, CLIP = 6, 0.5, 0.1

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 import fastmp
-from fastmp.ops.update import step_table
+from fastmp.backends import layouts
 from tests.optim.optim_cases import adam_w, give_gradients, parameters
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(params=["one pass of C++", "Python"], autouse=True)
-def layouts(request, monkeypatch):
+@pytest.fixture(params=["one call of C++", "Python"], autouse=True)
+def read_by(request, monkeypatch):
     if request.param == "Python":
-        monkeypatch.setattr(step_table, "TensorGuards", None)
-    elif step_table.TensorGuards is None:
-        pytest.skip("this torch has no TensorGuards")
+        monkeypatch.setattr(layouts, "native", lambda: None)
+    elif layouts.native() is None:
+        pytest.skip("there is no native library")
 
 
 @dtypes

@@ -36,12 +36,19 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def use_torch_thread_pool(library: ctypes.CDLL) -> str:
-    """Give the library torch's own threads: a second OpenMP runtime would be a second pool."""
+def torch_library() -> ctypes.CDLL | None:
+    """torch's own library, which exports its stable C ABI."""
     name = {"darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
-        pool = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).torch_parallel_for
-    except (OSError, AttributeError):
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+    except OSError:
+        return None
+
+
+def use_torch_thread_pool(library: ctypes.CDLL) -> str:
+    """Give the library torch's own threads: a second OpenMP runtime would be a second pool."""
+    pool = getattr(torch_library(), "torch_parallel_for", None)
+    if pool is None:
         return "one thread: this torch exports no torch_parallel_for"
     library.fastmp_set_parallel_for.argtypes = [c_void_p]
     library.fastmp_set_parallel_for(ctypes.cast(pool, c_void_p))
@@ -67,6 +74,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     reason = f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
     registry.mark_available("cpu", reason)
     return library, reason
+
+
+def load_holding_gil() -> ctypes.PyDLL | None:
+    """The library for calls that read Python's objects; None if there is none."""
+    return None if load()[0] is None else ctypes.PyDLL(str(_library_path()))
 
 
 def call(name: str, args: Structure) -> int:

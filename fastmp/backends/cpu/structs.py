@@ -125,6 +125,30 @@ class ActivationArgs(Structure):
     )
 
 
+class TensorsArgs(Structure):
+    """``fastmp_tensors_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("objects", c_void_p),
+        ("fixed", c_int64),
+        ("bound", c_int64),
+        ("handle_offset", c_int64),
+        ("keys_offset", c_int64),
+        ("get_data_ptr", c_void_p),
+        ("get_dtype", c_void_p),
+        ("get_device_index", c_void_p),
+        ("get_dim", c_void_p),
+        ("get_sizes", c_void_p),
+        ("get_strides", c_void_p),
+        ("layout", c_void_p),
+        ("words", c_int64),
+        ("addresses", c_void_p),
+        ("write", c_int32),
+        ("same", c_int32),
+    )
+
+
 #: The functions of the library, each of which takes a pointer to one struct.
 ENTRY_POINTS: dict[str, type[Structure]] = {
     "fastmp_update": UpdateArgs,
@@ -134,4 +158,5 @@ ENTRY_POINTS: dict[str, type[Structure]] = {
     "fastmp_gemm": GemmArgs,
     "fastmp_activation": ActivationArgs,
     "fastmp_activation_backward": ActivationArgs,
+    "fastmp_tensors": TensorsArgs,
 }

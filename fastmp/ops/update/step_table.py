@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmp.backends import registry
+from fastmp.backends.layouts import Layouts
 from fastmp.backends.native_table import Lrs, Options, TensorRow
-
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None  # type: ignore[assignment,misc]
 
 
 class _Kernel(Protocol):
@@ -27,7 +23,7 @@ class _Kernel(Protocol):
     """
 
     def matches(self, params: Sequence[Tensor]) -> bool: ...
-    def bind_gradients(self, grads: Sequence[Tensor]) -> bool: ...
+    def bind_gradients(self, grads: Sequence[Tensor], addresses: np.ndarray | None) -> None: ...
     def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None: ...
 
 
@@ -51,8 +47,7 @@ class StepTable:
         _check(rows, grads)
         self.rows = list(rows)
         self.params = [row.param for row in rows]
-        self._layouts = Layouts([*self.params, *grads])
-        self._dtypes = [param.dtype for param in self.params]
+        self._layouts = Layouts(self.params, grads)
         self.kernel: _Kernel | None = None
         self.fallback: str | None = "no tensors"
         self.grads: list[Tensor] = []
@@ -63,55 +58,27 @@ class StepTable:
         if self.kernel is None:
             self.grads = list(grads)
 
-    def matches(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are still the parameters of the table, where it was laid out for them."""
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        if self.kernel is not None:
-            return self.kernel.matches(params)
-        return [param.dtype for param in params] == self._dtypes
-
-    def bind_gradients(self, grads: Sequence[Tensor]) -> bool:
+    def bind(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Use these gradients, one per row, in the next step; False if the table cannot hold them.
 
-        They, or the parameters, have other dtypes, shapes or strides then, perhaps at the same
+        The parameters are others then, or elsewhere, or layouts differ, perhaps at the same
         addresses. Make another table, which says what is wrong if anything is.
         """
-        if not self._layouts.match([*self.params, *grads]):
+        addresses = self._layouts.addresses(params, grads)
+        if addresses is None and not self._fits(params, grads):
             return False
         if self.kernel is not None:
-            return self.kernel.bind_gradients(grads)
-        self.grads = list(grads)
+            self.kernel.bind_gradients(grads, addresses)
+        else:
+            self.grads = list(grads)
         return True
 
-
-class Layouts:
-    """Dtypes, shapes and strides of tensors, to compare with those of others; keeps no tensor.
-
-    One pass of C++ for all of them: the guards of ``torch.compile``, which compare more than that
-    (device, requires_grad, type). Where those differ, and where a torch has none, Python decides.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._expected = _layouts(tensors)
-        self._guards: Any = None
-        if TensorGuards is not None and tensors:
-            dynamic = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
-            self._guards = TensorGuards(*tensors, **dynamic)
-
-    def match(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these, as many, have the same layouts."""
-        if self._guards is not None and self._guards.check(*tensors):
-            return True
-        return _layouts(tensors) == self._expected
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
-    """None for a sparse one, which has no strides."""
-    strided = torch.strided
-    return [
-        (t.dtype, t.shape, t.stride(), t.is_neg()) if t.layout == strided else None for t in tensors
-    ]
+    def _fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+            return False
+        if self.kernel is not None and not self.kernel.matches(params):
+            return False
+        return self._layouts.match(params, grads)
 
 
 def _check(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:

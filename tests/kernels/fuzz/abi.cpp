@@ -262,13 +262,82 @@ static int32_t fuzz_activation(Input& in) {
   return in.one_in(2) ? fastmp_activation(&args) : fastmp_activation_backward(&args);
 }
 
+/* Stand-ins for torch's getters, on metadata of our own. A dtype or keys of 0 are a failed call. */
+struct Metadata {
+  int64_t keys, dtype, device, dim, sizes[4], strides[4];
+};
+static const Metadata& metadata_of(const void* handle) {
+  return **static_cast<const Metadata* const*>(handle);
+}
+static int32_t get_data_ptr(const void* handle, const void** value) {
+  *value = handle;
+  return metadata_of(handle).keys == 0;
+}
+static int32_t get_dtype(const void* handle, int32_t* value) {
+  *value = static_cast<int32_t>(metadata_of(handle).dtype);
+  return metadata_of(handle).dtype == 0;
+}
+static int32_t get_device_index(const void* handle, int32_t* value) {
+  *value = static_cast<int32_t>(metadata_of(handle).device);
+  return 0;
+}
+static int32_t get_dim(const void* handle, int64_t* value) {
+  *value = metadata_of(handle).dim;
+  return 0;
+}
+static int32_t get_sizes(const void* handle, const int64_t** value) {
+  *value = metadata_of(handle).sizes;
+  return 0;
+}
+static int32_t get_strides(const void* handle, const int64_t** value) {
+  *value = metadata_of(handle).strides;
+  return 0;
+}
+
+static int32_t fuzz_tensors(Input& in) {
+  Metadata metadata[6];
+  const Metadata* objects[6][2];
+  int64_t ids[6];
+  for (int i = 0; i < 6; ++i) {
+    int64_t* words = &metadata[i].keys;
+    for (size_t w = 0; w < sizeof(Metadata) / 8; ++w) words[w] = in.below(20);
+    metadata[i].dim = in.below(5);
+    objects[i][1] = &metadata[i];
+    ids[i] = static_cast<int64_t>(reinterpret_cast<intptr_t>(&objects[i]));
+  }
+  fastmp_tensors_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.objects = in.one_in(40) ? nullptr : ids;
+  args.fixed = in.one_in(40) ? -1 : in.below(4);
+  args.bound = in.one_in(40) ? -1 : in.below(4);
+  args.handle_offset = 8;
+  const void* getters[6] = {
+      reinterpret_cast<const void*>(get_data_ptr),     reinterpret_cast<const void*>(get_dtype),
+      reinterpret_cast<const void*>(get_device_index), reinterpret_cast<const void*>(get_dim),
+      reinterpret_cast<const void*>(get_sizes),        reinterpret_cast<const void*>(get_strides)};
+  const void** fields[6] = {&args.get_data_ptr, &args.get_dtype, &args.get_device_index,
+                            &args.get_dim,      &args.get_sizes, &args.get_strides};
+  for (int i = 0; i < 6; ++i) *fields[i] = in.one_in(60) ? nullptr : getters[i];
+  args.words = in.one_in(40) ? -1 : in.below(80);
+  args.layout = static_cast<int64_t*>(in.buffer(args.words < 0 ? 0 : args.words, 8));
+  args.addresses = static_cast<int64_t*>(in.buffer(args.bound < 0 ? 0 : args.bound, 8));
+  args.write = in.below(2);
+  const int32_t status = fastmp_tensors(&args);
+  const bool separate = args.layout != args.addresses;
+  if (status != FASTMP_OK || args.same == 0 || args.write == 0 || !separate) return status;
+  args.write = 0; /* what was just written is the same */
+  if (fastmp_tensors(&args) != FASTMP_OK || args.same == 0) abort();
+  return status;
+}
+
 static int64_t statuses[4];
 
 static void fuzz_one(const uint8_t* data, size_t size) {
-  int32_t (*const targets[])(Input&) = {fuzz_update, fuzz_loss, fuzz_mix, fuzz_gemm,
-                                        fuzz_activation};
+  int32_t (*const targets[])(Input&) = {fuzz_update, fuzz_loss,       fuzz_mix,
+                                        fuzz_gemm,   fuzz_activation, fuzz_tensors};
   Input in(data, size);
-  const int32_t status = targets[in.below(5)](in);
+  const int32_t status = targets[in.below(6)](in);
   if (status < FASTMP_OK || status > FASTMP_BAD_TARGET) abort();
   ++statuses[status];
 }
