@@ -66,10 +66,11 @@ def test_a_goal_names_its_time_where_there_are_two():
     """Ours is faster on the device and slower on the host: a column and a goal for each."""
     timings = {"fastmp": Timing(1, 1, 1, host=4.0), "eager": Timing(3, 3, 3, host=2.0)}
     goals = {"goals": {"best": 2.0}, "host_goals": {"best": 1.0}}
-    made = Row("loss", "case", timings, clock="device", **goals)
+    made = Row("loss", "case", timings, clock="device", host_limit=4.5, **goals)
     assert [(v.goal, v.measured, v.reached) for v in made.goal_results(copy=1.0)] == [
         ("2x eager, device time", "3.00x", True),
         ("1x eager, host time", "0.50x", False),
+        ("at most 4.5 ms of host time", "4 ms", True),
     ]
     on_cpu = row(eager=2.0)
     head, _, first, second = results.table([made, on_cpu], 1.0).splitlines()
