@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 5
+#define FASTMP_ABI_VERSION 6
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))

@@ -121,7 +121,7 @@ def main() -> None:
         ratio = f"{row['now'] / row['before']:.2f}" if "before" in row else ""
         lines.append(f"| {name} | {cells} | {ratio} |")
     lines += [
-        f"\nThe profile of a step in fp32, own time under cProfile, in the fastest 30 of {STEPS}:\n",
+        f"\nIts profile in fp32, own time under cProfile, in the fastest 30 of {STEPS} steps:\n",
         "| function | µs |",
         "| --- | --- |",
     ]
