@@ -115,4 +115,28 @@ typedef struct {
   fastmp_request request;
 } fastmp_step_args;
 
+/* CUDA: the argument of the loss kernels. The pointers lead to device memory. */
+typedef struct {
+  const void* logits; /* rows x classes, the classes of a row side by side */
+  int64_t row_stride; /* elements from one row of logits to the next */
+  const int64_t* target_a;
+  const int64_t* target_b; /* NULL: one target, lam is not read */
+  const float* lam;        /* weight of target_a */
+  int64_t lam_stride;      /* 0: one lambda for all rows */
+  const float* weight;     /* per class; NULL: all 1 */
+  const float* weight_total;
+  const float* grad_output; /* gradient of the loss; NULL: 1 */
+  float* divisor_partials;  /* 2 x 64: of target a, of target b; NULL: the divisors are 1 */
+  float* loss;              /* one per row */
+  float* stats;             /* rows x 2: row_max, sum of exp(logit - row_max) */
+  void* grad;               /* rows x classes, dense */
+  int64_t ignore_index;
+  float target_prob; /* 1-ε */
+  float smooth_prob; /* ε/C */
+  int32_t rows;
+  int32_t classes;
+  int32_t slots; /* chunks in the ring: all of a row's */
+  int32_t reserved;
+} fastmp_ring_args;
+
 #endif

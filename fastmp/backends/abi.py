@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -178,6 +178,33 @@ class StepArgs(Structure):
         ("chunks_per_partial", c_int32),
         ("partial_count", c_int32),
         ("request", Request),
+    )
+
+
+class RingArgs(Structure):
+    """``fastmp_ring_args``: the argument of the CUDA loss kernels."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("row_stride", c_int64),
+        ("target_a", c_void_p),
+        ("target_b", c_void_p),
+        ("lam", c_void_p),
+        ("lam_stride", c_int64),
+        ("weight", c_void_p),
+        ("weight_total", c_void_p),
+        ("grad_output", c_void_p),
+        ("divisor_partials", c_void_p),
+        ("loss", c_void_p),
+        ("stats", c_void_p),
+        ("grad", c_void_p),
+        ("ignore_index", c_int64),
+        ("target_prob", c_float),
+        ("smooth_prob", c_float),
+        ("rows", c_int32),
+        ("classes", c_int32),
+        ("slots", c_int32),
+        ("reserved", c_int32),
     )
 
 

@@ -73,6 +73,7 @@ _library = torch.library.Library("fastmp", "FRAGMENT")
 _torch_ops: dict[str, TorchOp] = {}
 _operations: dict[str, tuple[str, ...]] = {}  # the names to register kernels for
 _kernels: dict[tuple[str, str], _Kernel] = {}  # by name and type of device
+_narrow_kernels: dict[tuple[str, str], _Kernel] = {}  # of some calls, asked first
 _policies: dict[tuple[str, str, str], Callable[..., bool]] = {}  # by name, policy, type of device
 _backends: dict[str, _Availability] = {}
 
@@ -116,6 +117,7 @@ def register(
     backend: str,
     supports: Callable[..., str | None] = _anything,
     detail: str = "",
+    narrow: bool = False,
     **policies: Callable[..., bool],
 ) -> None:
     """Let ``kernel`` serve ``op`` on a type of device.
@@ -126,35 +128,49 @@ def register(
         kernel: takes the arguments of the reference.
         backend: its name; ``mark_available`` or ``mark_unavailable`` has been called for it.
         supports: takes them too; None, or the reason why the kernel cannot serve this call.
-        detail: added to the backend's reason in the report.
+        detail: added to the backend's reason in the report; for a narrow kernel, its calls.
+        narrow: the kernel serves some calls of a torch operation that another backend, registered
+            after it, serves in general.
         policies: decisions of this device, by the names under which ``ask`` finds them.
     """
     available, _ = _backends[backend]
-    _kernels[op, device] = _Kernel(backend, kernel if available else None, supports, detail)
+    found = _Kernel(backend, kernel if available else None, supports, detail)
+    if narrow:
+        _narrow_kernels[op, device] = found
+        return
+    _kernels[op, device] = found
     for name, decide in policies.items():
         _policies[op, name, device] = decide
     if available and op in _torch_ops:
-        torch.library.impl(f"fastmp::{op}", device, serve(op, kernel, supports), lib=_library)
+        call = serve(op, kernel, supports, _narrow_kernels.get((op, device)))
+        torch.library.impl(f"fastmp::{op}", device, call, lib=_library)
 
 
 def serve(
-    op: str, kernel: Callable[..., Any], supports: Callable[..., str | None]
+    op: str,
+    kernel: Callable[..., Any],
+    supports: Callable[..., str | None],
+    narrow: _Kernel | None = None,
 ) -> Callable[..., Any]:
-    """The implementation of a torch operation: the kernel, or the reference where unsupported.
+    """The implementation of a torch operation: a kernel, or the reference where unsupported.
 
     Args:
         op: the name of an entry point.
         kernel, supports: as in ``register``.
+        narrow: asked first.
     """
     entry = _torch_ops[op]
     reference, check = entry.reference, entry.check
 
     def call(*args: Any) -> Any:
-        if supports(*args) is not None:
+        chosen = kernel
+        if narrow is not None and narrow.call is not None and narrow.supports(*args) is None:
+            chosen = narrow.call
+        elif supports(*args) is not None:
             return reference(*args)
         if check is not None:
             check(*args)
-        return kernel(*args)
+        return chosen(*args)
 
     return entry.packed(call)
 
@@ -236,8 +252,8 @@ def report() -> list[OpBackend]:
 
 
 def _row(operation: str, device: str) -> OpBackend:
-    found = (_kernels.get((name, device)) for name in _operations[operation])
-    kernel = next(filter(None, found), None)
+    names = _operations[operation]
+    kernel = next(filter(None, (_kernels.get((name, device)) for name in names)), None)
     if kernel is None:
         reason = f"no kernel for {device}: plain PyTorch"
         return OpBackend(operation, device, "reference", reason)
@@ -245,4 +261,7 @@ def _row(operation: str, device: str) -> OpBackend:
     if not available:
         return OpBackend(operation, device, "reference", reason)
     reason = f"{reason}; {kernel.detail}" if kernel.detail else reason
+    for narrow in filter(None, (_narrow_kernels.get((name, device)) for name in names)):
+        if narrow.call is not None and _backends[narrow.backend].available:
+            reason += f"; {narrow.detail}: {narrow.backend}"
     return OpBackend(operation, device, kernel.backend, reason)

@@ -22,6 +22,7 @@ from fastmp.backends.abi import (
     Master,
     Reduction,
     Request,
+    RingArgs,
     StepArgs,
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
@@ -42,6 +43,7 @@ MIRRORS = {
     "fastmp_chunk": as_ctypes_type(CHUNK),
     "fastmp_request": Request,
     "fastmp_step_args": StepArgs,
+    "fastmp_ring_args": RingArgs,
     **{f"fastmp_{args.__name__[:-4].lower()}_args": args for args in ENTRY_POINTS.values()},
 }
 TYPES = {

@@ -63,3 +63,33 @@ def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch):
     monkeypatch.setenv("FASTMP_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="Tesla T4"):
         supports_device(torch.device("cuda", 0))
+
+
+def test_a_narrow_kernel_is_asked_first():
+    def supports(logits, *_):
+        return None if logits.shape[1] > 4 else "short rows"
+
+    narrow = registry._Kernel("dummy", lambda *_: "narrow", supports, "long rows")
+    unavailable = narrow._replace(call=None)
+    spec = (torch.zeros(2, dtype=torch.int64), None, None, None, -100, 1, 0.0)
+    for kernel, classes, expected in (
+        (narrow, 5, "narrow"),
+        (narrow, 4, "general"),
+        (unavailable, 5, "general"),
+        (None, 5, "general"),
+    ):
+        call = registry.serve("loss_forward", lambda *_: "general", lambda *_: None, kernel)
+        assert call(torch.zeros(2, classes), None, True, *spec) == expected
+
+
+def test_the_report_names_a_narrow_kernel(monkeypatch):
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    registry.mark_available("triton", "Triton")
+    assert served("loss", "cuda").reason == "Triton"
+    registry.mark_available("cuda", "NVRTC")
+    narrow = registry._narrow_kernels["loss_forward", "cuda"]._replace(call=lambda *_: None)
+    monkeypatch.setitem(registry._narrow_kernels, ("loss_forward", "cuda"), narrow)
+    row = served("loss", "cuda")
+    assert row.backend == "triton"
+    assert row.reason.startswith("Triton; rows of more than 4,096 classes")
+    assert row.reason.endswith(": cuda")

@@ -22,42 +22,85 @@ def _check(result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-class Kernel:
-    """``update.cu``, compiled for some cases and loaded on one device."""
+class Function:
+    """A compiled kernel, loaded on one device; its argument is one struct.
 
-    def __init__(self, cases: tuple[str, ...], device: torch.device) -> None:
+    Args:
+        file: its source, in ``csrc``.
+        name: a C++ name with its template arguments.
+        device: a CUDA device.
+        shared: bytes of shared memory that a launch may ask for.
+    """
+
+    def __init__(self, file: str, name: str, device: torch.device, shared: int = 0) -> None:
         from cuda.bindings import driver
 
         major, minor = torch.cuda.get_device_capability(device)
-        architecture = nvrtc.target(major * 10 + minor)
-        image = nvrtc.build("cuda/update.cu", kernel_name(cases), architecture)
+        image = nvrtc.build(file, name, nvrtc.target(major * 10 + minor))
         self.device = device
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # makes torch's context this thread's
             self._context = _check(driver.cuCtxGetCurrent())
             self._module = _check(driver.cuModuleLoadData(image.code))
             self._function = _check(driver.cuModuleGetFunction(self._module, image.kernel.encode()))
-            at_once = _check(
-                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, BLOCK_SIZE, 0)
-            )
-        properties = torch.cuda.get_device_properties(device)
-        #: All of a grid run at once: its barrier waits for them.
-        self.max_blocks = int(at_once) * int(properties.multi_processor_count)
+            if shared:
+                size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _check(driver.cuFuncSetAttribute(self._function, size, shared))
 
-    def launch(self, blocks: int, args: StepArgs) -> None:
-        """One cooperative launch on the current stream; ``args`` is copied."""
+    def at_once(self, threads: int) -> int:
+        """Blocks of so many threads that run on a multiprocessor at a time."""
         from cuda.bindings import driver
 
+        query = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        with torch.cuda.device(self.device):
+            return int(_check(query(self._function, threads, 0)))
+
+    def launch(
+        self,
+        blocks: int,
+        threads: int,
+        args: ctypes.Structure,
+        *,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> None:
+        """Launch on the current stream; ``args`` is copied."""
+        from cuda.bindings import driver
+
+        call = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
+        last = () if cooperative else (0,)  # cuLaunchKernel has another way to pass arguments
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            launch = (self._function, blocks, 1, 1, BLOCK_SIZE, 1, 1, 0, stream)
+            launch = (self._function, blocks, 1, 1, threads, 1, 1, shared, stream)
             where = ctypes.addressof(parameters)
-            (status,) = driver.cuLaunchCooperativeKernel(*launch, where)
+            (status,) = call(*launch, where, *last)
             if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # the first call of a thread
                 _check(driver.cuCtxSetCurrent(self._context))
-                (status,) = driver.cuLaunchCooperativeKernel(*launch, where)
+                (status,) = call(*launch, where, *last)
         _check((status,))
+
+
+@cache
+def function(file: str, name: str, device: torch.device, shared: int = 0) -> Function:
+    """A kernel, compiled and loaded at the first call; arguments as ``Function``."""
+    return Function(file, name, device, shared)
+
+
+class Kernel:
+    """``update.cu``, compiled for some cases and loaded on one device."""
+
+    def __init__(self, cases: tuple[str, ...], device: torch.device) -> None:
+        self.device = device
+        self._function = function("cuda/update.cu", kernel_name(cases), device)
+        properties = torch.cuda.get_device_properties(device)
+        at_once = self._function.at_once(BLOCK_SIZE)
+        #: All of a grid run at once: its barrier waits for them.
+        self.max_blocks = at_once * int(properties.multi_processor_count)
+
+    def launch(self, blocks: int, args: StepArgs) -> None:
+        """One cooperative launch on the current stream; ``args`` is copied."""
+        self._function.launch(blocks, BLOCK_SIZE, args, cooperative=True)
 
     def is_capturing(self) -> bool:
         """Whether launches are going into a CUDA graph."""

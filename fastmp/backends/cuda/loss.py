@@ -1,0 +1,204 @@
+"""Long rows of the loss on ``csrc/cuda/loss.cu``: the sizes of its ring, and its two launches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmp.backends import cuda, registry
+from fastmp.backends.abi import DTYPE_CODES, LossSpec, Reduction, RingArgs, unsupported_dtype
+from fastmp.backends.cuda import launch, nvrtc
+
+FILE = "cuda/loss.cu"
+#: Rows of up to so many classes stay in the registers of the Triton kernel.
+CLASSES_IN_REGISTERS = 4096
+#: Of bulk copies and clusters.
+MINIMUM_CAPABILITY = 9
+_C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
+WARP = 32
+VECTOR_BYTES = 16  # of a chunk, for each consumer
+BARRIER_BYTES = 16  # of a chunk
+DIVISOR_PARTS = 64
+_SMALL_SHARED = 1280  # bytes beside the ring; loss.cu asserts it
+_BLOCK_RESERVED = 1024  # bytes of shared memory that CUDA keeps for each block
+
+
+class RingSize(NamedTuple):
+    """How blocks take rows of up to so many bytes."""
+
+    row_bytes: int
+    threads: int  # consumers
+    cluster: int  # blocks that share a row
+    blocks: int  # on a multiprocessor, which share its memory
+
+
+# Measured on an H200 (bf16, device time, % of a copy; by threads, cluster, chunks, blocks):
+#
+#     16384 x 8192    16 KB   128, 1, 12, 7: 79     256, 1, 13, 4: 72
+#      8192 x 32000   64 KB   512, 1, 13, 2: 84     256, 1, 17, 3: 82    256, 1, 25, 2: 74
+#                             768, 1, 17, 1: 73     512, 1, 26, 1: 67
+#      8192 x 50304  101 KB   768, 1, 17, 1: 81     512, 1, 13, 2: 80
+#      4096 x 128256 257 KB   768, 2, 17, 1: 77     512, 2, 26, 1: 72    512, 4, 26, 1: 33
+#
+# Several blocks on a multiprocessor hide each other's meetings. A cluster meets once more for each
+# row and waits for its slowest block, so there are two only where a row fits into no
+# multiprocessor, and never four. The rows between those measured take the size whose ring holds
+# about one and a half of them: so much of the next row is on its way while one is written.
+RING_SIZES = (
+    RingSize(20 << 10, threads=128, cluster=1, blocks=7),
+    RingSize(36 << 10, threads=256, cluster=1, blocks=4),
+    RingSize(48 << 10, threads=256, cluster=1, blocks=3),
+    RingSize(104 << 10, threads=512, cluster=1, blocks=2),
+    RingSize(216 << 10, threads=768, cluster=1, blocks=1),
+    RingSize(432 << 10, threads=768, cluster=2, blocks=1),
+)
+
+
+class Ring(NamedTuple):
+    """The ring for rows of one length on one device."""
+
+    size: RingSize
+    slots: int  # chunks
+    shared: int  # bytes of a block
+
+
+def ring_for(row_bytes: int, sm_shared: int) -> Ring | None:
+    """The ring for rows of so many bytes; None: two blocks together have too little memory.
+
+    Args:
+        row_bytes: of the logits of a row.
+        sm_shared: bytes of shared memory of a multiprocessor.
+    """
+    for size in RING_SIZES:
+        chunk = VECTOR_BYTES * size.threads
+        room = sm_shared // size.blocks - _BLOCK_RESERVED - _SMALL_SHARED
+        slots = room // (chunk + BARRIER_BYTES)
+        vectors = -(-(row_bytes // VECTOR_BYTES) // size.cluster)
+        if row_bytes <= size.row_bytes and slots >= -(-vectors // size.threads):
+            return Ring(size, slots, slots * (chunk + BARRIER_BYTES))
+    return None
+
+
+def kernel_name(dtype: torch.dtype, smooth: str, aligned: bool, size: RingSize) -> str:
+    """The C++ name of the kernel; smooth: none, equal or weighted."""
+    config = (
+        f"fastmp::Config<{_C_TYPES[DTYPE_CODES[dtype]]}, fastmp::Smooth::{smooth}, "
+        f"{str(aligned).lower()}, {size.threads}, {size.cluster}>"
+    )
+    if size.cluster > 1:
+        return f"fastmp::loss_half_rows<{config}>"
+    return f"fastmp::loss_rows<{config}, {size.blocks}>"
+
+
+@cache
+def _sm_shared(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; 0 on a GPU without bulk copies."""
+    if torch.cuda.get_device_capability(device)[0] < MINIMUM_CAPABILITY:
+        return 0
+    if cuda.supports_device(device) is not None:
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def supports(
+    logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, spec: LossSpec
+) -> str | None:
+    """None, or the reason why these rows are left to another backend."""
+    if not compute_grad:
+        return "the loss alone reads a row once anyway"
+    rows, classes = logits.shape
+    if rows == 0 or classes <= CLASSES_IN_REGISTERS:
+        return f"rows of at most {CLASSES_IN_REGISTERS} classes"
+    reason = unsupported_dtype(logits.dtype)
+    if reason is not None:
+        return reason
+    shared = _sm_shared(logits.device)
+    if shared == 0:
+        return "no bulk copies before compute capability 9.0"
+    if ring_for(classes * logits.element_size(), shared) is None:
+        return "a row does not fit into two multiprocessors"
+    return None
+
+
+def forward(
+    logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, spec: LossSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmp::loss_forward``, with the gradient, of rows that ``supports`` accepts.
+
+    A target out of range makes the loss of its row and the row's gradient NaN.
+    """
+    n, c = logits.shape
+    loss = logits.new_empty(n, dtype=torch.float32)
+    stats = logits.new_empty((n, 2), dtype=torch.float32)
+    grad = logits.new_empty((n, c))
+    ring = ring_for(c * logits.element_size(), _sm_shared(logits.device))
+    assert ring is not None
+    run(logits, assumed_grad_output, spec, loss, stats, grad, ring)
+    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats, grad
+
+
+def run(
+    logits: Tensor,
+    grad_output: Tensor | None,
+    spec: LossSpec,
+    loss: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    ring: Ring,
+) -> None:
+    """Write loss (N), stats (N, 2) and grad (N, C); ``ring`` holds at least a row of logits."""
+    n, c = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    target_a = spec.target_a.contiguous()
+    target_b = None if spec.target_b is None else spec.target_b.contiguous()
+    lam = None if spec.lam is None else spec.lam.float()
+    weight = None if spec.weight is None else spec.weight.float().contiguous()
+    total = None if weight is None else weight.sum()
+    grad_output = None if grad_output is None else grad_output.float()
+    partials = None
+    if spec.reduction == Reduction.MEAN:
+        partials = logits.new_empty((2, DIVISOR_PARTS), dtype=torch.float32)
+    tensors = {
+        "logits": logits, "target_a": target_a, "target_b": target_b, "lam": lam, "weight": weight,
+        "weight_total": total, "grad_output": grad_output, "divisor_partials": partials,
+        "loss": loss, "stats": stats, "grad": grad,
+    }  # fmt: skip
+    args = RingArgs(
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+        row_stride=logits.stride(0),
+        lam_stride=lam.stride(0) if lam is not None and lam.dim() else 0,
+        ignore_index=spec.ignore_index,
+        target_prob=1.0 - spec.smoothing,
+        smooth_prob=spec.smoothing / c,
+        rows=n,
+        classes=c,
+        slots=ring.slots,
+    )
+    device = logits.device
+    if partials is not None:
+        divisors = launch.function(FILE, f"fastmp::loss_divisors<{DIVISOR_PARTS}>", device)
+        divisors.launch(DIVISOR_PARTS, nvrtc.BLOCK_SIZE, args)
+    smooth = "none" if spec.smoothing == 0 else "equal" if weight is None else "weighted"
+    shift = (logits.data_ptr() - grad.data_ptr()) % VECTOR_BYTES
+    aligned = shift == 0 and (logits.stride(0) - c) * logits.element_size() % VECTOR_BYTES == 0
+    size = ring.size
+    name = kernel_name(logits.dtype, smooth, aligned, size)
+    clusters = min(n, size.blocks * _num_sms(device) // size.cluster)
+    rows = launch.function(FILE, name, device, ring.shared)
+    rows.launch(clusters * size.cluster, size.threads + WARP, args, shared=ring.shared)
+
+
+registry.register(
+    "loss_forward", "cuda", forward, backend="cuda", supports=supports, narrow=True,
+    detail=f"rows of more than {CLASSES_IN_REGISTERS:,} classes, with their gradient, on GPUs of "
+    "compute capability 9.0 and newer",
+)  # fmt: skip

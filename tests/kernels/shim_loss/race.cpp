@@ -1,0 +1,55 @@
+/* A few rows through csrc/cuda/loss.cu under ThreadSanitizer. The argument names a barrier to take
+ * out; the sanitizer then has to find the race, and without an argument none. */
+#include <cstdio>
+
+#include "shim.h"
+
+using namespace fastmp;
+
+constexpr int32_t kRows = 12, kClasses = 403; /* 4 chunks of a block, or 2 of each half */
+
+template <int cluster>
+static void run(int32_t slots) {
+  std::vector<bf16> logits(kRows * kClasses), grad(logits.size());
+  std::vector<int64_t> a(kRows), b(kRows);
+  std::vector<float> loss(kRows), stats(2 * kRows), partials(2 * kDivisorParts), lam(1, 0.25f);
+  for (size_t i = 0; i < logits.size(); ++i) {
+    store(static_cast<float>(i * 37 % 101) / 10.0f, &logits[i]);
+  }
+  for (int32_t row = 0; row < kRows; ++row) {
+    a[static_cast<size_t>(row)] = row * 31 % kClasses;
+    b[static_cast<size_t>(row)] = row % 5 == 4 ? -100 : row * 67 % kClasses;
+  }
+  a[4] = -100; /* with b: a row that is skipped */
+  fastmp_ring_args args = {};
+  args.logits = logits.data();
+  args.row_stride = args.classes = kClasses;
+  args.rows = kRows;
+  args.target_a = a.data();
+  args.target_b = b.data();
+  args.lam = lam.data();
+  args.divisor_partials = partials.data();
+  args.loss = loss.data();
+  args.stats = stats.data();
+  args.grad = grad.data();
+  args.ignore_index = -100;
+  args.target_prob = 0.9f;
+  args.smooth_prob = 0.1f / kClasses;
+  args.slots = slots;
+  const size_t bytes = static_cast<size_t>(slots) * 16 * (kConsumers + 1);
+  launch(loss_divisors<kDivisorParts>, kDivisorParts, 1, &args, bytes);
+  launch(loss_kernel<bf16, Smooth::equal, true, cluster>(), cluster, cluster, &args, bytes);
+}
+
+int main(int count, char** arguments) {
+  const char* names[] = {"none", "full", "empty", "block", "warp", "cluster"};
+  for (int i = 0; count > 1 && i < 6; ++i) {
+    if (std::strcmp(arguments[1], names[i]) == 0) missing = static_cast<Missing>(i);
+  }
+  for (int32_t spare = 0; spare < 3; ++spare) {
+    run<1>(4 + spare);
+    run<2>(2 + spare);
+  }
+  std::fputs("done", stderr);
+  std::_Exit(0); /* the threads of the grids still wait */
+}

@@ -1,0 +1,120 @@
+"""csrc/cuda/loss.cu against torch in fp64: everything the operation promises."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from fastmp.backends.abi import LossSpec, Reduction
+from fastmp.backends.cuda import loss
+from fastmp.functional import cross_entropy
+from fastmp.ops.loss import forward_reference
+from tests.functional.confident_cases import CONFIDENT, check_confident_rows, gradient_on
+from tests.functional.linear_cases import lay_out
+from tests.functional.loss_cases import DTYPES, check, problems
+from tests.kernels.shim_loss.conftest import Function
+
+LAYOUTS = ["dense", "transposed", "sliced", "every second", "offset"]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problems())
+def test_values_and_gradients_match_torch(served, case):
+    check(case, scales=(None, case[-1]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [9, 1001, 4096])
+def test_rows_that_start_anywhere(served, classes, dtype, layout):
+    """Gradients have other boundaries than logits that are sliced or offset."""
+    z = lay_out((torch.randn(5, classes) * 4).to(dtype), layout)
+    a, b = torch.randint(classes, (2, 5))
+    b[1] = a[1]
+    a[2] = b[3] = -100
+    lam, weight = torch.rand(5), (torch.rand(classes) + 0.1).to(dtype)
+    lam, weight = lay_out(lam, layout), lay_out(weight, layout)
+    check((z, a, b, lam, weight, -100, "mean", 0.1, 512.0), scales=(512.0,))
+
+
+@pytest.mark.parametrize("classes", [10, 1001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", CONFIDENT)
+def test_the_true_class_of_a_confident_row(served, p, dtype, classes):
+    check_confident_rows(p, classes, dtype, gradient_on("cpu", 1.0))
+
+
+def problem(rows=5, classes=1001, dtype=torch.float16, reduction=Reduction.SUM):
+    z = torch.randn(rows, classes).to(dtype)
+    a, b = torch.randint(classes, (2, rows))
+    return z, LossSpec(a, b, torch.tensor(0.25), None, -100, reduction, 0.1)
+
+
+@pytest.mark.parametrize("value", [-1, 1001, 2**40])
+@pytest.mark.parametrize("which", ["target_a", "target_b"])
+def test_a_target_out_of_range_makes_its_row_nan(served, value, which):
+    z, spec = problem(reduction=Reduction.NONE)
+    getattr(spec, which)[2] = value
+    row_loss, _, grad = loss.forward(z, None, True, spec)
+    bad = torch.tensor([False, False, True, False, False])
+    assert torch.equal(row_loss.isnan(), bad)
+    assert torch.equal(grad.isnan().all(1), bad)
+    assert torch.equal(grad.isnan().any(1), bad)
+
+
+def test_an_ignored_row_may_hold_anything(served):
+    z, spec = problem(rows=9)
+    for row in (0, 4, 5, 8):
+        z[row] = float("nan")
+        spec.target_a[row] = spec.target_b[row] = -100
+    z.requires_grad_()
+    mean = cross_entropy(z, spec.target_a, target_b=spec.target_b, lam=spec.lam)
+    mean.backward()
+    assert mean.isfinite()
+    assert (z.grad[[0, 4, 5, 8]] == 0).all()
+    assert z.grad.isfinite().all()
+
+
+def test_the_statistics_serve_the_backward(served):
+    """Of another grad_output than the assumed one: the kernel of the other backend."""
+    z, spec = problem(reduction=Reduction.MEAN)
+    _, stats, grad = loss.forward(z, torch.tensor(8.0), True, spec)
+    again = torch.ops.fastmp.loss_backward(torch.tensor(8.0), z, stats, *spec)
+    torch.testing.assert_close(grad, again, rtol=2e-3, atol=1e-7)
+    exact = forward_reference(z.double(), None, False, spec)[1]
+    torch.testing.assert_close(stats.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_neither_the_run_nor_the_grid_changes_a_bit(served, monkeypatch):
+    z, spec = problem(rows=13, dtype=torch.float32, reduction=Reduction.MEAN)
+    results = []
+    for multiprocessors in (2, 2, 4, 6):
+        monkeypatch.setattr(loss, "_num_sms", lambda device, n=multiprocessors: n)
+        results.append(loss.forward(z, None, True, spec))
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
+
+
+def test_the_launches(served):
+    z, spec = problem(reduction=Reduction.MEAN)
+    loss.forward(z, None, True, spec)
+    assert [name.partition("<")[0] for name in Function.launches] == [
+        "fastmp::loss_divisors",
+        "fastmp::loss_rows" if served.cluster == 1 else "fastmp::loss_half_rows",
+    ]
+    loss.forward(z, None, True, spec._replace(reduction=Reduction.SUM))
+    assert len(Function.launches) == 3
+
+
+def test_what_is_left_to_the_other_backend(monkeypatch):
+    def reason(classes, dtype=torch.bfloat16, compute_grad=True, shared=228 << 10):
+        monkeypatch.setattr(loss, "_sm_shared", lambda device: shared)
+        z = torch.empty(1, dtype=dtype).expand(2, classes)
+        return loss.supports(z, None, compute_grad, problem()[1])
+
+    assert reason(32000) is None
+    assert reason(128256) is None
+    assert "at most 4096 classes" in reason(4096)
+    assert "the loss alone" in reason(32000, compute_grad=False)
+    assert "9.0" in reason(32000, shared=0)
+    assert "two multiprocessors" in reason(128256, torch.float32)
+    assert "float64" in reason(32000, torch.float64)
