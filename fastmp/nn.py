@@ -36,7 +36,7 @@ class Linear(torch.nn.Linear):
         ValueError: an unknown activation.
     """
 
-    following = "none"
+    activation = following = "none"
 
     def __init__(
         self,

@@ -49,9 +49,9 @@ def convert(
     Args:
         model: any module.
         dtype: ``torch.float16``, ``torch.bfloat16``, or ``torch.float32`` to go back.
-        fuse: make linear layers, ReLU, GELU and SiLU modules of ``fastmp.nn``, which compute the
-            same and share a pass in the backward; see ``fastmp.amp.fusion.fuse_linear``. False:
-            make them torch's again.
+        fuse: make linear layers and activations (also transformers') modules of fastmp, which
+            compute the same, share a pass in the backward and keep less for it; see
+            ``fastmp.amp.fusion.fuse_linear``. False: make them torch's again.
         keep_fp32: what else stays fp32: names or globs of modules, parameters and buffers, such as
             "codebook.*" or "*.wo", and classes of modules. The forward has to bring the dtypes
             together itself.

@@ -5,12 +5,16 @@ activation ``act(z)``. Two that follow each other find each other at the call, o
 can be wrapped, replaced, hooked or called alone. In a ``Sequential`` the loop sees that nothing
 else gets the value in between, and makes one operation of both. Elsewhere the activation sees from
 the history of its input that a layer made it: the gradients of activation and bias are one pass.
+A layer sees in the same way that an activation made its input, and keeps z in place of it.
+
+transformers' activations and its ``Conv1D`` take part, in subclasses of theirs.
 """
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fuse_linear(model: nn.Module) -> nn.Module:
-    """Give linear layers, ReLU, GELU, SiLU and ``Sequential`` fastmp's classes, in place.
+    """Give linear layers, activations and ``Sequential`` fastmp's classes, in place.
 
     Modules and parameters stay the same objects with the same hooks, and ``state_dict`` keys do not
     change. Subclasses, parametrized layers and modules from ``torch.compile`` or ``torch.jit`` are
@@ -39,20 +43,20 @@ def fuse_linear(model: nn.Module) -> nn.Module:
     Returns:
         The same module.
     """
-    modules = _open_modules(model)
+    modules, classes = _open_modules(model), _classes()
     for module in modules:
-        if type(module) is nn.Linear and _is_real(module.weight):
-            module.__class__ = Linear  # as torch's parametrize does: same object, same hooks
-            cast(Linear, module).activation = "none"
-        elif type(module) in (nn.ReLU, nn.GELU, nn.SiLU):
-            module.__class__ = _OURS[type(module)]
+        ours = classes.get(type(module))
+        if ours not in (None, Sequential) and _is_real(getattr(module, "weight", None)):
+            module.__class__ = ours  # as torch's parametrize does: same object, same hooks
+    replaced = frozenset(classes.values())
     for parent in modules:
-        children = list(parent._modules.values())
-        following = next((cast(ReLU, m).kind for m in children if _is_activation(m)), "none")
+        children: list[Any] = [m for m in parent._modules.values() if type(m) in replaced]
+        following = next((m.kind for m in children if hasattr(m, "kind")), "none")
         for child in children:
-            if type(child) is Linear:
+            if hasattr(child, "following"):
                 child.following = following
-        pairs = any(type(a) is Linear and _is_activation(b) for a, b in pairwise(children))
+        in_turn = pairwise(parent._modules.values())
+        pairs = any(type(a) is Linear and type(b) in ACTIVATION_MODULES for a, b in in_turn)
         if pairs and type(parent) is nn.Sequential:
             parent.__class__ = Sequential
     return model
@@ -67,7 +71,7 @@ def unfuse_linear(model: nn.Module) -> nn.Module:
     Returns:
         The same module.
     """
-    torchs = {ours: theirs for theirs, ours in _OURS.items()}
+    torchs = {ours: theirs for theirs, ours in _classes().items()}
     for module in model.modules():
         if type(module) in torchs and getattr(module, "activation", "none") == "none":
             for name in ("activation", "following"):
@@ -76,8 +80,13 @@ def unfuse_linear(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_activation(module: nn.Module | None) -> bool:
-    return type(module) in ACTIVATION_MODULES
+def _classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Ours by the class that they replace; those of transformers where it is in use."""
+    if "transformers.activations" not in sys.modules:
+        return _OURS
+    from fastmp.amp import hugging_face
+
+    return _OURS | hugging_face.OURS
 
 
 def _open_modules(model: nn.Module) -> list[nn.Module]:
@@ -91,6 +100,8 @@ def _is_closed(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules
 
 
-def _is_real(weight: Tensor) -> bool:
+def _is_real(weight: Tensor | None) -> bool:
     """Whether the operation supports such a weight: not complex, no subclass of torch's types."""
+    if weight is None:
+        return True
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()

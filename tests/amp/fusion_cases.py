@@ -8,24 +8,35 @@ from torch import nn
 from fastmp.amp.fusion import fuse_linear
 
 
+def graph_of(y):
+    """The names and nodes of its backward, the first of the forward first."""
+    nodes, seen = [y.grad_fn], []
+    while nodes:
+        node = nodes.pop(0)
+        if node not in seen:
+            seen.append(node)
+            nodes += [following for following, _ in node.next_functions if following is not None]
+    return [(type(node).__name__, node) for node in seen[::-1]]
+
+
 def fused(y):
     """How the backward of y takes its activations, the first of the forward first.
 
     "gelu": one operation with its layer; "after gelu": one pass for its gradient and the bias's.
     """
-    found, nodes, seen = [], [y.grad_fn], set()
-    while nodes:
-        node = nodes.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        name = type(node).__name__
+    found = []
+    for name, node in graph_of(y):
         if name == "_LinearBackward" and node.activation != "none":
             found.append(node.activation)
         elif name == "_ActivationBackward":
             found.append(f"after {node.activation}")
-        nodes += [following for following, _ in node.next_functions if following is not None]
-    return found[::-1]
+    return found
+
+
+def recomputed(y):
+    """The activations that the backward of y computes again for the layers after them."""
+    inputs = [node.input_activation for name, node in graph_of(y) if name == "_LinearBackward"]
+    return [activation for activation in inputs if activation is not None]
 
 
 class Block(nn.Module):

