@@ -27,19 +27,20 @@ enum fastmp_master {
 };
 
 /* How the states of a parameter, its moments, are kept: a struct of state_kinds.h. */
-enum fastmp_state_kind { FASTMP_STATE_F32 = 0, FASTMP_STATE_BF16 = 1 };
+enum fastmp_state_kind { FASTMP_STATE_F32 = 0, FASTMP_STATE_BF16 = 1, FASTMP_STATE_8BIT = 2 };
 
-/* One parameter tensor: flat memory, every tensor of the row in the same element order. Eleven
+/* One parameter tensor: flat memory, every tensor of the row in the same element order. Twelve
  * 64-bit words. */
 typedef struct {
   void* param;
   const void* grad;
-  void* master;   /* fp32 (FULL) or int16 (SPLIT); NULL for SELF */
-  void* state0;   /* first moment or momentum */
-  void* state1;   /* second moment */
-  void* state2;   /* running maximum of the second moment */
-  float* average; /* moving average of the weight; NULL: none is kept */
-  float* step;    /* one value: how many updates this tensor has received */
+  void* master;    /* fp32 (FULL) or int16 (SPLIT); NULL for SELF */
+  void* state0;    /* first moment or momentum */
+  void* state1;    /* second moment */
+  void* state2;    /* running maximum of the second moment */
+  uint8_t* scales; /* 8BIT: states x blocks; else NULL */
+  float* average;  /* moving average of the weight; NULL: none is kept */
+  float* step;     /* one value: how many updates this tensor has received */
   int64_t numel;
   int64_t param_index; /* among all parameters of the optimizer, with and without gradients */
   uint16_t group;

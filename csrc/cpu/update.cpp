@@ -8,7 +8,7 @@
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
  * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
  * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
- * bf16 states save 8 of these; an average adds 8.
+ * bf16 states save 8 of these, 8-bit ones 11.9; an average adds 8.
  * Phase 2 walks backwards, so the gradients scanned last are still in cache.
  *
  * Every sum has a fixed order that no number of threads changes: vector lanes within a chunk, the
@@ -217,22 +217,74 @@ void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
   }
 }
 
-/* n values of state s from offset on as fp32: in place where they are kept so, else in buffer. */
+/* State s of a row: its items from an offset on, and the scales of their blocks. */
 template <class Kind>
-float* read_state(void* state, int64_t offset, int64_t n, float* buffer) {
-  typename Kind::Item* items = static_cast<typename Kind::Item*>(state) + offset;
-  if constexpr (Kind::kind == FASTMP_STATE_F32) return items;
-  for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::load(items[i]);
+struct StateItems {
+  typename Kind::Item* items;
+  uint8_t* scales;
+
+  StateItems(const fastmp_row& row, int s, int64_t offset) : scales(nullptr) {
+    void* const states[3] = {row.state0, row.state1, row.state2};
+    items = static_cast<typename Kind::Item*>(states[s]) + offset;
+    if constexpr (Kind::block > 0) {
+      scales = row.scales + s * ceil_div(row.numel, Kind::block) + offset / Kind::block;
+    }
+  }
+};
+
+/* Calls body(first, count) on n elements in blocks of 8-bit states, whole ones with a constant
+ * count. */
+template <class Body>
+inline void for_each_block(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + State8Bit::block <= n; i += State8Bit::block) body(i, int64_t{State8Bit::block});
+  if (i < n) body(i, n - i);
+}
+
+/* n values of a state as fp32: in place where they are kept so, else in buffer. */
+template <class Kind, Quantity quantity>
+float* read_state(const StateItems<Kind>& state, int64_t n, float* __restrict buffer) {
+  const typename Kind::Item* __restrict items = state.items;
+  if constexpr (Kind::kind == FASTMP_STATE_F32) {
+    return state.items;
+  } else if constexpr (Kind::block > 0) {
+    /* Widened first: GCC would take the width of its vectors from the bytes. */
+    alignas(64) uint32_t codes[kBlock];
+    for (int64_t i = 0; i < n; ++i) codes[i] = items[i];
+    for_each_block(n, [&](int64_t first, int64_t count) {
+      const uint32_t scale = state.scales[first / Kind::block];
+      for (int64_t i = first; i < first + count; ++i) {
+        buffer[i] = Kind::template load<quantity>(codes[i], scale);
+      }
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::template load<quantity>(items[i], 0u);
+  }
   return buffer;
 }
 
 template <class Kind, Quantity quantity>
-void write_state(void* state, int64_t offset, int64_t n, const float* __restrict values,
+void write_state(const StateItems<Kind>& state, int64_t n, const float* __restrict values,
                  const uint32_t* __restrict random, int s) {
-  if constexpr (Kind::kind == FASTMP_STATE_F32) return;
-  typename Kind::Item* __restrict items = static_cast<typename Kind::Item*>(state) + offset;
-  for (int64_t i = 0; i < n; ++i) {
-    items[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s));
+  typename Kind::Item* __restrict items = state.items;
+  if constexpr (Kind::block > 0) {
+    alignas(64) uint32_t codes[kBlock];
+    for_each_block(n, [&](int64_t first, int64_t count) {
+      uint32_t largest = 0u;
+      for (int64_t i = first; i < first + count; ++i) {
+        largest = max_of(largest, bits_of(values[i]) & 0x7fffffffu);
+      }
+      const uint32_t scale = Kind::template scale_of<quantity>(largest);
+      state.scales[first / Kind::block] = static_cast<uint8_t>(scale);
+      for (int64_t i = first; i < first + count; ++i) {
+        codes[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), scale);
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) items[i] = static_cast<uint8_t>(codes[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      items[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), 0u);
+    }
   }
 }
 
@@ -289,24 +341,34 @@ struct StateBlock {
   alignas(64) uint32_t random[kBlock];
   float* values[3];
 
+  template <int s>
   void read(const fastmp_row& row, int64_t offset, int64_t n) {
-    void* const states[3] = {row.state0, row.state1, row.state2};
-    for (int s = 0; s < 3; ++s) {
+    values[s] = buffers[s];
+    if constexpr (s < Rule::states) {
       values[s] =
-          s < Rule::states ? read_state<Kind>(states[s], offset, n, buffers[s]) : buffers[s];
+          read_state<Kind, Rule::quantity(s)>(StateItems<Kind>(row, s, offset), n, buffers[s]);
     }
   }
+  void read(const fastmp_row& row, int64_t offset, int64_t n) {
+    read<0>(row, offset, n);
+    read<1>(row, offset, n);
+    read<2>(row, offset, n);
+  }
 
+  template <int s>
+  void write(const fastmp_row& row, int64_t offset, int64_t n) {
+    if constexpr (s < Rule::states) {
+      write_state<Kind, Rule::quantity(s)>(StateItems<Kind>(row, s, offset), n, values[s], random,
+                                           s);
+    }
+  }
   void write(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key) {
     if constexpr (Kind::kind == FASTMP_STATE_F32 || Rule::states == 0) return;
     const uint32_t first = static_cast<uint32_t>(offset);
     for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, first + static_cast<uint32_t>(i));
-    if constexpr (Rule::states > 0)
-      write_state<Kind, Rule::quantity(0)>(row.state0, offset, n, values[0], random, 0);
-    if constexpr (Rule::states > 1)
-      write_state<Kind, Rule::quantity(1)>(row.state1, offset, n, values[1], random, 1);
-    if constexpr (Rule::states > 2)
-      write_state<Kind, Rule::quantity(2)>(row.state2, offset, n, values[2], random, 2);
+    write<0>(row, offset, n);
+    write<1>(row, offset, n);
+    write<2>(row, offset, n);
   }
 };
 
@@ -402,8 +464,9 @@ bool is_valid(const fastmp_update_args& args) {
     if (row.master_kind > FASTMP_SPLIT) return false;
     if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
     if (row.master_kind == FASTMP_SPLIT && row.param_dtype != FASTMP_BF16) return false;
-    if (row.state_kind > FASTMP_STATE_BF16) return false;
-    const int64_t width = row.state_kind == FASTMP_STATE_F32 ? 4 : 2;
+    if (row.state_kind > FASTMP_STATE_8BIT) return false;
+    const int64_t widths[] = {4, 2, 1}; /* by kind */
+    const int64_t width = widths[row.state_kind];
     if (!is_aligned(width, row.state0, row.state1, row.state2)) return false;
     if (!is_aligned(4, row.step, row.average)) return false;
     if (row.average != nullptr && args.request.ema_decays == nullptr) return false;
@@ -413,6 +476,7 @@ bool is_valid(const fastmp_update_args& args) {
     if (row.numel == 0) continue;
     if (row.param == nullptr || row.grad == nullptr) return false;
     if (row.master_kind != FASTMP_SELF && row.master == nullptr) return false;
+    if (row.state_kind == FASTMP_STATE_8BIT && states > 0 && row.scales == nullptr) return false;
     const void* state[3] = {row.state0, row.state1, row.state2};
     for (int s = 0; s < states; ++s) {
       if (state[s] == nullptr) return false;

@@ -33,6 +33,14 @@ FASTMP_DEVICE T shuffle_down(T value, int offset) {
   return __shfl_down_sync(0xffffffffu, value, static_cast<unsigned>(offset));
 }
 
+/* The value of the thread whose number in its group of 8 has the bits of `offset` flipped; all of
+ * the group call it. */
+constexpr int kGroup = 8;
+FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
+  const unsigned group = 0xffu << (threadIdx.x & 24u);
+  return __shfl_xor_sync(group, value, offset);
+}
+
 /* Returns the value before the addition. Acquires and releases: earlier writes of this thread, and
  * after a sync_block of its block, are visible to threads that read the new value. */
 FASTMP_DEVICE uint32_t atomic_add_acq_rel(uint32_t* sum, uint32_t value) {

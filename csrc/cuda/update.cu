@@ -10,7 +10,8 @@
  * Bytes per parameter with Adam and 16-bit weights and gradients: phase 1 reads 2; phase 2 reads
  * the gradient (2), the weight (2), the master (4, split: its remainder 2) and the moments (8) and
  * writes moments, master and weight (14, split 12): 32, split 28. With fp32 weights 4 + 28 = 32.
- * bf16 states save 8 of these; an average adds 8. The table adds 8 for every chunk.
+ * bf16 states save 8 of these, 8-bit ones 11.9; an average adds 8. The table adds 8 for every
+ * chunk.
  *
  * A block has one contiguous range of chunks in both phases. It scans it forwards and updates it
  * backwards, so that the gradients scanned last are still in L2. A thread updates 4 elements at a
@@ -269,7 +270,9 @@ struct Tensors {
   const typename Case::Grad* grad;
   float* full;
   int16_t* remainder;
+  uint8_t* scales;
   float* average;
+  int64_t numel;
   typename Case::State::Item* state[3];
 
   static __device__ __forceinline__ Tensors of(const fastmp_row& row) {
@@ -278,7 +281,9 @@ struct Tensors {
             static_cast<const typename Case::Grad*>(row.grad),
             static_cast<float*>(Case::master == FASTMP_SELF ? row.param : row.master),
             static_cast<int16_t*>(row.master),
+            row.scales,
             row.average,
+            row.numel,
             {static_cast<Item*>(row.state0), static_cast<Item*>(row.state1),
              static_cast<Item*>(row.state2)}};
   }
@@ -312,69 +317,157 @@ struct RowStep {
   }
 };
 
-template <int s, int n, class Case>
-FASTMP_DEVICE void write_state(const Tensors<Case>& at, int64_t i, const float (&values)[n],
-                               const uint32_t (&random)[n]) {
-  typename Case::State::Item items[n];
-  for (int e = 0; e < n; ++e) {
-    items[e] = Case::State::template store<Case::Rule::quantity(s)>(values[e],
-                                                                    bits_for_state(random[e], s));
+/* n elements of a row from `first` on, each tensor in one access. */
+template <int n>
+struct Whole {
+  static constexpr int size = n;
+  int64_t first;
+
+  static constexpr int count = n;
+  template <class T>
+  __device__ __forceinline__ void read(const T* from, T (&to)[n]) const {
+    fastmp::read(from + first, to);
   }
-  write(items, at.state[s] + i);
+  template <class T>
+  __device__ __forceinline__ void write(const T (&from)[n], T* to) const {
+    fastmp::write(from, to + first);
+  }
+};
+
+/* Up to n elements one by one, perhaps none; in place of the others zeros. */
+template <int n>
+struct Guarded {
+  static constexpr int size = n;
+  int64_t first;
+  int64_t count;
+
+  template <class T>
+  __device__ __forceinline__ void read(const T* from, T (&to)[n]) const {
+    for (int e = 0; e < n; ++e) to[e] = e < count ? load(from + first + e) : T{};
+  }
+  template <class T>
+  __device__ __forceinline__ void write(const T (&from)[n], T* to) const {
+    for (int e = 0; e < n; ++e) {
+      if (e < count) store_bits(from[e], to + first + e);
+    }
+  }
+};
+
+/* The scale of state s in the block of an element. */
+template <int s, class Case>
+FASTMP_DEVICE uint8_t* scale_at(const Tensors<Case>& at, int64_t i) {
+  constexpr int block = Case::State::block;
+  return at.scales + s * ((at.numel + block - 1) / block) + i / block;
 }
 
-template <int n, class Case>
-FASTMP_DEVICE void update_at(const Tensors<Case>& at, int64_t i, const RowStep<Case>& step) {
-  typename Case::Grad grads[n];
+template <int s, class Case, class Span, int n>
+FASTMP_DEVICE void read_state(const Tensors<Case>& at, const Span& span, float (&values)[n]) {
+  if constexpr (s < Case::Rule::states) {
+    typename Case::State::Item items[n];
+    span.read(at.state[s], items);
+    uint32_t scale = 0u;
+    if constexpr (Case::State::block > 0) scale = load(scale_at<s>(at, span.first));
+    for (int e = 0; e < n; ++e) {
+      values[e] = Case::State::template load<Case::Rule::quantity(s)>(items[e], scale);
+    }
+  }
+}
+
+/* A block with one scale is 8 threads with 4 elements each, which agree on its largest value. */
+template <int s, class Case, class Span, int n>
+FASTMP_DEVICE void write_state(const Tensors<Case>& at, const Span& span, const float (&values)[n],
+                               const uint32_t (&random)[n]) {
+  if constexpr (s < Case::Rule::states) {
+    constexpr Quantity quantity = Case::Rule::quantity(s);
+    uint32_t scale = 0u;
+    if constexpr (Case::State::block > 0) {
+      static_assert(Case::State::block == kGroup * n, "a group of threads has one block");
+      uint32_t largest = 0u;
+      for (int e = 0; e < n; ++e) {
+        const uint32_t magnitude = bits_of(values[e]) & 0x7fffffffu;
+        if (e < span.count && magnitude > largest) largest = magnitude;
+      }
+      for (int offset = kGroup / 2; offset > 0; offset /= 2) {
+        const uint32_t other = shuffle_in_group(largest, offset);
+        largest = other > largest ? other : largest;
+      }
+      scale = Case::State::template scale_of<quantity>(largest);
+      if (span.first % Case::State::block == 0) {
+        store_bits(static_cast<uint8_t>(scale), scale_at<s>(at, span.first));
+      }
+    }
+    typename Case::State::Item items[n];
+    for (int e = 0; e < n; ++e) {
+      items[e] =
+          Case::State::template store<quantity>(values[e], bits_for_state(random[e], s), scale);
+    }
+    span.write(items, at.state[s]);
+  }
+}
+
+template <class Case, class Span, int n>
+FASTMP_DEVICE void read_masters(const Tensors<Case>& at, const Span& span, float (&masters)[n]) {
   typename Case::Param weights[n];
-  int16_t remainders[n];
-  float masters[n], states[3][n];
-  read(at.grad + i, grads);
-  if constexpr (Case::master != FASTMP_SELF) read(at.param + i, weights);
+  if constexpr (Case::master != FASTMP_SELF) span.read(at.param, weights);
   if constexpr (Case::master == FASTMP_SPLIT) {
-    read(at.remainder + i, remainders);
+    int16_t remainders[n];
+    span.read(at.remainder, remainders);
     for (int e = 0; e < n; ++e) masters[e] = join_master(weights[e], remainders[e]);
   } else {
-    read(at.full + i, masters);
+    span.read(at.full, masters);
   }
   if constexpr (Case::master == FASTMP_FULL) {
     for (int e = 0; e < n; ++e) masters[e] = current_master(weights[e], masters[e]);
   }
-  for (int s = 0; s < Case::Rule::states; ++s) {
-    typename Case::State::Item items[n];
-    read(at.state[s] + i, items);
-    for (int e = 0; e < n; ++e) states[s][e] = Case::State::load(items[e]);
+}
+
+template <class Case, class Span, int n>
+FASTMP_DEVICE void write_masters(const Tensors<Case>& at, const Span& span,
+                                 const float (&masters)[n]) {
+  typename Case::Param weights[n];
+  if constexpr (Case::master == FASTMP_SPLIT) {
+    int16_t remainders[n];
+    for (int e = 0; e < n; ++e) split_master(masters[e], &weights[e], &remainders[e]);
+    span.write(remainders, at.remainder);
+  } else {
+    span.write(masters, at.full);
   }
+  if constexpr (Case::master == FASTMP_FULL) {
+    for (int e = 0; e < n; ++e) store(masters[e], &weights[e]);
+  }
+  if constexpr (Case::master != FASTMP_SELF) span.write(weights, at.param);
+}
+
+template <class Case, class Span>
+FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const RowStep<Case>& step) {
+  constexpr int n = Span::size;
+  typename Case::Grad grads[n];
+  float masters[n], states[3][n];
+  span.read(at.grad, grads);
+  read_masters(at, span, masters);
+  read_state<0>(at, span, states[0]);
+  read_state<1>(at, span, states[1]);
+  read_state<2>(at, span, states[2]);
   for (int e = 0; e < n; ++e) {
     Case::Rule::apply(masters[e], to_float(grads[e]), states[0][e], states[1][e], states[2][e],
                       step.coefficients);
   }
   uint32_t random[n] = {};
   if constexpr (Case::State::kind != FASTMP_STATE_F32) {
-    for (int e = 0; e < n; ++e) random[e] = random_bits(step.key, static_cast<uint32_t>(i + e));
+    for (int e = 0; e < n; ++e) {
+      random[e] = random_bits(step.key, static_cast<uint32_t>(span.first + e));
+    }
   }
-  if constexpr (Case::Rule::states > 0) write_state<0>(at, i, states[0], random);
-  if constexpr (Case::Rule::states > 1) write_state<1>(at, i, states[1], random);
-  if constexpr (Case::Rule::states > 2) write_state<2>(at, i, states[2], random);
+  write_state<0>(at, span, states[0], random);
+  write_state<1>(at, span, states[1], random);
+  write_state<2>(at, span, states[2], random);
   if constexpr (Case::averaged) {
     float averages[n];
-    read(at.average + i, averages);
-    for (int e = 0; e < n; ++e) {
-      averages[e] = move_average(averages[e], masters[e], step.rate);
-    }
-    write(averages, at.average + i);
+    span.read(at.average, averages);
+    for (int e = 0; e < n; ++e) averages[e] = move_average(averages[e], masters[e], step.rate);
+    span.write(averages, at.average);
   }
-  if constexpr (Case::master == FASTMP_SPLIT) {
-    for (int e = 0; e < n; ++e) split_master(masters[e], &weights[e], &remainders[e]);
-    write(remainders, at.remainder + i);
-    write(weights, at.param + i);
-  } else {
-    write(masters, at.full + i);
-    if constexpr (Case::master == FASTMP_FULL) {
-      for (int e = 0; e < n; ++e) store(masters[e], &weights[e]);
-      write(weights, at.param + i);
-    }
-  }
+  write_masters(at, span, masters);
 }
 
 template <class Case>
@@ -382,12 +475,29 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, const fastmp_row& ro
                               int64_t end, Shared& shared) {
   const RowStep<Case> step = RowStep<Case>::of(args, row, begin, shared);
   const Tensors<Case> tensors = Tensors<Case>::of(row);
-  const int64_t whole = tensors.are_aligned() ? end / 4 * 4 : begin;
+  const bool aligned = tensors.are_aligned();
+  if constexpr (Case::State::block > 0) {
+    /* The 8 threads of a block of states go the same way: they meet in a shuffle. */
+    constexpr int64_t block = Case::State::block;
 #pragma unroll 1
-  for (int64_t i = whole + thread(); i < end; i += kThreads) update_at<1>(tensors, i, step);
+    for (int64_t i = (end + block - 1) / block * block - 4 * (thread() + 1); i >= begin;
+         i -= 4 * kThreads) {
+      if (aligned && i / block * block + block <= end) {
+        update_at(tensors, Whole<4>{i}, step);
+      } else {
+        update_at(tensors, Guarded<4>{i, end - i}, step);
+      }
+    }
+  } else {
+    const int64_t whole = aligned ? end / 4 * 4 : begin;
 #pragma unroll 1
-  for (int64_t i = whole - 4 * (thread() + 1); i >= begin; i -= 4 * kThreads) {
-    update_at<4>(tensors, i, step);
+    for (int64_t i = whole + thread(); i < end; i += kThreads) {
+      update_at(tensors, Whole<1>{i}, step);
+    }
+#pragma unroll 1
+    for (int64_t i = whole - 4 * (thread() + 1); i >= begin; i -= 4 * kThreads) {
+      update_at(tensors, Whole<4>{i}, step);
+    }
   }
 }
 

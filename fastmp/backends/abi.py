@@ -33,6 +33,7 @@ class StateKind(IntEnum):
 
     F32 = 0
     BF16 = 1
+    BIT8 = 2
 
 
 class Activation(IntEnum):
@@ -98,6 +99,7 @@ ROW = np.dtype(
         ("state0", np.int64),
         ("state1", np.int64),
         ("state2", np.int64),
+        ("scales", np.int64),
         ("average", np.int64),
         ("step", np.int64),
         ("numel", np.int64),

@@ -14,7 +14,9 @@ from fastmp.backends.abi import DTYPE_CODES, ROW, Master, Request, StateKind
 NO_CLIP = -1.0
 Lrs = Sequence[tuple[int, Tensor]]  # parameter groups whose lr is in device memory, with it
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STATE_KINDS = {torch.float32: StateKind.F32, torch.bfloat16: StateKind.BF16}
+STATE_KINDS = {
+    torch.float32: StateKind.F32, torch.bfloat16: StateKind.BF16, torch.uint8: StateKind.BIT8
+}  # fmt: skip
 _data_ptr = Tensor.data_ptr  # mapped over a list: no frame of Python for each tensor
 
 
@@ -32,6 +34,7 @@ class TensorRow(NamedTuple):
         param_index: among all parameters of the optimizer.
         rule: number of the group's rule.
         average: moving average of the weight, fp32; None: none is kept.
+        scales: of 8-bit states, uint8 (states, blocks of 32); None: they have none.
     """
 
     param: Tensor
@@ -42,6 +45,7 @@ class TensorRow(NamedTuple):
     param_index: int
     rule: int
     average: Tensor | None = None
+    scales: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -146,6 +150,7 @@ def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
         table[f"state{i}"] = [
             row.states[i].data_ptr() if i < len(row.states) else 0 for row in rows
         ]
+    table["scales"] = [0 if row.scales is None else row.scales.data_ptr() for row in rows]
     table["average"] = [0 if row.average is None else row.average.data_ptr() for row in rows]
     table["step"] = [row.step.data_ptr() for row in rows]
     table["numel"] = [row.param.numel() for row in rows]

@@ -122,8 +122,8 @@ class Shards:
         self.model.load_state_dict(shards)
 
     def full_optimizer_state(self, optimizer: FusedOptimizer) -> dict[str, Any]:
-        """The optimizer's ``state_dict`` with full tensors."""
-        return self._map_state(optimizer, optimizer.state_dict(), _full_tensor)
+        """The optimizer's ``state_dict`` with full tensors, moments in fp32."""
+        return self._map_state(optimizer, optimizer.fp32_state_dict(), _full_tensor)
 
     def load_full_optimizer_state(self, optimizer: FusedOptimizer, state: dict[str, Any]) -> None:
         """Load this rank's shard of each tensor."""

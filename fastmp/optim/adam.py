@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastmp.backends.abi import Hyperparameters
 from fastmp.ops.update.rules import rule
+from fastmp.ops.update.state_kinds import Quantity
 from fastmp.optim.averages import Ema
 from fastmp.optim.base import FusedOptimizer
 
@@ -31,10 +32,15 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             bytes a parameter; or one decay for each applied step, or a function of their number,
             evaluated here (for its ``length``, or 100,000 steps; the last decay stays). See
             ``averages`` and ``averaged``.
+        state_dtype: how moments are kept: None or ``torch.float32``; ``torch.bfloat16``, 8 bytes a
+            parameter less to move; ``"8bit"``, 12 less, with tensors below 4,096 elements in fp32.
+            Both are rounded stochastically, by bits that the step, the parameter and the element
+            determine.
 
     Raises:
         ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            ``differentiable=True``, or a sparse, complex or integer parameter.
+            an unknown ``state_dtype``, ``differentiable=True``, or a sparse, complex or
+            integer parameter.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -72,10 +79,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             ema=ema,
+            state_dtype=state_dtype,
         )
 
-    @rule(0)
-    @rule(1)  # amsgrad
+    @rule(0, Quantity.SIGNED, Quantity.SQUARE)
+    @rule(1, Quantity.SIGNED, Quantity.SQUARE, Quantity.MAXIMUM)  # amsgrad
     @staticmethod
     def _rule(
         p: Tensor, g: Tensor, states: Sequence[Tensor], step: float, h: Hyperparameters
@@ -133,6 +141,7 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         FusedOptimizer.__init__(
             self,
@@ -150,4 +159,5 @@ class AdamW(Adam, torch.optim.AdamW):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             ema=ema,
+            state_dtype=state_dtype,
         )

@@ -115,7 +115,8 @@ class AveragedOptimizer(SavedOptimizer):
         params = self._params()
         state.check_shapes(values, params)
         for group in self.param_groups:
-            state.allocate(self._own_state, group["params"], self._state_keys(group), average=True)
+            keys = self._state_keys(group)
+            state.allocate(self._own_state, group["params"], keys, self._kind, average=True)
         for param, value in zip(params, values, strict=True):
             self._own_state[param]["average"].copy_(value)
 

@@ -17,6 +17,7 @@ from fastmp.backends.registry import on_host
 from fastmp.ops import update
 from fastmp.ops.update import Options
 from fastmp.ops.update.step_table import StepTable
+from fastmp.optim import state_kinds
 from fastmp.optim.averages import AveragedOptimizer, Ema, decay_table
 from fastmp.optim.options import norm_limit, plain
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
@@ -39,6 +40,7 @@ class FusedOptimizer(AveragedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
+        state_dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> None:
         self.max_grad_norm = max_grad_norm
@@ -46,6 +48,7 @@ class FusedOptimizer(AveragedOptimizer):
         self.step_context = StepContext()
         self._tables = TableCache()
         self._search_reducer = ReducerSearch()
+        self._kind = state_kinds.parse(state_dtype)
         self._ema = None if ema is None else decay_table(plain(ema))
         watch_wrappers()
         super().__init__(*args[:1], *map(plain, args[1:]), **plain(kwargs))

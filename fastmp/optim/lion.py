@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmp.backends.abi import Hyperparameters
@@ -28,12 +29,12 @@ class Lion(FusedOptimizer):
         maximize: ascend instead of descend.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
-        skip_nonfinite, ema: as in ``Adam``.
+        skip_nonfinite, ema, state_dtype: as in ``Adam``.
 
     Raises:
         ValueError: a negative ``lr`` or ``weight_decay``, a beta outside [0, 1), a
-            ``max_grad_norm`` that is not above 0, a decay outside [0, 1), or a sparse,
-            complex or integer parameter.
+            ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
+            an unknown ``state_dtype``, or a sparse, complex or integer parameter.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Lion(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"Invalid learning rate: {lr}")
@@ -57,7 +59,12 @@ class Lion(FusedOptimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, options, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, ema=ema
+            params,
+            options,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            ema=ema,
+            state_dtype=state_dtype,
         )
 
     @rule(4)

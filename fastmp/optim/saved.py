@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmp.optim import state
+from fastmp.optim import state, state_kinds
 from fastmp.optim.options import plain
 from fastmp.optim.scheduled import ScheduledOptimizer
 from fastmp.optim.step_context import StepContext
@@ -30,6 +30,26 @@ class SavedOptimizer(ScheduledOptimizer):
     step_context: StepContext
     _tables: TableCache
     _loaded = LoadedState()
+    _kind = torch.float32  # dtype of the moments
+
+    @property
+    def state_dtype(self) -> torch.dtype | str:
+        """How moments are kept: ``torch.float32``, ``torch.bfloat16`` or ``"8bit"``.
+
+        May be set between two steps, and converts them: rounded once, to nearest; exactly where
+        fp32 is the new kind, or was only between. Capture graphs after that.
+        """
+        return "8bit" if self._kind == torch.uint8 else self._kind
+
+    @state_dtype.setter
+    def state_dtype(self, value: Any) -> None:
+        self._kind = state_kinds.parse(value)
+        for group in self.param_groups:
+            for param in group["params"]:
+                own = self._own_state.get(param)
+                if own:
+                    state_kinds.convert(own, param, self._state_keys(group), self._kind)
+        self._tables.table = None
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
@@ -41,7 +61,7 @@ class SavedOptimizer(ScheduledOptimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded")
+        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded", "_kind")
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         remainders = self._tables.remainders
         exported = {p: remainders.saved_state(p, s) for p, s in self.state.items()}
@@ -61,7 +81,8 @@ class SavedOptimizer(ScheduledOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param in self.state:
-                    state.to_own_state(param, self.state[param], self._state_keys(group))
+                    keys = self._state_keys(group)
+                    state.to_own_state(param, self.state[param], keys, self._kind)
                     if not self._keeps_average():
                         self.state[param].pop("average", None)
         self._state_is_shared = False
@@ -81,13 +102,37 @@ class SavedOptimizer(ScheduledOptimizer):
         params, remainders = self._params(), self._tables.remainders
         for i, param in enumerate(params):
             if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it
-                saved["state"][i] = remainders.saved_state(param, self.state[param])
+                own = remainders.saved_state(param, self.state[param])
+                saved["state"][i] = state_kinds.with_stride(own)
         if any(p.dtype == torch.bfloat16 for p in params):
             saved["remainders"] = remainders.state_dict(params)
         return saved
 
+    def torch_state_dict(self) -> dict[str, Any]:
+        """``state_dict`` as torch's optimizer of the same name has it: moments in fp32, exact.
+
+        Without masters, averages and counts; see ``masters`` and ``averages``.
+        """
+        saved = self.fp32_state_dict()
+        own = {"master", "remainder", "average"}
+        states = {
+            i: {key: value for key, value in entry.items() if key not in own}
+            for i, entry in saved["state"].items()
+        }
+        return {"state": states, "param_groups": saved["param_groups"]}
+
+    def fp32_state_dict(self) -> dict[str, Any]:
+        """``state_dict`` with moments in fp32; loaded into their kind again they are the same."""
+        saved = self.state_dict()
+        keys = [self._state_keys(g) for g in self.param_groups for _ in g["params"]]
+        states = {i: state_kinds.widen(own, keys[i]) for i, own in saved["state"].items()}
+        return {**saved, "state": states}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's state, or torch's for the same algorithm, without rounding it.
+        """Load this optimizer's state, or torch's for the same algorithm.
+
+        Nothing is rounded, but moments that come in another kind than ``state_dtype``: once, to
+        nearest.
 
         Without ``counts``, as in torch's states and those of ``torch.distributed.checkpoint``, the
         number of applied steps is the largest ``step`` of a parameter. torch's SGD keeps none:
@@ -95,7 +140,8 @@ class SavedOptimizer(ScheduledOptimizer):
 
         Raises:
             ValueError: another number of groups or of parameters in a group, as in torch, or state
-                of another shape than its parameter. Nothing has changed then.
+                of another shape than its parameter, or 8-bit moments without their scales. Nothing
+                has changed then.
         """
 
         self._require_own_weights()
@@ -147,7 +193,7 @@ class SavedOptimizer(ScheduledOptimizer):
         own = self._own_state
         state.adopt_masters(own, params, self._tables.remainders)
         for group in self.param_groups:
-            state.allocate(own, group["params"], self._state_keys(group))
+            state.allocate(own, group["params"], self._state_keys(group), self._kind)
         for p, value in zip(params, values, strict=True):
             state.set_master(p, own[p], value)
         self._tables.remainders.adopt(params)

@@ -1,8 +1,9 @@
 """The state of an optimizer: allocation, masters, loading without rounding.
 
-One dict a parameter under torch's keys, as in torch's optimizers. State is always fp32 (fp64 for
-fp64 parameters), and 16-bit parameters have one more entry: ``master`` (fp32, beside fp16 weights)
-or ``remainder`` (int16, beside bf16 weights). Optimizers that average have ``average`` (fp32).
+One dict a parameter under torch's keys, as in torch's optimizers. Moments are of the optimizer's
+kind (``state_kinds``); 8-bit ones have ``scales`` beside them. 16-bit parameters have one more
+entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
+Optimizers that average have ``average`` (fp32).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastmp.backends.native_table import is_dense
 from fastmp.ops.update import current_master, join_master, split_master
+from fastmp.optim import state_kinds
 from fastmp.optim.remainders import Remainders
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
@@ -34,19 +36,28 @@ def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
 
 
 def allocate(
-    states: States, params: Iterable[Tensor], keys: Iterable[str], *, average: bool = False
+    states: States,
+    params: Iterable[Tensor],
+    keys: Sequence[str],
+    kind: torch.dtype,
+    *,
+    average: bool = False,
 ) -> None:
     """Allocate missing state; with ``average``, averages that begin at the weights."""
     for param in params:
         master = MASTER_KEYS.get(param.dtype)
+        own, moments = states[param], state_kinds.dtype_for(param, kind)
         for key in (*keys, *([] if master is None else [master]), "step"):
-            if states[param].get(key) is None:
-                states[param][key] = _new(key, param.detach())
-        if average and states[param].get("average") is None:
-            states[param]["average"] = master_of(param, states[param]).clone()
+            if own.get(key) is None:
+                dtype = moments if key in keys else _dtype_of(key, param.dtype)
+                own[key] = _new(key, param.detach(), dtype)
+        if moments == torch.uint8 and keys and len(own.get("scales", ())) < len(keys):
+            state_kinds.allocate_scales(own, param, len(keys))
+        if average and own.get("average") is None:
+            own["average"] = master_of(param, own).clone()
 
 
-def _new(key: str, param: Tensor) -> Tensor:
+def _new(key: str, param: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of its own: of one that shares its memory ``torch.save`` writes all that is shared.
 
     A kernel reads state fastest from multiples of 512 bytes, where CUDA's allocator puts it.
@@ -54,8 +65,8 @@ def _new(key: str, param: Tensor) -> Tensor:
     if key == "step":
         return torch.zeros((), dtype=torch.float32, device=param.device)
     if key == "master":
-        return param.to(_dtype_of(key, param.dtype))
-    return torch.zeros_like(param, dtype=_dtype_of(key, param.dtype))  # a remainder too: no rest
+        return param.to(dtype)
+    return torch.zeros_like(param, dtype=dtype)  # a remainder too: no rest
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
@@ -115,7 +126,7 @@ def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainde
             value = _value_under(param, dtype, saved, state)
             own = MASTER_KEYS.get(param.dtype)
             if own is not None and own not in state:
-                state[own] = _new(own, param.detach())
+                state[own] = _new(own, param.detach(), _dtype_of(own, param.dtype))
             set_master(param, state, value)
 
 
@@ -138,7 +149,9 @@ def _value_under(
     return torch.where(counts & usable, master.to(present.dtype), present)
 
 
-def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> None:
+def normalize(
+    state: dict[str, Any], param: Tensor, keys: tuple[str, ...], kind: torch.dtype
+) -> None:
     """Bring state that was replaced or moved into the dtype, device and stride order of the kernel.
 
     A weight that became channels_last after its first step, say, has moments in another order.
@@ -159,10 +172,13 @@ def normalize(state: dict[str, Any], param: Tensor, keys: tuple[str, ...]) -> No
             raise ValueError(
                 f"state {key!r}: expected shape {tuple(param.shape)}, got {tuple(value.shape)}"
             )
+        if key in keys:
+            continue
         dtype = _dtype_of(key, param.dtype)
         same_order = value.stride() == param.stride() or not is_dense(param)
         if value.dtype != dtype or value.device != param.device or not same_order:
             state[key] = torch.empty_like(param, dtype=dtype).copy_(value)
+    state_kinds.convert(state, param, keys, kind)
 
 
 def counts_of(states: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
@@ -186,16 +202,19 @@ def shield_from_cast(loaded: dict[str, Any], params: list[Tensor]) -> dict[str, 
     """A ``state_dict`` whose tensors torch will not cast; ``to_own_state`` unwraps them.
 
     Raises:
-        ValueError: state of another shape than its parameter.
+        ValueError: state of another shape than its parameter, or 8-bit moments without scales.
     """
     indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
     for index, param in zip(indices, params, strict=False):  # torch compares the counts
         for key, value in loaded["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and key != "step" and value.shape != param.shape:
+            if key in ("step", "scales") or not isinstance(value, Tensor):
+                continue
+            if value.shape != param.shape:
                 raise ValueError(
                     f"state {key!r} of parameter {index}: expected shape {tuple(param.shape)}, "
                     f"got {tuple(value.shape)}; is this the state of another model?"
                 )
+        state_kinds.check(loaded["state"].get(index, {}), param, index)
     state = {param: _shielded(values) for param, values in loaded["state"].items()}
     return {**loaded, "state": state}
 
@@ -209,12 +228,15 @@ def _shielded(values: Any) -> Any:
     }
 
 
-def to_own_state(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Turn loaded values into this optimizer's own: copies, none of them rounded."""
+def to_own_state(
+    param: Tensor, state: dict[str, Any], keys: tuple[str, ...], kind: torch.dtype
+) -> None:
+    """Turn loaded values into this optimizer's own: copies, rounded only to another kind."""
     loaded = {k: v.value if isinstance(v, _Shielded) else v for k, v in state.items()}
     if "step" not in loaded and loaded.get("momentum_buffer") is not None:
         loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
     state.clear()
+    loaded = state_kinds.in_order_of_memory(loaded, keys)
     for key, value in loaded.items():
         if value is None:  # torch's SGD before its first step
             continue
@@ -222,7 +244,10 @@ def to_own_state(param: Tensor, state: dict[str, Any], keys: tuple[str, ...]) ->
             continue  # cast by torch's optimizer, whose steps change the weight that it completes
         if key == "step":
             value = torch.tensor(float(value), dtype=torch.float32, device=param.device)
-        elif key in keys or key in MASTER_KEYS.values() or key == "average":
+        elif key in keys or key == "scales":
+            value = value.to(param.device, copy=True)
+        elif key in MASTER_KEYS.values() or key == "average":
             dtype = _dtype_of(key, param.dtype)
             value = torch.empty_like(param, dtype=dtype).copy_(value)
         state[key] = value
+    state_kinds.convert(state, param, keys, kind)

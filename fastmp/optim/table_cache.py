@@ -61,16 +61,17 @@ def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
         averaged = optimizer._keeps_average()
-        state.allocate(all_states, params, keys, average=averaged)
+        state.allocate(all_states, params, keys, optimizer._kind, average=averaged)
         for param in group["params"]:
             if param.grad is not None:
                 own = all_states[param]
-                state.normalize(own, param, keys)
+                state.normalize(own, param, keys, optimizer._kind)
                 master = own.get(state.MASTER_KEYS.get(param.dtype))
                 states = tuple(own[key] for key in keys)
                 rule = int(rules[i])
                 average = own["average"] if averaged else None
-                row = TensorRow(param, master, states, own["step"], i, param_index, rule, average)
+                place = (own["step"], i, param_index, rule)
+                row = TensorRow(param, master, states, *place, average, own.get("scales"))
                 rows.append(row)
             param_index += 1
     return rows

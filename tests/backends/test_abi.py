@@ -23,6 +23,7 @@ from fastmp.backends.abi import (
     Reduction,
     Request,
     RingArgs,
+    StateKind,
     StepArgs,
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
@@ -99,6 +100,10 @@ def test_codes_and_version_agree():
     }  # fmt: skip
     assert {dtypes[name]: code for name, code in c_enum("fastmp_dtype").items()} == DTYPE_CODES
     assert c_enum("fastmp_master") == dict(Master.__members__)
+    kinds = {
+        f"STATE_{name}".replace("BIT8", "8BIT"): int(k) for name, k in StateKind.__members__.items()
+    }
+    assert c_enum("fastmp_state_kind") == kinds
     assert c_enum("fastmp_status") == dict(Status.__members__)
     activations = {name: int(code) for name, code in Activation.__members__.items()}
     activations["IDENTITY"] = activations.pop("NONE")

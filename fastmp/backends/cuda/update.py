@@ -16,10 +16,10 @@ from fastmp.backends.native_table import Lrs, NativeTable, Options, TensorRow
 
 MAX_PARTIALS = 2048  # of a norm, whatever the GPU
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
-_STATES = {StateKind.F32: "StateF32", StateKind.BF16: "StateBf16"}
+_STATES = {StateKind.F32: "StateF32", StateKind.BF16: "StateBf16", StateKind.BIT8: "State8Bit"}
 
 #: Memory that captured graphs read when they are replayed, kept as long as the process lives: the
-#: end of a graph cannot be observed. 88 bytes a tensor and 8 a chunk for every capture; no weight.
+#: end of a graph cannot be observed. 96 bytes a tensor and 8 a chunk for every capture; no weight.
 _captured: list[Any] = []
 
 

@@ -16,6 +16,8 @@ dtypes and devices without a kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +27,9 @@ from torch import Tensor
 from fastmp.backends import registry
 from fastmp.backends.abi import LR, RECORD, Hyperparameters, record_field
 from fastmp.backends.native_table import NO_CLIP, Lrs, Options, TensorRow
-from fastmp.ops.update.rules import RULES
+from fastmp.ops.update import state_kinds
+from fastmp.ops.update.rules import QUANTITIES, RULES
+from fastmp.ops.update.state_kinds import Quantity
 from fastmp.ops.update.step_table import StepTable
 
 __all__ = [
@@ -187,13 +191,16 @@ def _reference(table: StepTable, hypers: np.ndarray, record: Tensor, options: Op
     decision = _decide(table, options, groups[0][1] if groups else options.max_grad_norm)
     if not decision.skip:
         for row, grad in zip(table.rows, table.grads, strict=True):
-            new = _update(row, grad, decision.grad_factor, groups[row.group][0])
+            factor, hyper = decision.grad_factor, groups[row.group][0]
+            new = _update(row, grad, factor, hyper, options.rounding_seed)
             if row.average is not None:
                 row.average.lerp_(new, _ema_rate(options, applied, float(row.step)))
     _commit(record, decision)
 
 
-def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters) -> Tensor:
+def _update(
+    row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters, seed: int
+) -> Tensor:
     g = _wide(grad) * (grad_factor * (-1 if h.maximize else 1))
     row.step.add_(1)
     master = row.master
@@ -202,7 +209,8 @@ def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters
     else:
         join = join_master if master.dtype == torch.int16 else current_master
         old = join(row.param, master)
-    new = RULES[int(h.rule)](old, g, row.states, float(row.step), h)
+    with _widened(row, int(h.rule), seed) as states:
+        new = RULES[int(h.rule)](old, g, states, float(row.step), h)
     if master is None:
         row.param.copy_(new)
     elif master.dtype == torch.int16:
@@ -213,6 +221,24 @@ def _update(row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters
         master.copy_(new)
         row.param.copy_(new)
     return new
+
+
+@contextmanager
+def _widened(row: TensorRow, rule: int, seed: int) -> Iterator[Sequence[Tensor]]:
+    """The states in fp32 for a rule to change, which are then rounded to their kind."""
+    narrow = row.states and row.states[0].dtype in (torch.bfloat16, torch.uint8)
+    if not narrow:
+        yield row.states
+        return
+    known = QUANTITIES[rule]
+    kinds = [*known, *[Quantity.SIGNED] * (len(row.states) - len(known))]
+    scales = [None] * len(kinds) if row.scales is None else list(row.scales)
+    kept = list(zip(row.states, kinds, scales, strict=True))
+    wide = [state_kinds.load(*state) for state in kept]
+    yield wide
+    words = state_kinds.random_words(seed, row.step, row.param_index, row.param.numel())
+    for i, (values, state) in enumerate(zip(wide, kept, strict=True)):
+        state_kinds.store(values, *state, state_kinds.bits_for_state(words, i))
 
 
 registry.define("update")

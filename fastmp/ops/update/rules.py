@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fastmp.backends.abi import Hyperparameters
+from fastmp.ops.update.state_kinds import Quantity
 
 #: (master, gradient, states, number of the step, hyperparameters) -> the new master. The states
 #: are changed in place.
@@ -21,13 +22,21 @@ _Function = TypeVar("_Function", bound=Rule)
 
 RULES: dict[int, Rule] = {}
 
+#: What the states of a rule are, as ``quantity`` in the header; states past the end are signed.
+QUANTITIES: dict[int, tuple[Quantity, ...]] = {}
 
-def rule(number: int) -> Callable[[_Function], _Function]:
-    """Mark a function as the rule of this number in ``csrc/common/rules.h``."""
+
+def rule(number: int, *quantities: Quantity) -> Callable[[_Function], _Function]:
+    """Mark a function as the rule of this number in ``csrc/common/rules.h``.
+
+    Args:
+        number: that of the header.
+        quantities: what the states are; those not given have a sign.
+    """
 
     def register(function: _Function) -> _Function:
         assert number not in RULES, f"two rules have the number {number}"
-        RULES[number] = function
+        RULES[number], QUANTITIES[number] = function, quantities
         return function
 
     return register

@@ -64,6 +64,20 @@ def test_an_average_is_one_more_stream(kept):
         assert kernel.occupancy() >= 0.33
 
 
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("state", "bits"), [(1, 64), (2, 32)], ids=["bf16", "8 bits"])
+def test_narrow_states(kept, state, bits):
+    """No spills; both states in one access of 4 elements, both ways."""
+    before = build((0, *KEPT[kept]))
+    for plain, kernel in zip(before, build((0, *KEPT[kept], state)), strict=True):
+        for access in (r"LD\.E\.128.*", r"ST\.E\.128.*"):
+            assert kernel.count(access) == plain.count(access) - 2
+        if bits == 64:
+            assert kernel.count(r"LD\.E\.64.*") == plain.count(r"LD\.E\.64.*") + 2
+            assert kernel.count(r"ST\.E\.64.*") == plain.count(r"ST\.E\.64.*") + 2
+        assert kernel.occupancy() >= 0.33
+
+
 @pytest.mark.parametrize(
     "cases",
     [

@@ -122,7 +122,8 @@ static int32_t fuzz_update(Input& in) {
     row.state1 = in.floats(numel);
     row.state2 = in.floats(numel);
     row.average = in.one_in(3) ? in.floats(numel) : nullptr;
-    row.state_kind = in.one_in(20) ? in.byte() : static_cast<uint8_t>(in.code(2));
+    row.state_kind = in.one_in(20) ? in.byte() : static_cast<uint8_t>(in.code(3));
+    row.scales = in.one_in(20) ? nullptr : static_cast<uint8_t*>(in.buffer(numel, 3));
     row.step = in.floats(1);
   }
   fastmp_update_args args;

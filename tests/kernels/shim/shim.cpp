@@ -17,8 +17,8 @@
 
 namespace fastmp {
 
-constexpr int kThreads = 8; /* two small warps: barriers of real threads are slow */
-constexpr int kWarp = 4;
+constexpr int kThreads = 16; /* two small warps: barriers of real threads are slow */
+constexpr int kWarp = 8;
 
 struct Block {
   std::barrier<> all{kThreads};
@@ -54,6 +54,17 @@ FASTMP_DEVICE T shuffle_down(T value, int offset) {
   if (here.thread % kWarp + offset < kWarp) {
     std::memcpy(&value, here.block->lanes[here.thread + offset], sizeof value);
   }
+  warp.arrive_and_wait();
+  return value;
+}
+
+constexpr int kGroup = kWarp;
+FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
+  Block& block = *here.block;
+  std::barrier<>& warp = block.warp[here.thread / kWarp];
+  std::memcpy(block.lanes[here.thread], &value, sizeof value);
+  warp.arrive_and_wait();
+  std::memcpy(&value, block.lanes[here.thread ^ offset], sizeof value);
   warp.arrive_and_wait();
   return value;
 }
@@ -99,7 +110,9 @@ namespace fastmp {
   Case<Rule, Param, float, master>, Case<Rule, Param, f16, master>,                      \
       Case<Rule, Param, bf16, master>, Case<Rule, Param, Param, master, StateF32, true>, \
       Case<Rule, Param, Param, master, StateBf16>,                                       \
-      Case<Rule, Param, Param, master, StateBf16, true>
+      Case<Rule, Param, Param, master, StateBf16, true>,                                 \
+      Case<Rule, Param, Param, master, State8Bit>,                                       \
+      Case<Rule, Param, Param, master, State8Bit, true>
 #define FASTMP_CASES(Rule)                                                      \
   FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL), \
       FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT),

@@ -46,6 +46,25 @@ def test_averages_have_the_same_bits(cpu_engine, monkeypatch, dtype, ema):
     assert same_bits(ours[:-1], theirs[:-1])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, "8bit"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_narrow_states_have_the_same_bits(cpu_engine, monkeypatch, dtype, kind, offset):
+    """At aligned addresses, and off them element by element."""
+
+    def run():
+        params = [torch.zeros(n + offset, dtype=dtype)[offset:] for n in (4096, 5003, 16385, 7)]
+        for given, p in zip(parameters(dtype, [p.shape for p in params]), params, strict=True):
+            p.copy_(given.detach())
+        params = [p.requires_grad_() for p in params]
+        makes = (fastmp.optim.AdamW, fastmp.optim.Lion)
+        return [t for m in makes for t in steps(m(params, state_dtype=kind), params, 3)[:-1]]
+
+    ours = run()
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    assert same_bits(ours, run())
+
+
 def test_the_norm_does_not_depend_on_the_grid(kernel, monkeypatch):
     monkeypatch.setattr(backend, "MAX_PARTIALS", 17)
 
