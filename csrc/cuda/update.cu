@@ -546,11 +546,14 @@ FASTMP_DEVICE bool is_last_block(fastmp_record* record, Shared& shared) {
 }
 
 /* Blocks on a multiprocessor, which share 65,536 registers: 64 a thread for one case with two
- * fp32 streams beside the weight, the most that fit into them; else 80 or 128. */
+ * fp32 streams beside the weight, the most that fit into them; else 80 (rounding a narrow state
+ * takes 10 more) or 128. */
 template <class... Cases>
 FASTMP_FN constexpr int blocks_for() {
-  const bool few_streams = ((Cases::Rule::states + Cases::averaged < 3) && ...);
-  return sizeof...(Cases) > 3 ? 2 : sizeof...(Cases) > 1 || !few_streams ? 3 : 4;
+  const bool small =
+      ((Cases::Rule::states + Cases::averaged < 3 && Cases::State::kind == FASTMP_STATE_F32) &&
+       ...);
+  return sizeof...(Cases) > 3 ? 2 : sizeof...(Cases) > 1 || !small ? 3 : 4;
 }
 
 template <class... Cases>

@@ -183,6 +183,12 @@ def _unfreezing(config: TrainConfig) -> transfer.GradualUnfreezing | None:
     return transfer.GradualUnfreezing(every=config.unfreeze_every)
 
 
+#: ``state_dtype`` of a recipe, as the optimizers take it.
+STATE_DTYPES: dict[str, torch.dtype | str | None] = {
+    "fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"
+}  # fmt: skip
+
+
 def _optimizer(
     config: TrainConfig, model: nn.Module, shards: fsdp.Shards | None
 ) -> optim.AdamW | optim.Adam | optim.SGD:
@@ -194,6 +200,7 @@ def _optimizer(
         for group in groups:
             group["params"] = [(name, shards[name]) for name, _ in group["params"]]
     clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
+    state_dtype = STATE_DTYPES[config.state_dtype]
     optimizer: optim.AdamW | optim.Adam | optim.SGD
     if config.optimizer == "sgd":
         optimizer = optim.SGD(
@@ -202,11 +209,14 @@ def _optimizer(
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             max_grad_norm=clip,
+            state_dtype=state_dtype,
         )
     else:
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
         betas = (config.momentum, config.beta2)
-        optimizer = kind(groups, lr=config.lr, betas=betas, max_grad_norm=clip)
+        optimizer = kind(
+            groups, lr=config.lr, betas=betas, max_grad_norm=clip, state_dtype=state_dtype
+        )
     if shards is not None:
         shards.attach(optimizer)
     return optimizer

@@ -126,6 +126,9 @@ class TrainConfig:
     ema: Annotated[float, DECAY] = 0.0
     """Decay of a moving average of the weights, such as 0.999, which is then evaluated; 0: none."""
 
+    state_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How the optimizer keeps its moments: 4, 2 or 1 byte each."""
+
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
     """Pretrained weights: .safetensors, a state_dict or a run, whose best checkpoint it is."""
 

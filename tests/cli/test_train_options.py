@@ -29,6 +29,16 @@ def test_a_batch_larger_than_the_data(tmp_path, capsys):
     assert "all that the data has" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("8bit", torch.uint8)])
+def test_the_kind_of_the_moments(tmp_path, name, dtype):
+    folder, _ = run(tmp_path, "--state-dtype", name, "--ema", "0.9")
+    saved = newest(folder)
+    largest = max(saved["optimizer"]["state"].values(), key=lambda own: own["exp_avg"].numel())
+    assert largest["exp_avg"].dtype == largest["exp_avg_sq"].dtype == dtype
+    assert "average" not in largest  # it is in the checkpoint by the model's names
+    assert saved["ema"].keys() == saved["model"].keys()
+
+
 def test_cosine_and_cyclic(tmp_path):
     _, cosine = run(tmp_path, "--schedule", "cosine", "--lr", "1", "--warmup", "0.5", name="a")
     rates = [row["lr"] for row in cosine]
