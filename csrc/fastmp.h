@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 6
+#define FASTMP_ABI_VERSION 7
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))

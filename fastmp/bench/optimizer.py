@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastmp
-from fastmp.bench import networks, third_party
+from fastmp.bench import networks, optimizer_state, third_party
 from fastmp.bench.clocks import CLOCKS, Prepared, Run, kernel_clock
 from fastmp.bench.harness import OURS, Case, Row, dtype_name, timed
 
@@ -229,6 +229,15 @@ def cases(device: str, quick: bool) -> list[Case]:
     ) -> None:
         found.append(Case(name, partial(make, *arguments, device, seconds, **options)))
 
+    def add_states(shapes: Shapes, label: str, *dtypes: torch.dtype) -> None:
+        def make(dtype: torch.dtype) -> list[Tensor]:
+            return parameters(shapes, dtype, device)
+
+        add(f"average {label}", optimizer_state.averaged_step, make, label)
+        for dtype in dtypes:
+            name = f"moments {dtype} {label}"
+            add(name, optimizer_state.narrow_moments, make, dtype, label)
+
     for size in (1_000, 5_000) if quick else (2_000, 20_000, 100_000):
         name = f"50 x {size:,}"
         add(f"whole step {name}", whole_step, [(size,)] * 50, name, fp16)
@@ -243,6 +252,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             ("1000 x 1,024", MANY, 5.0),
         ):
             add(f"whole step {name}", whole_step, shapes, name, fp16, goal=goal)
+        add_states(LARGE, "105 M", torch.bfloat16, torch.float32)
         for count, changed, limit in ((500, True, 0.0), (500, False, 0.0), (161, True, 0.12)):
             name = f"host, {count}, changed: {changed}"
             found.append(Case(name, partial(on_the_host, count, changed, limit)))
@@ -253,6 +263,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     for checked in (False, True):  # not compiled: that unrolls the list and takes minutes
         options = {"checked": checked, "goal": 3.0}
         add(f"many, checked: {checked}", update_alone, MANY, "1000 x 1,024", **options)
+    add_states(BLOCKS, name, torch.float32, torch.bfloat16)
     # torch.compile last: what it loads slows every later call from Python
     add("large, checked", update_alone, BLOCKS, name, checked=True, goal=0.95)
     add("large", update_alone, BLOCKS, name, checked=False, goal=0.95, compiled=True)

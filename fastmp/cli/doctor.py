@@ -6,21 +6,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 import tyro
+from torch import nn
 
-from fastmp import doctor
+from fastmp import doctor, models
+from fastmp.bench import memory
 from fastmp.doctor import Finding
+from fastmp.optim import AdamW
 
 
 @dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
 
+    model: str | None = None
+    """package.module:factory, a function of nothing: show the bytes that its model trains in."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
-    tyro.cli(Doctor, prog="fastmp doctor", args=arguments)
+    options = tyro.cli(Doctor, prog="fastmp doctor", args=arguments)
+    if options.model is not None:
+        with torch.device("meta"):
+            model = models.made_by(options.model)
+        print(memory_page(model))
+        return
     print(page(doctor.examine()))
+
+
+def memory_page(model: nn.Module) -> str:
+    """MiB of weights, gradients and state for every choice of dtypes, with AdamW."""
+    count = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"{count:,} parameters, AdamW; MiB without activations",
+        "",
+        f"{'weights':>8} {'moments':>8} | {'weights':>9} {'gradients':>9} {'masters':>9} "
+        f"{'moments':>9} {'total':>9} | {'ema adds':>9}",
+    ]
+    for row in memory.table(model, AdamW):
+        mib = (row.weights, row.gradients, row.masters, row.moments, row.total)
+        shown = " ".join(f"{size / 2**20:9,.1f}" for size in mib)
+        added = f"{row.average / 2**20:9,.1f}"
+        lines.append(f"{row.dtype:>8} {row.state_dtype:>8} | {shown} | {added}")
+    return "\n".join(lines)
 
 
 def page(findings: Sequence[Finding]) -> str:

@@ -9,6 +9,7 @@ from fastmp.models.builtin import (
     VisionTransformer,
     build,
     convnet,
+    made_by,
     mlp,
     vit,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "VisionTransformer",
     "build",
     "convnet",
+    "made_by",
     "mlp",
     "vit",
 ]

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -39,19 +39,29 @@ def build(name: str, in_shape: Shape, classes: int) -> nn.Module:
     """
     if name in MODELS:
         return MODELS[name](in_shape, classes)
+    model = made_by(name, in_shape=in_shape, classes=classes)
+    _check_logits(name, model, in_shape, classes)
+    return model
+
+
+def made_by(name: str, **arguments: object) -> nn.Module:
+    """The result of a factory ``package.module:factory``, called with values by position.
+
+    Raises:
+        ModelError: as ``build``, without a look at the logits.
+    """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise ModelError(
             f"unknown model {name!r}; expected {', '.join(MODELS)}, or package.module:factory"
         )
-    factory = _factory(name, module_name, attribute)
+    factory = _factory(name, module_name, attribute, arguments)
     try:
-        model = factory(in_shape, classes)
+        model = factory(*arguments.values())
     except (Exception, SystemExit) as error:
         raise ModelError(f"model {name!r}: {attribute} raised {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
-    _check_logits(name, model, in_shape, classes)
     return model
 
 
@@ -73,7 +83,9 @@ def _check_logits(name: str, model: nn.Module, in_shape: Shape, classes: int) ->
         )
 
 
-def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, int], object]:
+def _factory(
+    name: str, module_name: str, attribute: str, arguments: Mapping[str, object]
+) -> Callable[..., object]:
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     try:
         module = importlib.import_module(module_name)
@@ -88,13 +100,13 @@ def _factory(name: str, module_name: str, attribute: str) -> Callable[[Shape, in
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
-    found = _factory_error(factory)
+    found = _factory_error(factory, list(arguments.values()))
     if found:
         raise ModelError(
             f"model {name!r}: expected {attribute!r} in {module_name} to be a function of "
-            f"(in_shape, classes), found {found}"
+            f"({', '.join(arguments)}), found {found}"
         )
-    return cast(Callable[[Shape, int], object], factory)
+    return cast(Callable[..., object], factory)
 
 
 def _described(error: BaseException) -> str:
@@ -104,14 +116,14 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
-def _factory_error(factory: object) -> str | None:
-    """Why ``factory(in_shape, classes)`` cannot be called; None if it can."""
+def _factory_error(factory: object, arguments: Sequence[object]) -> str | None:
+    """Why ``factory(*arguments)`` cannot be called; None if it can."""
     if factory is None:
         return "no such attribute"
     if not callable(factory):
         return f"an object of type {type(factory).__name__}"
     try:
-        inspect.signature(factory).bind((), 0)
+        inspect.signature(factory).bind(*arguments)
     except TypeError as error:
         return f"one that takes other arguments ({error})"
     except ValueError:

@@ -51,10 +51,12 @@ class AveragedOptimizer(SavedOptimizer):
     """An optimizer with averages of its parameters."""
 
     _ema: Tensor | None = None
+    rounding_seed: int
     _averages_are_in = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ema": self._ema}
+        own = {name: getattr(self, name) for name in ("_ema", "rounding_seed")}
+        return {**super().__getstate__(), **own}
 
     @property
     def ema(self) -> float | tuple[float, ...] | None:

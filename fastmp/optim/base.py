@@ -32,7 +32,13 @@ class FusedOptimizer(AveragedOptimizer):
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
     group's options stand for (``_hyper``).
+
+    Attributes:
+        rounding_seed: of the random bits that round moments in bf16 and 8 bits; a run that goes on
+            needs the same.
     """
+
+    rounding_seed = 0
 
     def __init__(
         self,
@@ -187,6 +193,7 @@ class FusedOptimizer(AveragedOptimizer):
             not self.skip_nonfinite,
             self._schedule_on(device),
             self._ema_on(device),
+            self.rounding_seed,
         )
         if reducer is None:
             return options, None

@@ -44,6 +44,7 @@ USED = {
     "weight_decay": "1.0",
     "max_grad_norm": "0.01",
     "ema": "0.9",
+    "state_dtype": "bf16",
     "unfreeze_every": "5",
     "mixup": "0.9",
     "cutmix": "1",

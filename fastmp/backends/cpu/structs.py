@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from fastmp.backends.abi import Request
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class Status(IntEnum):

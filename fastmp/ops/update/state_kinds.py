@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def _mix(x: int) -> int:
 def random_words(seed: int, step: Tensor, param_index: int, numel: int) -> Tensor:
     """32 random bits for each element of a parameter at a step, int64."""
     key = _mix((seed + 0x9E3779B97F4A7C15) & _MASK64)
-    for part in (int(step.cpu().view(torch.int32)), param_index, 0):
+    for part in (int(np.float32(float(step)).view(np.uint32)), param_index, 0):
         key = _mix(key + part & _MASK64)
     x = torch.arange(numel, device=step.device) ^ (key & 0xFFFFFFFF)
     x = ((x ^ x >> 16) * 0x7FEB352D + (key >> 32)) & 0xFFFFFFFF

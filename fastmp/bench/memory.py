@@ -1,0 +1,79 @@
+"""Memory that a model takes in training, apart from activations: weights, gradients, state.
+
+Counted on tensors without memory (the meta device), which the optimizers allocate as they do in
+training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmp.amp import convert
+from fastmp.optim import state
+from fastmp.optim.base import FusedOptimizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS: dict[str, torch.dtype | str] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "8bit": "8bit",
+}
+
+
+class Memory(NamedTuple):
+    """Bytes of a model whose weights have ``dtype`` and whose moments are kept as ``state_dtype``.
+
+    Batch norms stay in fp32; ``average`` is what ``ema`` adds.
+    """
+
+    dtype: str
+    state_dtype: str
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        """Without the average."""
+        return self.weights + self.gradients + self.masters + self.moments
+
+
+def table(model: nn.Module, make: type[FusedOptimizer]) -> Iterator[Memory]:
+    """Every choice of dtypes for a model and an optimizer with its default options."""
+    model = copy.deepcopy(model).to("meta")
+    for dtype_name, dtype in DTYPES.items():
+        converted = copy.deepcopy(model)
+        if dtype != torch.float32:
+            convert(converted, dtype)
+        for kind_name, kind in KINDS.items():
+            params = [p for p in converted.parameters() if p.requires_grad]
+            optimizer = make(params, ema=0.999, state_dtype=kind)
+            yield _memory(dtype_name, kind_name, optimizer, converted)
+
+
+def _memory(dtype: str, kind: str, optimizer: FusedOptimizer, model: nn.Module) -> Memory:
+    (group,) = optimizer.param_groups
+    params, states = group["params"], optimizer.state
+    keys = optimizer._state_keys(group)
+    state.allocate(states, params, keys, optimizer._kind, average=True)
+
+    def of(*names: str) -> int:
+        return sum(own[n].nbytes for own in states.values() for n in names if n in own)
+
+    weights: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return Memory(
+        dtype,
+        kind,
+        sum(t.nbytes for t in weights),
+        sum(p.nbytes for p in params),
+        of("master", "remainder"),
+        of(*keys, "scales"),
+        of("average"),
+    )
