@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ Direction = Callable[[Layer, Values, str], list[Tensor]]
 Shape = tuple[int, int, int]  # M, K, N: rows, in_features, out_features
 
 GELU: list[Shape] = [(16384, 512, 2048), (16384, 1024, 4096), (8192, 8192, 8192)]
+# ViT-B with 128 images, ViT-L with 83; K of the first layer, N its hidden size.
+MLP: list[Shape] = [(25216, 768, 3072), (16384, 1024, 4096)]
 # Training batches of transformers and classifiers, square ones, few rows.
 PLAIN: list[Shape] = [
     (8192, 8192, 8192), (4096, 4096, 4096), (2048, 2048, 2048), (16384, 1024, 4096),
@@ -185,6 +187,38 @@ def gelu_case(shape: Shape) -> list[Row]:
     return _row("bias + gelu, both ways, bf16", shape, runs, 3, goals=goals, notes=notes)
 
 
+def mlp_case(shape: Shape) -> list[Row]:
+    """Two layers with gelu between, both ways; act(z), which torch keeps, is computed again."""
+    announce_compiled()
+    (m, k, n), dtype = shape, torch.bfloat16
+    x, w1, b1, _ = tensors(shape, dtype, "cuda")
+    _, w2, b2, grad = tensors((m, n, k), dtype, "cuda")
+    values = (x, w1, b1, w2, b2, grad)
+
+    def mlp(layer: Layer) -> Layer:
+        return lambda x, w1, b1, w2, b2, act: layer(layer(x, w1, b1, act), w2, b2, "none")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mlp(theirs), mode="max-autotune-no-cudagraphs")
+    layers = {OURS: mlp(ours), TORCH: mlp(theirs), "max-autotune": compiled}
+    runs = {name: partial(both_ways, layer, values, "gelu") for name, layer in layers.items()}
+    exact = mlp(theirs)(x[-LAST:].double(), *(t.double() for t in values[1:5]), "gelu")
+    mine, torchs = ([runs[name]()[0][-LAST:]] for name in (OURS, TORCH))
+    goals = {TORCH: 1.0, "max-autotune": 1.0}
+    notes = f"{check(mine, torchs, [exact])}; peak {_peaks(runs)}"
+    return _row("MLP with gelu, both ways, bf16", shape, runs, 6, goals=goals, notes=notes)
+
+
+def _peaks(runs: Mapping[str, Callable[[], Any]]) -> str:
+    """The memory that each candidate takes at most, operands included."""
+    peaks = []
+    for name, run in runs.items():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peaks.append(f"{name} {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
+    return ", ".join(peaks)
+
+
 def forward_case(shape: Shape) -> list[Row]:
     """The forward with gelu: the product that fastmp selects for this K against the other one."""
     from fastmp.backends.triton.kernels import linear as kernels
@@ -236,7 +270,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     """Every case of this subject."""
     if device == "cpu":
         return cpu_cases(quick)
-    kinds = ((forward_case, GELU), (plain_case, PLAIN), (gelu_case, GELU))
+    kinds = ((forward_case, GELU), (plain_case, PLAIN), (gelu_case, GELU), (mlp_case, MLP))
     return [
         Case(f"{make.__name__} {shape}", partial(make, shape))
         for make, shapes in kinds

@@ -23,7 +23,9 @@ def linear(
 
     Sums are formed in fp32 and bias and activation applied to them before the one rounding;
     problems too small to gain from that go to torch's linear and activation. Follows
-    ``torch.autocast`` as torch's linear does.
+    ``torch.autocast`` as torch's linear does. Of two layers with gelu or silu between them, such as
+    ``linear(linear(x, w1, b1, "gelu"), w2, b2)``, a GPU keeps one tensor of the hidden size for the
+    backward in place of two.
 
     Args:
         input: (..., in_features), fp32, bf16, fp16 or fp64, of any strides.

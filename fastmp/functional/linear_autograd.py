@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         ctx.ahead = ctx.input = ctx.z = None
         if not torch.compiler.is_compiling():
             ctx.input = weakref.ref(input)
-            if activation == "none" or (smooth and not dropped):
+            if activation != "relu":
                 ctx.z = weakref.ref(z if smooth else y)
         return cast(Tensor, y)
 
@@ -85,32 +85,29 @@ class _Linear(torch.autograd.Function):
         eager = not torch.compiler.is_compiling()
         if eager and torch.is_grad_enabled():  # create_graph=True
             return (*_differentiable_backward(ctx, grad, needs), None, None)
-        done = _take_ahead(ctx, grad) if eager else None
         kept, weight, _, saved = ctx.saved_tensors
-        # Of a tensor that was not saved the operation reads the shape only.
-        input, weight = (
-            grad.new_empty(()).expand(shape) if tensor is None else tensor
-            for tensor, shape in zip((kept, weight), ctx.shapes, strict=True)
-        )
-        recomputes = ctx.input_activation is not None
-        if recomputes and transformed(grad):
-            input, recomputes = activate(kept, ctx.input_activation), False
-        if recomputes and done is None and activation != "none":
-            done = torch.ops.fastmp.activation_backward(grad, saved, activation, needs[2], False)[
-                :2
-            ]
-        if done is not None:
-            (grad, db), activation = done, "none"
-        needs_here = [*needs[:2], needs[2] and done is None]
-        if recomputes:
-            grads = _recomputing_backward(ctx, grad, kept, weight, needs_here)
-        else:
-            grads = torch.ops.fastmp.linear_backward(
-                grad, saved, input, weight, activation, needs_here
+        recomputes, wanted = ctx.input_activation is not None, list(needs)
+        done = _take_ahead(ctx, grad) if eager else None
+        if done is None and recomputes and activation != "none":
+            dz, db, _ = torch.ops.fastmp.activation_backward(
+                grad, saved, activation, needs[2], False
             )
-        dx, dw, own_db = grads
-        results = (dx, dw, own_db if done is None else db)
-        return (*(g if need else None for g, need in zip(results, needs, strict=True)), None, None)
+            done = dz, db
+        if done is not None:
+            (grad, db), activation, wanted[2] = done, "none", False
+        if recomputes:
+            dx, dw, own_db = _recomputing_backward(ctx, grad, kept, weight, wanted)
+        else:
+            # Of a tensor that was not saved the operation reads the shape only.
+            input, weight = (
+                grad.new_empty(()).expand(shape) if tensor is None else tensor
+                for tensor, shape in zip((kept, weight), ctx.shapes, strict=True)
+            )
+            dx, dw, own_db = torch.ops.fastmp.linear_backward(
+                grad, saved, input, weight, activation, wanted
+            )
+        grads = zip((dx, dw, own_db if done is None else db), needs, strict=True)
+        return (*(g if need else None for g, need in grads), None, None)
 
 
 class _Activation(torch.autograd.Function):

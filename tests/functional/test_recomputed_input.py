@@ -195,6 +195,17 @@ def test_three_layers():
     close(gradients(deep(linear), tensors), gradients(deep(torch_linear), tensors))
 
 
+def test_activations_elsewhere():
+    """Of the second layer, and two in a row: the first belongs to the layer's own operation."""
+    x, w1, b1, w2, b2 = tensors = operands()
+    results = []
+    for layer in (linear, torch_linear):
+        y = layer(layer(x, w1, b1, "gelu"), w2, b2, "silu")
+        z = layer(F.silu(layer(x, w1, b1, "gelu")), w2, b2)
+        results.append((gradients(y, tensors), gradients(z, tensors)))
+    close(*results)
+
+
 def dropout(p):
     return lambda y: F.dropout(y, p, training=True)
 
