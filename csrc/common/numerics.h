@@ -144,6 +144,57 @@ FASTMP_FN void split_master(float master, bf16* weight, int16_t* remainder) {
   *remainder = static_cast<int16_t>(has_remainder(*weight) ? kept & 0xffffu : 0u);
 }
 
+/* Split fp16 master. A normal fp16 number keeps 11 bits and an fp32 one 24, so the remainder holds
+ * the difference of their bits exactly, and of subnormal weights above 2^-17 too. From there to 0,
+ * where fp32 has more bits than weight and remainder together, it counts units of 2^-40: the error
+ * is at most 2^-41. Ties go away from zero, as above. A master from 65,520 on is inf. For all 2^32
+ * pairs the master rounds to the weight: a remainder of another weight is bounded. */
+constexpr uint32_t kLeastExactF16 = 0x81u; /* 2^-17 is 0x80 */
+
+/* Half of the distance to the next weight, in units of the last place of fp32. */
+FASTMP_FN int32_t half_distance(uint32_t magnitude) {
+  return magnitude >= 0x400u   ? 0x1000
+         : magnitude >= 0x200u ? 0x2000
+                               : 0x4000 << (magnitude < 0x100u);
+}
+
+FASTMP_FN float join_master(f16 weight, int16_t remainder) {
+  const uint32_t magnitude = weight.bits & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(weight.bits & 0x8000u) << 16;
+  const float value = to_float(weight);
+  const int32_t given = remainder;
+  const int32_t least = -half_distance(magnitude - (magnitude > 0u ? 1u : 0u));
+  const int32_t most = half_distance(magnitude) - 1;
+  const int32_t r = given < least ? least : given > most ? most : given;
+  const float exact = float_from_bits(bits_of(value) + static_cast<uint32_t>(r));
+  const int32_t bounded = magnitude == 0u && given == -32768 ? -32767 : given;
+  const float rest = static_cast<float>(bounded) * 9.09494702e-13f; /* 2^-40 */
+  const float coarse = value + (sign != 0u ? -rest : rest);
+  const float finite = magnitude >= kLeastExactF16 ? exact : remainder == 0 ? value : coarse;
+  return magnitude >= 0x7c00u ? value : finite;
+}
+
+FASTMP_FN void split_master(float master, f16* weight, int16_t* remainder) {
+  const uint32_t bits = bits_of(master) & 0x7fffffffu;
+  const uint32_t sign = (bits_of(master) >> 16) & 0x8000u;
+  /* Below 2^-14 in units of 2^-40: whole numbers from 2^-17 on. */
+  const float small = float_from_bits(bits < 0x38800000u ? bits : 0u);
+  const float scaled = small * 1.09951163e12f;
+  const int32_t units = static_cast<int32_t>(scaled + (scaled < 8388608.0f ? 0.5f : 0.0f));
+  const uint32_t subnormal = static_cast<uint32_t>(units + 0x8000) >> 16;
+  const uint32_t normal = (bits - 0x38000000u + 0x1000u) >> 13;
+  const uint32_t finite = bits < 0x38800000u ? subnormal : normal;
+  const uint32_t bounded = bits >= 0x477ff000u ? 0x7c00u : finite;
+  const uint32_t magnitude = bits > 0x7f800000u ? 0x7e00u : bounded;
+  f16 absolute;
+  absolute.bits = static_cast<uint16_t>(magnitude);
+  const int32_t exact = static_cast<int32_t>(bits - bits_of(to_float(absolute)));
+  const int32_t coarse = units - static_cast<int32_t>(magnitude << 16);
+  const int32_t rest = magnitude >= kLeastExactF16 ? exact : coarse;
+  weight->bits = static_cast<uint16_t>(magnitude | sign);
+  *remainder = static_cast<int16_t>(magnitude >= 0x7c00u ? 0 : rest);
+}
+
 /* The master of a 16-bit weight with an fp32 tensor beside it: finer than the weight only while it
  * rounds to it. A weight that was changed from outside, to NaN too, replaces its master. */
 template <class T>

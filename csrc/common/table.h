@@ -23,7 +23,7 @@ enum fastmp_dtype { FASTMP_F32 = 0, FASTMP_F16 = 1, FASTMP_BF16 = 2, FASTMP_U8 =
 enum fastmp_master {
   FASTMP_SELF = 0,  /* fp32 parameter: it is its own master */
   FASTMP_FULL = 1,  /* fp32 tensor beside a 16-bit parameter */
-  FASTMP_SPLIT = 2, /* int16 remainder beside a bf16 parameter; together the fp32 bits */
+  FASTMP_SPLIT = 2, /* int16 remainder beside a 16-bit parameter; see numerics.h */
 };
 
 /* How the states of a parameter, its moments, are kept: a struct of state_kinds.h. */

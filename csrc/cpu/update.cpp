@@ -186,6 +186,18 @@ void update_masters(const T* weight, float* master, int64_t n) {
   for (; i < n; ++i) master[i] = current_master(weight[i], master[i]);
 }
 
+template <class T>
+void join_masters(const T* __restrict weight, const int16_t* __restrict remainder, int64_t n,
+                  float* __restrict master) {
+  for (int64_t i = 0; i < n; ++i) master[i] = join_master(weight[i], remainder[i]);
+}
+
+template <class T>
+void split_masters(const float* __restrict master, int64_t n, T* __restrict weight,
+                   int16_t* __restrict remainder) {
+  for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
+}
+
 float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
   if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
   if (row.master_kind == FASTMP_FULL) {
@@ -197,9 +209,12 @@ float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buff
     }
     return master;
   }
-  const bf16* weight = static_cast<const bf16*>(row.param) + offset;
   const int16_t* remainder = static_cast<const int16_t*>(row.master) + offset;
-  for (int64_t i = 0; i < n; ++i) buffer[i] = join_master(weight[i], remainder[i]);
+  if (row.param_dtype == FASTMP_F16) {
+    join_masters(static_cast<const f16*>(row.param) + offset, remainder, n, buffer);
+  } else {
+    join_masters(static_cast<const bf16*>(row.param) + offset, remainder, n, buffer);
+  }
   return buffer;
 }
 
@@ -207,9 +222,12 @@ void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
                   const float* __restrict master) {
   if (row.master_kind == FASTMP_SELF) return;
   if (row.master_kind == FASTMP_SPLIT) {
-    bf16* __restrict weight = static_cast<bf16*>(row.param) + offset;
-    int16_t* __restrict remainder = static_cast<int16_t*>(row.master) + offset;
-    for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
+    int16_t* remainder = static_cast<int16_t*>(row.master) + offset;
+    if (row.param_dtype == FASTMP_F16) {
+      split_masters(master, n, static_cast<f16*>(row.param) + offset, remainder);
+    } else {
+      split_masters(master, n, static_cast<bf16*>(row.param) + offset, remainder);
+    }
   } else if (row.param_dtype == FASTMP_F16) {
     narrow(master, static_cast<f16*>(row.param) + offset, n);
   } else {
@@ -463,7 +481,6 @@ bool is_valid(const fastmp_update_args& args) {
     if (states < 0 || row.param_dtype > FASTMP_BF16 || row.grad_dtype > FASTMP_BF16) return false;
     if (row.master_kind > FASTMP_SPLIT) return false;
     if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
-    if (row.master_kind == FASTMP_SPLIT && row.param_dtype != FASTMP_BF16) return false;
     if (row.state_kind > FASTMP_STATE_8BIT) return false;
     const int64_t widths[] = {4, 2, 1}; /* by kind */
     const int64_t width = widths[row.state_kind];

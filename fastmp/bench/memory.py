@@ -73,7 +73,7 @@ def _memory(dtype: str, kind: str, optimizer: FusedOptimizer, model: nn.Module) 
         kind,
         sum(t.nbytes for t in weights),
         sum(p.nbytes for p in params),
-        of("master", "remainder"),
+        of("master", "remainder", "remainder_fp16"),
         of(*keys, "scales"),
         of("average"),
     )

@@ -36,10 +36,14 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             parameter less to move; ``"8bit"``, 12 less, with tensors below 4,096 elements in fp32.
             Both are rounded stochastically, by bits that the step, the parameter and the element
             determine.
+        master: None: fp16 weights have an fp32 master; "split": a 16-bit remainder, 4 bytes a
+            parameter less to move, exact above 2^-17 and up to 65,504, within 2^-41 below; a weight
+            that overflows to inf stays there. bf16 weights always have a remainder.
 
     Raises:
         ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype``, ``differentiable=True``, or a sparse, complex or
+            an unknown ``state_dtype`` or
+            ``master``, ``differentiable=True``, or a sparse, complex or
             integer parameter.
     """
 
@@ -62,6 +66,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -80,6 +85,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             skip_nonfinite=skip_nonfinite,
             ema=ema,
             state_dtype=state_dtype,
+            master=master,
         )
 
     @rule(0, Quantity.SIGNED, Quantity.SQUARE)
@@ -142,6 +148,7 @@ class AdamW(Adam, torch.optim.AdamW):
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
     ) -> None:
         FusedOptimizer.__init__(
             self,
@@ -160,4 +167,5 @@ class AdamW(Adam, torch.optim.AdamW):
             skip_nonfinite=skip_nonfinite,
             ema=ema,
             state_dtype=state_dtype,
+            master=master,
         )

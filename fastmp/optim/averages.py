@@ -118,7 +118,10 @@ class AveragedOptimizer(SavedOptimizer):
         state.check_shapes(values, params)
         for group in self.param_groups:
             keys = self._state_keys(group)
-            state.allocate(self._own_state, group["params"], keys, self._kind, average=True)
+            params_of = group["params"]
+            state.allocate(
+                self._own_state, params_of, keys, self._kind, split=self._split, average=True
+            )
         for param, value in zip(params, values, strict=True):
             self._own_state[param]["average"].copy_(value)
 

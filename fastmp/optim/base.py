@@ -47,14 +47,18 @@ class FusedOptimizer(AveragedOptimizer):
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.step_context = StepContext()
-        self._tables = TableCache()
+        self._tables = TableCache(master == "split")
         self._search_reducer = ReducerSearch()
         self._kind = state_kinds.parse(state_dtype)
+        if master not in (None, "split"):
+            raise ValueError(f"master: expected None or 'split', got {master!r}")
+        self._split = master == "split"
         self._ema = None if ema is None else decay_table(plain(ema))
         watch_wrappers()
         super().__init__(*args[:1], *map(plain, args[1:]), **plain(kwargs))

@@ -29,12 +29,13 @@ class Lion(FusedOptimizer):
         maximize: ascend instead of descend.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
-        skip_nonfinite, ema, state_dtype: as in ``Adam``.
+        skip_nonfinite, ema, state_dtype, master: as in ``Adam``.
 
     Raises:
         ValueError: a negative ``lr`` or ``weight_decay``, a beta outside [0, 1), a
             ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype``, or a sparse, complex or integer parameter.
+            an unknown ``state_dtype`` or
+            ``master``, or a sparse, complex or integer parameter.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Lion(FusedOptimizer):
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"Invalid learning rate: {lr}")
@@ -65,6 +67,7 @@ class Lion(FusedOptimizer):
             skip_nonfinite=skip_nonfinite,
             ema=ema,
             state_dtype=state_dtype,
+            master=master,
         )
 
     @rule(4)

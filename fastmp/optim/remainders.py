@@ -50,7 +50,8 @@ def _mix(words: Tensor) -> Tensor:
 class Remainders:
     """The bf16 weights of an optimizer as its last step left them."""
 
-    def __init__(self) -> None:
+    def __init__(self, split_fp16: bool = False) -> None:
+        self.split_fp16 = split_fp16  # fp16 weights have remainders too
         self._params: list[Tensor] = []  # of the current table
         self._remainders: list[Tensor] = []
         self._owners: dict[int, Tensor] = {}  # by the id of a remainder
@@ -101,7 +102,7 @@ class Remainders:
         self._indices = {p: i for i, p in enumerate(params)}
         self._versions = [known.pop(p, p._version) for p in params]
         self._steps, self._raises_by_one = 0, False
-        self._others = {p: v for p, v in known.items() if p.dtype == torch.bfloat16}
+        self._others = {p: v for p, v in known.items() if p.dtype in self._dtypes()}
 
     def drop_stale(self) -> None:
         """Before a step: set remainders to 0 where weights were changed since the last one.
@@ -157,21 +158,26 @@ class Remainders:
 
     # ---- saving and loading ----
 
-    def completes(self, param: Tensor) -> bool:
-        """Whether a loaded remainder belongs to a weight that is now of another dtype.
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return (torch.bfloat16, torch.float16) if self.split_fp16 else (torch.bfloat16,)
 
-        True of fp16 without a look: it underflows where bf16 does not, so the sum would differ.
+    def completes(self, param: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a loaded remainder of ``dtype`` belongs to a weight that may be of another.
+
+        True without a look between fp16 and bf16: one underflows where the other does not, so the
+        sum would differ.
         """
         expected = self._checksums.pop(param, None)
-        if expected is None or param.dtype == torch.float16:
+        if expected is None or (param.dtype.itemsize == 2 and param.dtype != dtype):
             return True
-        return bool(checksum(param.detach().to(torch.bfloat16)) == expected)
+        return bool(checksum(param.detach().to(dtype)) == expected)
 
     def valid_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """``state`` with the master or remainder that the next step starts from."""
-        if "remainder" in state and param.dtype == torch.bfloat16:
-            current = self.current(param, state["remainder"])
-            return state if current is state["remainder"] else {**state, "remainder": current}
+        for key, dtype in (("remainder", torch.bfloat16), ("remainder_fp16", torch.float16)):
+            if key in state and param.dtype == dtype:
+                current = self.current(param, state[key])
+                return state if current is state[key] else {**state, key: current}
         if "master" in state and param.dtype == torch.float16:
             current = current_master(param.detach(), state["master"])
             unchanged = torch.equal(current, state["master"])
@@ -185,18 +191,18 @@ class Remainders:
     def state_dict(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
         """What ``load_state_dict`` needs to know about the weights, one element a parameter.
 
-        ``checksum``: int64, of the bf16 weights that the remainders belong to, else 0.
+        ``checksum``: int64, of the weights that the remainders belong to, else 0.
         ``edited``: bool, whether the weights were changed from outside before.
         """
-        bf16 = [p.dtype == torch.bfloat16 for p in params]
+        split = [p.dtype in self._dtypes() for p in params]
         sums = [
             self._checksums[p] if p in self._checksums else checksum(p)
-            for p, is_bf16 in zip(params, bf16, strict=True)
-            if is_bf16
+            for p, is_split in zip(params, split, strict=True)
+            if is_split
         ]
         found = torch.zeros(len(params), dtype=torch.int64)
         if sums:
-            found[torch.tensor(bf16)] = torch.stack([s.to(sums[0].device) for s in sums]).cpu()
+            found[torch.tensor(split)] = torch.stack([s.to(sums[0].device) for s in sums]).cpu()
         return {"checksum": found, "edited": torch.tensor([p in self._copies for p in params])}
 
     def load_state_dict(self, params: Sequence[Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -31,6 +31,7 @@ class SavedOptimizer(ScheduledOptimizer):
     _tables: TableCache
     _loaded = LoadedState()
     _kind = torch.float32  # dtype of the moments
+    _split = False  # fp16 weights have remainders, not fp32 masters
 
     @property
     def state_dtype(self) -> torch.dtype | str:
@@ -61,7 +62,15 @@ class SavedOptimizer(ScheduledOptimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_grad_norm", "skip_nonfinite", "_record", "_schedule", "_loaded", "_kind")
+        names = (
+            "max_grad_norm",
+            "skip_nonfinite",
+            "_record",
+            "_schedule",
+            "_loaded",
+            "_kind",
+            "_split",
+        )
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         remainders = self._tables.remainders
         exported = {p: remainders.saved_state(p, s) for p, s in self.state.items()}
@@ -75,7 +84,7 @@ class SavedOptimizer(ScheduledOptimizer):
         super().__setstate__(restored)  # by load_state_dict too, which leaves the context alone
         self.__dict__.setdefault("step_context", StepContext())
         self.__dict__.setdefault("_search_reducer", ReducerSearch())
-        self._tables = TableCache()
+        self._tables = TableCache(self._split)
         if remainders is not None:
             self._tables.remainders.load_state_dict(self._params(), remainders)
         for group in self.param_groups:
@@ -104,7 +113,7 @@ class SavedOptimizer(ScheduledOptimizer):
             if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it
                 own = remainders.saved_state(param, self.state[param])
                 saved["state"][i] = state_kinds.with_stride(own)
-        if any(p.dtype == torch.bfloat16 for p in params):
+        if any(state.master_key(p, self._split) in state.SPLIT_KEYS.values() for p in params):
             saved["remainders"] = remainders.state_dict(params)
         return saved
 
@@ -114,7 +123,7 @@ class SavedOptimizer(ScheduledOptimizer):
         Without masters, averages and counts; see ``masters`` and ``averages``.
         """
         saved = self.fp32_state_dict()
-        own = {"master", "remainder", "average"}
+        own = {*state.MASTERS, "average"}
         states = {
             i: {key: value for key, value in entry.items() if key not in own}
             for i, entry in saved["state"].items()
@@ -193,7 +202,8 @@ class SavedOptimizer(ScheduledOptimizer):
         own = self._own_state
         state.adopt_masters(own, params, self._tables.remainders)
         for group in self.param_groups:
-            state.allocate(own, group["params"], self._state_keys(group), self._kind)
+            keys = self._state_keys(group)
+            state.allocate(own, group["params"], keys, self._kind, split=self._split)
         for p, value in zip(params, values, strict=True):
             state.set_master(p, own[p], value)
         self._tables.remainders.adopt(params)

@@ -27,11 +27,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
             bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
             weights, as in torch.
-        ema, state_dtype: as in ``Adam``.
+        ema, state_dtype, master: as in ``Adam``.
 
     Raises:
         ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype``, ``differentiable=True``, or a sparse, complex or
+            an unknown ``state_dtype`` or
+            ``master``, ``differentiable=True``, or a sparse, complex or
             integer parameter.
     """
 
@@ -52,6 +53,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         skip_nonfinite: bool = True,
         ema: Ema | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -68,6 +70,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             skip_nonfinite=skip_nonfinite,
             ema=ema,
             state_dtype=state_dtype,
+            master=master,
         )
 
     @rule(2)

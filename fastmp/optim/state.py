@@ -2,7 +2,8 @@
 
 One dict a parameter under torch's keys, as in torch's optimizers. Moments are of the optimizer's
 kind (``state_kinds``); 8-bit ones have ``scales`` beside them. 16-bit parameters have one more
-entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights).
+entry: ``master`` (fp32, beside fp16 weights) or ``remainder`` (int16, beside bf16 weights; with
+``master="split"`` ``remainder_fp16`` beside fp16 ones).
 Optimizers that average have ``average`` (fp32).
 """
 
@@ -21,15 +22,31 @@ from fastmp.optim import state_kinds
 from fastmp.optim.remainders import Remainders
 
 MASTER_KEYS = {torch.float16: "master", torch.bfloat16: "remainder"}
+SPLIT_KEYS = {torch.float16: "remainder_fp16", torch.bfloat16: "remainder"}  # master="split"
+#: The dtype of the weight that each of them belongs to.
+MASTERS = {
+    "master": torch.float16, "remainder": torch.bfloat16, "remainder_fp16": torch.float16
+}  # fmt: skip
 
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
 def _dtype_of(key: str, param_dtype: torch.dtype) -> torch.dtype:
-    if key == "remainder":
+    if key in SPLIT_KEYS.values():
         return torch.int16
     fp64 = param_dtype == torch.float64 and key != "step"
     return torch.float64 if fp64 else torch.float32
+
+
+def master_key(param: Tensor, split: bool) -> str | None:
+    """The entry that completes a parameter to its fp32 value; None: it has none."""
+    return (SPLIT_KEYS if split else MASTER_KEYS).get(param.dtype)
+
+
+def _own_master(param: Tensor, state: Mapping[str, Any]) -> Tensor | None:
+    """What a state has of ``master_key``, for either kind."""
+    own = (state[k] for k, dtype in MASTERS.items() if dtype == param.dtype and k in state)
+    return next(own, None)
 
 
 # ---- new state ----
@@ -41,11 +58,12 @@ def allocate(
     keys: Sequence[str],
     kind: torch.dtype,
     *,
+    split: bool = False,
     average: bool = False,
 ) -> None:
     """Allocate missing state; with ``average``, averages that begin at the weights."""
     for param in params:
-        master = MASTER_KEYS.get(param.dtype)
+        master = master_key(param, split)
         own, moments = states[param], state_kinds.dtype_for(param, kind)
         for key in (*keys, *([] if master is None else [master]), "step"):
             if own.get(key) is None:
@@ -71,10 +89,10 @@ def _new(key: str, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """The fp32 or fp64 value of a parameter; no copy for fp32 and fp64."""
-    own: Tensor | None = state.get(MASTER_KEYS.get(param.dtype, ""))
+    own = _own_master(param, state)
     if own is None:
         return param.detach().float() if param.dtype.itemsize == 2 else param.detach()
-    of = current_master if param.dtype == torch.float16 else join_master
+    of = join_master if own.dtype == torch.int16 else current_master
     return of(param.detach(), own)
 
 
@@ -93,9 +111,9 @@ def check_shapes(values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
     """Set a parameter, whose state is allocated, to an fp32 value, to the bit."""
-    own = state.get(MASTER_KEYS.get(param.dtype, ""))
+    own = _own_master(param, state)
     if own is not None and own.dtype == torch.int16:
-        value, remainder = split_master(value)
+        value, remainder = split_master(value, param.dtype)
         own.copy_(remainder)
     elif own is not None:
         own.copy_(value)
@@ -107,7 +125,7 @@ def set_master(param: Tensor, state: Mapping[str, Any], value: Tensor) -> None:
 
 @torch.no_grad()
 def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainders) -> None:
-    """Take over masters that belong to another dtype than the parameter's.
+    """Take over masters that belong to another dtype than the parameter's, or of another kind.
 
     They come with a state that was saved under that dtype, or from a model that was cast after
     training. Model and optimizer may be loaded in either order, so this runs at the first use of
@@ -117,14 +135,14 @@ def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainde
     """
     for param in params:
         state = states.get(param, {})
-        for dtype, key in MASTER_KEYS.items():
-            if dtype == param.dtype or key not in state:
+        own = master_key(param, remainders.split_fp16)
+        for key, dtype in MASTERS.items():
+            if key == own or key not in state:
                 continue
             saved = state.pop(key).to(param.device)
-            if key == "remainder" and not remainders.completes(param):
+            if saved.dtype == torch.int16 and not remainders.completes(param, dtype):
                 continue
             value = _value_under(param, dtype, saved, state)
-            own = MASTER_KEYS.get(param.dtype)
             if own is not None and own not in state:
                 state[own] = _new(own, param.detach(), _dtype_of(own, param.dtype))
             set_master(param, state, value)
@@ -138,9 +156,13 @@ def _value_under(
     It counts where the weight of ``dtype`` or the master itself, cast, is what ``param`` holds.
     """
     present = master_of(param, state)
-    if dtype == torch.float16:
+    if saved.dtype != torch.int16:
         master, weight = saved, saved.to(dtype)
         usable = master.isfinite()
+    elif dtype == torch.float16:
+        weight = param.detach().to(dtype)
+        master = join_master(weight, saved)
+        usable = weight.isfinite()
     else:  # beside a zero a remainder is at most 1e-40, or from another weight
         weight = param.detach().to(dtype)
         master = join_master(weight, saved)
@@ -164,7 +186,7 @@ def normalize(
         step.device != param.device
     ):
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=param.device)
-    for key in (*keys, *MASTER_KEYS.values(), "average"):
+    for key in (*keys, *MASTERS, "average"):
         value = state.get(key)
         if value is None:
             continue
@@ -240,13 +262,13 @@ def to_own_state(
     for key, value in loaded.items():
         if value is None:  # torch's SGD before its first step
             continue
-        if key == "remainder" and value.dtype != torch.int16:
+        if key in SPLIT_KEYS.values() and value.dtype != torch.int16:
             continue  # cast by torch's optimizer, whose steps change the weight that it completes
         if key == "step":
             value = torch.tensor(float(value), dtype=torch.float32, device=param.device)
         elif key in keys or key == "scales":
             value = value.to(param.device, copy=True)
-        elif key in MASTER_KEYS.values() or key == "average":
+        elif key in MASTERS or key == "average":
             dtype = _dtype_of(key, param.dtype)
             value = torch.empty_like(param, dtype=dtype).copy_(value)
         state[key] = value

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class TableCache:
     """The table of the last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, split_fp16: bool = False) -> None:
         self.table: StepTable | None = None
         self._rules: list[float] = []
         self._held = HeldState({})
-        self.remainders = Remainders()
+        self.remainders = Remainders(split_fp16)
 
     def bind(
         self,
@@ -45,8 +45,9 @@ class TableCache:
             table = self.table = StepTable(rows, grads)
             self._rules = rules
             self._held = HeldState(optimizer._own_state)
-            split = [(r.param, r.master) for r in rows if r.param.dtype == torch.bfloat16]
-            self.remainders.use([p for p, _ in split], [m for _, m in split if m is not None])
+            masters = [(r.param, r.master) for r in rows if r.master is not None]
+            split = [(p, m) for p, m in masters if m.dtype == torch.int16]
+            self.remainders.use([p for p, _ in split], [m for _, m in split])
         self.remainders.drop_stale()
         return table
 
@@ -55,18 +56,19 @@ def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     """The rows of a new table; allocates state that a parameter lacks."""
     all_states = optimizer._own_state
     state.adopt_masters(all_states, optimizer._params(), optimizer._tables.remainders)
+    split = optimizer._tables.remainders.split_fp16
     rows: list[TensorRow] = []
     param_index = 0
     for i, group in enumerate(optimizer.param_groups):
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
         averaged = optimizer._keeps_average()
-        state.allocate(all_states, params, keys, optimizer._kind, average=averaged)
+        state.allocate(all_states, params, keys, optimizer._kind, split=split, average=averaged)
         for param in group["params"]:
             if param.grad is not None:
                 own = all_states[param]
                 state.normalize(own, param, keys, optimizer._kind)
-                master = own.get(state.MASTER_KEYS.get(param.dtype))
+                master = own.get(state.master_key(param, split) or "")
                 states = tuple(own[key] for key in keys)
                 rule = int(rules[i])
                 average = own["average"] if averaged else None

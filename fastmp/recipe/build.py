@@ -201,6 +201,7 @@ def _optimizer(
             group["params"] = [(name, shards[name]) for name, _ in group["params"]]
     clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
     state_dtype = STATE_DTYPES[config.state_dtype]
+    master = None if config.master == "auto" else config.master
     optimizer: optim.AdamW | optim.Adam | optim.SGD
     if config.optimizer == "sgd":
         optimizer = optim.SGD(
@@ -210,12 +211,18 @@ def _optimizer(
             nesterov=config.momentum > 0,
             max_grad_norm=clip,
             state_dtype=state_dtype,
+            master=master,
         )
     else:
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
         betas = (config.momentum, config.beta2)
         optimizer = kind(
-            groups, lr=config.lr, betas=betas, max_grad_norm=clip, state_dtype=state_dtype
+            groups,
+            lr=config.lr,
+            betas=betas,
+            max_grad_norm=clip,
+            state_dtype=state_dtype,
+            master=master,
         )
     if shards is not None:
         shards.attach(optimizer)

@@ -129,6 +129,9 @@ class TrainConfig:
     state_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"
     """How the optimizer keeps its moments: 4, 2 or 1 byte each."""
 
+    master: Literal["auto", "split"] = "auto"
+    """Beside fp16 weights: an fp32 master, or the 16 bits that they lack (split)."""
+
     init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
     """Pretrained weights: .safetensors, a state_dict or a run, whose best checkpoint it is."""
 

@@ -52,7 +52,7 @@ USED = {
 }
 #: Settings with tests of their own, here or beside the others of their kind.
 ELSEWHERE = {
-    "cycles", "device", "cuda_graph", "image_size", "keep", "out", "save_every",
+    "cycles", "device", "cuda_graph", "image_size", "keep", "master", "out", "save_every",
     "scale_growth_interval", "shard", "telemetry", "threads", "workers",
 }  # fmt: skip
 

@@ -39,6 +39,15 @@ def test_the_kind_of_the_moments(tmp_path, name, dtype):
     assert saved["ema"].keys() == saved["model"].keys()
 
 
+def test_remainders_of_fp16_weights(tmp_path):
+    whole, _ = run(tmp_path, "--dtype", "fp16", name="whole")
+    split, _ = run(tmp_path, "--dtype", "fp16", "--master", "split", name="split")
+    states = [newest(folder)["optimizer"]["state"].values() for folder in (whole, split)]
+    kept = [{key for own in saved for key in own} for saved in states]
+    assert kept[0] - kept[1] == {"master"}
+    assert kept[1] - kept[0] == {"remainder_fp16"}
+
+
 def test_cosine_and_cyclic(tmp_path):
     _, cosine = run(tmp_path, "--schedule", "cosine", "--lr", "1", "--warmup", "0.5", name="a")
     rates = [row["lr"] for row in cosine]

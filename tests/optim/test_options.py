@@ -14,7 +14,13 @@ from fastmp.schedule import Cosine, OneCycle, scale_lr
 from tests.optim.optim_cases import give_gradients, parameters, snapshot
 
 NAMES = ["Adam", "AdamW", "SGD", "Lion"]
-OURS = {"max_grad_norm": None, "skip_nonfinite": True, "ema": None, "state_dtype": None}
+OURS = {
+    "max_grad_norm": None,
+    "skip_nonfinite": True,
+    "ema": None,
+    "state_dtype": None,
+    "master": None,
+}
 NUMBERS = {
     "float64": np.float64,
     "float32": np.float32,

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastmp.backends import registry
 from fastmp.backends.abi import LR, RECORD, Hyperparameters, record_field
 from fastmp.backends.native_table import NO_CLIP, Lrs, Options, TensorRow
-from fastmp.ops.update import state_kinds
+from fastmp.ops.update import split_fp16, state_kinds
 from fastmp.ops.update.rules import QUANTITIES, RULES
 from fastmp.ops.update.state_kinds import Quantity
 from fastmp.ops.update.step_table import StepTable
@@ -77,18 +77,23 @@ def run(
 # ---- masters ----
 
 
-def split_master(value: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as (bf16 weight, int16 remainder); see ``csrc/common/numerics.h``."""
+def split_master(value: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as (16-bit weight, int16 remainder); see ``csrc/common/numerics.h``."""
+    if dtype == torch.float16:
+        return split_fp16.split(value)
     bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
     weight = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return weight, torch.where(_has_remainder(weight), bits.to(torch.int16), 0)
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 tensor that a bf16 weight and its int16 remainder stand for, to the bit.
+    """The fp32 tensor that a 16-bit weight and its int16 remainder stand for.
 
-    It rounds to the weight, whatever the remainder: one beside 0, inf or NaN counts as 0.
+    To the bit for bf16, and for fp16 above 2^-17. It rounds to the weight, whatever the remainder:
+    one beside a bf16 of 0, inf or NaN counts as 0.
     """
+    if weight.dtype == torch.float16:
+        return split_fp16.join(weight, remainder)
     high = weight.view(torch.int16).to(torch.int32) << 16
     return torch.where(_has_remainder(weight), high + remainder, high).view(torch.float32)
 
@@ -214,7 +219,7 @@ def _update(
     if master is None:
         row.param.copy_(new)
     elif master.dtype == torch.int16:
-        weight, remainder = split_master(new)
+        weight, remainder = split_master(new, row.param.dtype)
         row.param.copy_(weight)
         master.copy_(remainder)
     else:

@@ -64,6 +64,12 @@ def test_an_average_is_one_more_stream(kept):
         assert kernel.occupancy() >= 0.33
 
 
+@pytest.mark.parametrize("state", [0, 2])
+def test_split_fp16_masters(state):
+    for kernel in build((0, F16, F16, 2, state)):
+        assert kernel.occupancy() >= 0.33
+
+
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("state", "bits"), [(1, 64), (2, 32)], ids=["bf16", "8 bits"])
 def test_narrow_states(kept, state, bits):

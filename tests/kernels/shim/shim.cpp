@@ -113,9 +113,10 @@ namespace fastmp {
       Case<Rule, Param, Param, master, StateBf16, true>,                                 \
       Case<Rule, Param, Param, master, State8Bit>,                                       \
       Case<Rule, Param, Param, master, State8Bit, true>
-#define FASTMP_CASES(Rule)                                                      \
-  FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL), \
-      FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT),
+#define FASTMP_CASES(Rule)                                                           \
+  FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL),      \
+      FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT), \
+      Case<Rule, f16, f16, FASTMP_SPLIT>, Case<Rule, f16, f16, FASTMP_SPLIT, State8Bit, true>,
 template <class... Cases>
 struct All {};
 

@@ -46,6 +46,18 @@ def test_averages_have_the_same_bits(cpu_engine, monkeypatch, dtype, ema):
     assert same_bits(ours[:-1], theirs[:-1])
 
 
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit", "ema": 0.9}], ids=str)
+def test_split_fp16_masters_have_the_same_bits(cpu_engine, monkeypatch, options):
+    def run():
+        params = parameters(torch.float16, [(4097,), (5000,)])
+        params[0].data.mul_(2.0**-16)  # subnormal ones
+        return steps(adam_w(params, lr=1e-6, master="split", **options), params)[:-1]
+
+    ours = run()
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    assert same_bits(ours, run())
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, "8bit"], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
