@@ -89,10 +89,7 @@ class _Linear(torch.autograd.Function):
         recomputes, wanted = ctx.input_activation is not None, list(needs)
         done = _take_ahead(ctx, grad) if eager else None
         if done is None and recomputes and activation != "none":
-            dz, db, _ = torch.ops.fastmp.activation_backward(
-                grad, saved, activation, needs[2], False
-            )
-            done = dz, db
+            done = _activation_backward(grad, saved, activation, needs[2])
         if done is not None:
             (grad, db), activation, wanted[2] = done, "none", False
         if recomputes:
@@ -130,15 +127,19 @@ class _Activation(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(grad):
             return activation_gradient(grad, saved, ctx.activation), None, None
         needs_bias = ctx.layer.needs_input_grad[2]
-        dz, db = (
-            _take_ahead(ctx, grad)
-            or torch.ops.fastmp.activation_backward(grad, saved, ctx.activation, needs_bias, False)[
-                :2
-            ]
-        )
+        done = _take_ahead(ctx, grad)
+        dz, db = done or _activation_backward(grad, saved, ctx.activation, needs_bias)
         if needs_bias:
             ctx.layer.ahead = _Ahead(dz, dz._version, dz, db)
         return dz, None, None
+
+
+def _activation_backward(
+    grad: Tensor, saved: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dz and db."""
+    dz, db, _ = torch.ops.fastmp.activation_backward(grad, saved, activation, needs_bias, False)
+    return dz, db
 
 
 _LINEAR_NODE: Any = _Linear._backward_cls
@@ -187,10 +188,11 @@ def activate_after(z: Tensor, activation: str) -> Tensor:
 def hidden_of(input: Tensor) -> Hidden | None:
     """z and act where ``input`` is act(z) and the graph keeps z in any case.
 
-    z is an output of ``_Linear``; act was applied there, by ``_Activation`` or by
-    torch's own gelu and silu. Both tensors must be as they were made. Hooks on saved tensors take
-    each tensor apart: nothing is gained then, and the two forwards of a checkpoint, which must
-    keep the same, may differ in what is still there.
+    z is an output of ``_Linear``; act was applied there, by ``_Activation`` or by torch's own gelu
+    and silu. Both tensors must be as they were made. Hooks on saved tensors take each tensor apart:
+    nothing is gained then, and the two forwards of a checkpoint, which must keep the same, may
+    differ in what is still there. A second derivative has to compute act(z) again with its history,
+    for which a layer that applies act itself must have kept its input.
     """
     if torch.compiler.is_compiling() or input.grad_fn is None or input._version:
         return None
@@ -200,8 +202,11 @@ def hidden_of(input: Tensor) -> Hidden | None:
         return None
     if _saved_tensors_hooks() is not None:
         return None
-    layer = node if type(node) is _LINEAR_NODE else node.next_functions[0][0]
-    if type(layer) is not _LINEAR_NODE or (layer is not node and layer.activation != "none"):
+    applies_itself = type(node) is _LINEAR_NODE
+    layer = node if applies_itself else node.next_functions[0][0]
+    if type(layer) is not _LINEAR_NODE:
+        return None
+    if not (layer.needs_input_grad[1] if applies_itself else layer.activation == "none"):
         return None
     z = layer.z and layer.z()
     return None if z is None or z._version else Hidden(z, activation)
@@ -280,7 +285,11 @@ def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[
             for tensor, shape in zip((input, weight), ctx.shapes, strict=True)
         )
     if input is None or weight is None:
-        raise _not_saved(ctx.activation)
+        raise RuntimeError(
+            f"the second derivative of fastmp's linear with activation {ctx.activation!r} needs "
+            "the input, which was not saved because the weight has requires_grad=False; "
+            "use torch.nn.functional.linear and the activation here"
+        )
     with torch.enable_grad():
         # Views: a gradient must not reach one of them through the history of another.
         input, weight = input.view_as(input), weight.view_as(weight)
@@ -291,9 +300,9 @@ def _differentiable_backward(ctx: Any, grad: Tensor, needs: list[bool]) -> list[
     return [next(grads) if need else None for need in needs]
 
 
-def _with_history(ctx: Any, kept: Tensor | None) -> Tensor | None:
+def _with_history(ctx: Any, kept: Tensor) -> Tensor:
     """The input of a layer: itself, or computed again where z was kept in its place."""
-    if ctx.input_activation is None or kept is None:
+    if ctx.input_activation is None:
         return kept
     input = ctx.input()
     if input is not None and not input._version:  # its own gradient may be asked for
@@ -302,15 +311,4 @@ def _with_history(ctx: Any, kept: Tensor | None) -> Tensor | None:
     if type(node) is not _LINEAR_NODE:
         return activate(kept, ctx.input_activation)
     kept, weight, bias, _ = node.saved_tensors
-    input = _with_history(node, kept)
-    if input is None or weight is None:
-        raise _not_saved(node.activation)
-    return activate(F.linear(input, weight, bias), node.activation)
-
-
-def _not_saved(activation: str) -> RuntimeError:
-    return RuntimeError(
-        f"the second derivative of fastmp's linear with activation {activation!r} needs "
-        "the input, which was not saved because the weight has requires_grad=False; "
-        "use torch.nn.functional.linear and the activation here"
-    )
+    return activate(F.linear(_with_history(node, kept), weight, bias), node.activation)
