@@ -72,8 +72,8 @@ typedef struct {
   const float* grad_output;   /* gradient of the loss; forward: the assumed one, NULL: 1 */
   int64_t grad_output_stride; /* 0: one for all rows, 1: one per row (reduction none) */
   float* loss;                /* forward: 1 value, or one per row for reduction none */
-  float* stats;               /* rows x 2: row_max, sum of exp(logit - row_max); forward writes,
-                                 backward reads */
+  float* stats;               /* rows x 2: row_max, sum of exp(logit - row_max) without the larger
+                                 target; forward writes, backward reads */
   void* grad;         /* gradient of the logits, dense; NULL: forward computes the loss alone */
   int64_t bad_row;    /* out, with FASTMP_BAD_TARGET */
   int64_t bad_target; /* out, likewise */

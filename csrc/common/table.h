@@ -129,7 +129,7 @@ typedef struct {
   const float* grad_output; /* gradient of the loss; NULL: 1 */
   float* divisor_partials;  /* 2 x 64: of target a, of target b; NULL: the divisors are 1 */
   float* loss;              /* one per row */
-  float* stats;             /* rows x 2: row_max, sum of exp(logit - row_max) */
+  float* stats;             /* rows x 2, as in fastmp_loss_args */
   void* grad;               /* rows x classes, dense */
   int64_t ignore_index;
   float target_prob; /* 1-ε */

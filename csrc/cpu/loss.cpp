@@ -11,11 +11,20 @@
  *   smooth_coef   = grad_output (mix_weight_a + mix_weight_b) ε/C
  *   softmax_coef  = target_coef_a + target_coef_b + smooth_coef weight_total,   weight_total = Σ w
  *
+ * Where softmax p_t of a target t is near 1, 1 - p_t and log p_t are small differences. The larger
+ * of the two targets is therefore left out of the sum, others = Σ_{c != t} e_c, and
+ *
+ *   sum_exp  = others + e_t,   log sum_exp = log(1 + others) where e_t = 1
+ *   grad_t   = ((target_coef_other + smooth_coef (weight_total - w_t)) e_t
+ *              - (target_coef_t + smooth_coef w_t) others) / sum_exp
+ *
+ * which is grad_c of above with 1 - p_t = others / sum_exp (docs/numerics.md).
+ *
  * Bytes per logit: the forward reads 4 (16-bit: 2) and, with the gradient, writes as many. A row is
  * taken in blocks that stay in L1: first the maximum, then exp(z - row_max so far) into fp32
- * scratch, one exp per logit. When a later block raises row_max, earlier blocks get a factor,
- * applied with sum_exp when the gradient is written. The backward alone, for another grad_output,
- * reads and writes the same bytes again.
+ * scratch, one exp per logit, then their sum. When a later block raises row_max, earlier blocks get
+ * a factor, applied with sum_exp when the gradient is written. The backward alone, for another
+ * grad_output, reads and writes the same bytes again.
  *
  * A row is summed in fp32 lanes within a block and in fp64 across blocks, the rows in order in
  * fp64: no number of threads changes a bit. An ignored row is not read and its gradient is 0. */
@@ -35,8 +44,8 @@ void forward_row(const Problem& problem, int64_t row, float* e, float* block_max
   const fastmp_loss_args& args = problem.args;
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = args.grad == nullptr ? nullptr : static_cast<T*>(args.grad) + row * args.classes;
-  const Targets targets = targets_of(problem, row);
-  if (!targets.a.valid && !targets.b.valid) {
+  const Targets targets = targets_of(problem, row, z);
+  if (!targets.larger.valid) {
     problem.row_losses[row] = 0.0;
     args.stats[2 * row] = 0.0f;
     args.stats[2 * row + 1] = 1.0f;
@@ -44,13 +53,11 @@ void forward_row(const Problem& problem, int64_t row, float* e, float* block_max
     return;
   }
   const int64_t e_stride = grad == nullptr ? 0 : kBlock;
-  const RowSums sums =
-      online_softmax<T, smooth>(z, args.weight, args.classes, e, e_stride, block_max);
-  const double z_a = targets.a.valid ? static_cast<double>(to_float(z[targets.a.y])) : 0.0;
-  const double z_b = targets.b.valid ? static_cast<double>(to_float(z[targets.b.y])) : 0.0;
-  problem.row_losses[row] = row_loss(problem, targets, sums, block_max, z_a, z_b);
+  const RowSums sums = online_softmax<T, smooth>(z, args.weight, args.classes, targets.larger.y, e,
+                                                 e_stride, block_max);
+  problem.row_losses[row] = row_loss(problem, targets, sums, block_max);
   args.stats[2 * row] = sums.row_max;
-  args.stats[2 * row + 1] = static_cast<float>(sums.sum_exp);
+  args.stats[2 * row + 1] = static_cast<float>(sums.others);
   if (grad != nullptr) {
     store_gradient(problem, targets, sums, e, block_max, grad_output_of(args, row), grad);
   }
@@ -64,7 +71,7 @@ int forward_rows(const Problem& problem) {
   int no_memory = 0;
   parallel_for(args.rows, max_of<int64_t>(1, kGrain / args.classes),
                [&](int64_t begin, int64_t end) {
-                 Scratch<float> e(kept), block_max(blocks);
+                 Scratch<float> e(kept + kWidth), block_max(blocks);
                  if (e.data == nullptr || block_max.data == nullptr) {
                    __atomic_store_n(&no_memory, 1, __ATOMIC_RELAXED);
                    return;
@@ -90,27 +97,25 @@ void backward_row(const Problem& problem, int64_t row) {
   const fastmp_loss_args& args = problem.args;
   const T* z = static_cast<const T*>(args.logits) + row * args.row_stride;
   T* grad = static_cast<T*>(args.grad) + row * args.classes;
-  const Targets targets = targets_of(problem, row);
-  if (!targets.a.valid && !targets.b.valid) {
+  const Targets targets = targets_of(problem, row, z);
+  if (!targets.larger.valid) {
     memset(grad, 0, static_cast<size_t>(args.classes) * sizeof(T));
     return;
   }
   const float row_max = args.stats[2 * row];
-  const double sum_exp = static_cast<double>(args.stats[2 * row + 1]);
+  const auto exp_of = [&](const Target& t) { return exp(t.z - static_cast<double>(row_max)); };
+  const double others = static_cast<double>(args.stats[2 * row + 1]);
+  const RowSums sums = {row_max, others, exp_of(targets.larger), 0.0};
   const GradientCoefs k = gradient_coefs(problem, targets, grad_output_of(args, row));
-  const float factor = static_cast<float>(k.softmax_coef / sum_exp);
+  const float factor = static_cast<float>(k.softmax_coef / sums.sum_exp());
   const float smooth_coef = static_cast<float>(k.smooth_coef);
   if (args.weight != nullptr) {
     gradient_of_logits<T, true>(z, args.weight, grad, args.classes, row_max, factor, smooth_coef);
   } else {
     gradient_of_logits<T, false>(z, nullptr, grad, args.classes, row_max, factor, smooth_coef);
   }
-  const auto softmax_at = [&](const Target& t) {
-    if (!t.valid) return 0.0;
-    const double x = static_cast<double>(to_float(z[t.y])) - static_cast<double>(row_max);
-    return exp(x) / sum_exp;
-  };
-  fix_target_logits(problem, targets, k, softmax_at(targets.a), softmax_at(targets.b), grad);
+  const double exp_other = targets.other.valid ? exp_of(targets.other) : 0.0;
+  fix_target_logits(problem, targets, k, sums, exp_other, grad);
 }
 
 template <class T>

@@ -23,8 +23,6 @@ struct Problem {
   double weight_total;
   const double* block_weights; /* Σ w over each block */
   double* row_losses;
-
-  float weight_of(int64_t y) const { return args.weight == nullptr ? 1.0f : args.weight[y]; }
 };
 
 /* A target of a row; where it is ignored mix_weight is 0. */
@@ -32,24 +30,33 @@ struct Target {
   int64_t y;
   bool valid;
   double mix_weight;
+  double w; /* of its class */
+  double z; /* its logit */
 };
+/* larger: the one with the larger logit. Where both are one class, that has the weight of both. */
 struct Targets {
-  Target a, b;
+  Target larger, other;
 };
 
-Targets targets_of(const Problem& problem, int64_t row) {
+template <class T>
+Targets targets_of(const Problem& problem, int64_t row, const T* z) {
   const fastmp_loss_args& args = problem.args;
-  Targets t = {{args.target_a[row], false, 0.0}, {args.ignore_index, false, 0.0}};
-  double lam = 1.0;
-  if (args.target_b != nullptr) {
-    lam = static_cast<double>(args.lam[row * args.lam_stride]);
-    t.b.y = args.target_b[row];
-    t.b.valid = t.b.y != args.ignore_index;
-    if (t.b.valid) t.b.mix_weight = (1.0 - lam) * problem.inv_divisor_b;
+  const auto target = [&](int64_t y, double mix_weight) {
+    if (y == args.ignore_index) return Target{-1, false, 0.0, 0.0, 0.0};
+    const double w = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[y]);
+    return Target{y, true, mix_weight, w, static_cast<double>(to_float(z[y]))};
+  };
+  const bool pair = args.target_b != nullptr;
+  const double lam = pair ? static_cast<double>(args.lam[row * args.lam_stride]) : 1.0;
+  Target a = target(args.target_a[row], lam * problem.inv_divisor_a);
+  if (!pair) return {a, target(args.ignore_index, 0.0)};
+  Target b = target(args.target_b[row], (1.0 - lam) * problem.inv_divisor_b);
+  if (a.valid && a.y == b.y) {
+    a.mix_weight += b.mix_weight;
+    b = target(args.ignore_index, 0.0);
   }
-  t.a.valid = t.a.y != args.ignore_index;
-  if (t.a.valid) t.a.mix_weight = lam * problem.inv_divisor_a;
-  return t;
+  const bool swap = b.valid && (!a.valid || b.z > a.z);
+  return swap ? Targets{b, a} : Targets{a, b};
 }
 
 /* ---- forward over one row ---- */
@@ -58,8 +65,11 @@ Targets targets_of(const Problem& problem, int64_t row) {
  * block_max: exp(z - block_max). */
 struct RowSums {
   float row_max;
-  double sum_exp; /* Σ exp(z - row_max) */
+  double others;  /* Σ exp(z - row_max) without the larger target */
+  double larger;  /* exp(z - row_max) of the larger target */
   double shifted; /* Σ w (z - block_max) */
+
+  double sum_exp() const { return others + larger; }
 };
 
 template <class T>
@@ -76,19 +86,17 @@ float max_logit(const T* z, int64_t n) {
   return largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-/* e = exp(z - block_max); adds up e, and with smoothing w (z - block_max). Prefetches the next
+/* e = exp(z - block_max); with smoothing adds up w (z - block_max). Prefetches the next
  * block or row: the hardware's prefetchers stop at every 4 KiB page, and a row of 1,000 fp32 logits
  * is one page. 15 to 25% of forward and backward. */
 template <class T, Smooth smooth>
 void exp_block(const T* z, const float* weight, float* __restrict e, int64_t n, float block_max,
                RowSums* row) {
-  Vec sums[2] = {}, shifted[2] = {};
+  Vec shifted[2] = {};
   const auto step = [&](int64_t i, int lane) {
     __builtin_prefetch(z + i + n);
     const Vec x = load(z + i) - block_max;
-    const Vec y = exp_nonpos(x);
-    save(y, e + i);
-    sums[lane] += y;
+    save(exp_nonpos(x), e + i);
     if (smooth == Smooth::equal) shifted[lane] += x;
     if (smooth == Smooth::weighted) shifted[lane] += x * load(weight + i);
   };
@@ -104,45 +112,79 @@ void exp_block(const T* z, const float* weight, float* __restrict e, int64_t n, 
   if (i < n) {
     /* Padding of -inf is exp 0; padding of block_max adds 0 to the shifted sum. */
     const int64_t rest = n - i;
-    const Vec y = exp_nonpos(load_part(z + i, rest, -__builtin_inff()) - block_max);
-    save_part(y, e + i, rest);
-    sums[1] += y;
+    save(exp_nonpos(load_part(z + i, rest, -__builtin_inff()) - block_max), e + i);
     const Vec x = load_part(z + i, rest, block_max) - block_max;
     if (smooth == Smooth::equal) shifted[1] += x;
     if (smooth == Smooth::weighted) shifted[1] += x * load_part(weight + i, rest, 0.0f);
   }
-  row->sum_exp += static_cast<double>(sum_of_lanes(sums[0] + sums[1]));
   if (smooth != Smooth::none) {
     row->shifted += static_cast<double>(sum_of_lanes(shifted[0] + shifted[1]));
   }
 }
 
+/* Σ e; padding is 0. A pass of its own over what lies in L1. */
+double sum_block(const float* e, int64_t n) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += load(e + i + lane * kWidth);
+  }
+  for (; i < n; i += kWidth) sums[0] += load(e + i);
+  return static_cast<double>(sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+
+/* Σ e without e[out]. A whole vector is stored and stored back: loading it would wait for the store
+ * of one lane. */
+double sum_block_without(float* e, int64_t n, int64_t out) {
+  float* at = e + out / kWidth * kWidth;
+  const Vec all = load(at);
+  save(without_lane(all, out % kWidth), at);
+  const double sum = sum_block(e, n);
+  save(all, at);
+  return sum;
+}
+
 /* e_stride 0: the exponentials are not kept, each block overwrites the last. */
 template <class T, Smooth smooth>
-RowSums online_softmax(const T* z, const float* weight, int64_t classes, float* e, int64_t e_stride,
-                       float* block_max) {
-  RowSums row = {-__builtin_inff(), 0.0, 0.0};
+RowSums online_softmax(const T* z, const float* weight, int64_t classes, int64_t larger, float* e,
+                       int64_t e_stride, float* block_max) {
+  RowSums row = {-__builtin_inff(), 0.0, 0.0, 0.0};
   for (int64_t at = 0, block = 0; at < classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, classes - at);
     const float max = max_logit(z + at, n);
     if (max > row.row_max) {
       if (block > 0) { /* before that the sum is 0: no exponential for a row of one block */
-        row.sum_exp *= exp(static_cast<double>(row.row_max) - static_cast<double>(max));
+        const double factor = exp(static_cast<double>(row.row_max) - static_cast<double>(max));
+        row.others *= factor;
+        row.larger *= factor;
       }
       row.row_max = max;
     }
     /* While all is -inf any finite block_max gives exp 0, and not NaN as -inf would. */
     block_max[block] = row.row_max == -__builtin_inff() ? 0.0f : row.row_max;
-    exp_block<T, smooth>(z + at, weight == nullptr ? nullptr : weight + at, e + block * e_stride, n,
+    float* block_e = e + block * e_stride;
+    exp_block<T, smooth>(z + at, weight == nullptr ? nullptr : weight + at, block_e, n,
                          block_max[block], &row);
+    if (at <= larger && larger < at + n) {
+      row.others += sum_block_without(block_e, n, larger - at);
+      row.larger = static_cast<double>(block_e[larger - at]);
+    } else {
+      row.others += sum_block(block_e, n);
+    }
   }
   return row;
 }
 
+/* log(1 + x), x >= 0: below 1e-8 the next term of the series is less than fp32 holds. */
+double log_1_plus(double x) {
+  return x < 1e-8 ? x : log(1.0 + x);
+}
+
 double row_loss(const Problem& problem, const Targets& targets, const RowSums& row,
-                const float* block_max, double z_a, double z_b) {
-  const double log_sum_exp = log(row.sum_exp);
+                const float* block_max) {
   const double row_max = static_cast<double>(row.row_max);
+  const double log_sum_exp =
+      targets.larger.z == row_max ? log_1_plus(row.others) : log(row.sum_exp());
   double smooth_loss = 0.0;
   if (problem.smooth_prob > 0.0) {
     const int64_t blocks = ceil_div(problem.args.classes, kBlock);
@@ -152,33 +194,27 @@ double row_loss(const Problem& problem, const Targets& targets, const RowSums& r
     }
     smooth_loss = problem.smooth_prob * (smooth_loss - row.shifted);
   }
-  const auto target_loss = [&](const Target& t, double z_y) {
-    const double w = static_cast<double>(problem.weight_of(t.y));
-    return t.mix_weight * (problem.target_prob * w * (row_max - z_y + log_sum_exp) + smooth_loss);
+  const auto target_loss = [&](const Target& t) {
+    if (!t.valid) return 0.0;
+    return t.mix_weight * (problem.target_prob * t.w * (row_max - t.z + log_sum_exp) + smooth_loss);
   };
-  double loss = 0.0;
-  if (targets.a.valid) loss += target_loss(targets.a, z_a);
-  if (targets.b.valid) loss += target_loss(targets.b, z_b);
-  return loss;
+  return target_loss(targets.larger) + target_loss(targets.other);
 }
 
 /* ---- the gradient of one row ---- */
 
 struct GradientCoefs {
-  double softmax_coef, smooth_coef, target_coef_a, target_coef_b;
+  double softmax_coef, smooth_coef, target_coef, other_coef; /* of the larger target, the other */
 };
 
 GradientCoefs gradient_coefs(const Problem& problem, const Targets& targets, double grad_output) {
-  const auto target_coef = [&](const Target& t) {
-    if (!t.valid) return 0.0;
-    const double w = static_cast<double>(problem.weight_of(t.y));
-    return grad_output * t.mix_weight * problem.target_prob * w;
-  };
+  const double scale = grad_output * problem.target_prob;
   GradientCoefs k;
-  k.target_coef_a = target_coef(targets.a);
-  k.target_coef_b = target_coef(targets.b);
-  k.smooth_coef = grad_output * (targets.a.mix_weight + targets.b.mix_weight) * problem.smooth_prob;
-  k.softmax_coef = k.target_coef_a + k.target_coef_b + k.smooth_coef * problem.weight_total;
+  k.target_coef = scale * targets.larger.mix_weight * targets.larger.w;
+  k.other_coef = scale * targets.other.mix_weight * targets.other.w;
+  k.smooth_coef =
+      grad_output * (targets.larger.mix_weight + targets.other.mix_weight) * problem.smooth_prob;
+  k.softmax_coef = k.target_coef + k.other_coef + k.smooth_coef * problem.weight_total;
   return k;
 }
 
@@ -226,18 +262,16 @@ void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int
 /* The targets' logits again, in fp64: near softmax 1 their gradient is a small difference. */
 template <class T>
 void fix_target_logits(const Problem& problem, const Targets& targets, const GradientCoefs& k,
-                       double softmax_a, double softmax_b, T* grad) {
-  const bool same = targets.a.valid && targets.b.valid && targets.a.y == targets.b.y;
-  const auto value = [&](const Target& t, double softmax, double coef) {
-    const double w = static_cast<double>(problem.weight_of(t.y));
-    return static_cast<float>(k.softmax_coef * softmax - k.smooth_coef * w - coef);
-  };
-  if (targets.a.valid) {
-    store(value(targets.a, softmax_a, k.target_coef_a + (same ? k.target_coef_b : 0.0)),
-          &grad[targets.a.y]);
-  }
-  if (targets.b.valid && !same) {
-    store(value(targets.b, softmax_b, k.target_coef_b), &grad[targets.b.y]);
+                       const RowSums& row, double exp_other, T* grad) {
+  const Target &t = targets.larger, &other = targets.other;
+  const double per_sum = 1.0 / row.sum_exp();
+  const double away = k.other_coef + k.smooth_coef * (problem.weight_total - t.w);
+  const double towards = k.target_coef + k.smooth_coef * t.w;
+  store(static_cast<float>((away * row.larger - towards * row.others) * per_sum), &grad[t.y]);
+  if (other.valid) {
+    const double softmax = exp_other * per_sum;
+    store(static_cast<float>(k.softmax_coef * softmax - k.smooth_coef * other.w - k.other_coef),
+          &grad[other.y]);
   }
 }
 
@@ -247,26 +281,26 @@ void store_gradient(const Problem& problem, const Targets& targets, const RowSum
   const fastmp_loss_args& args = problem.args;
   const GradientCoefs k = gradient_coefs(problem, targets, grad_output);
   const float smooth_coef = static_cast<float>(k.smooth_coef);
-  const auto factor_of = [&](int64_t block) {
+  const double per_sum = k.softmax_coef / row.sum_exp();
+  const auto rescale = [&](int64_t block) {
     const float below = block_max[block];
-    const double rescale = below == row.row_max
-                               ? 1.0
-                               : exp(static_cast<double>(below) - static_cast<double>(row.row_max));
-    return rescale / row.sum_exp;
+    return below == row.row_max
+               ? 1.0
+               : exp(static_cast<double>(below) - static_cast<double>(row.row_max));
   };
   for (int64_t at = 0, block = 0; at < args.classes; at += kBlock, ++block) {
     const int64_t n = min_of(kBlock, args.classes - at);
-    const float factor = static_cast<float>(k.softmax_coef * factor_of(block));
+    const float factor = static_cast<float>(per_sum * rescale(block));
     if (args.weight != nullptr) {
       gradient_of_exp<T, true>(e + at, args.weight + at, grad + at, n, factor, smooth_coef);
     } else {
       gradient_of_exp<T, false>(e + at, nullptr, grad + at, n, factor, smooth_coef);
     }
   }
-  const auto softmax_at = [&](const Target& t) {
-    return t.valid ? static_cast<double>(e[t.y]) * factor_of(t.y / kBlock) : 0.0;
-  };
-  fix_target_logits(problem, targets, k, softmax_at(targets.a), softmax_at(targets.b), grad);
+  const int64_t y = targets.other.y;
+  const double exp_other =
+      targets.other.valid ? static_cast<double>(e[y]) * rescale(y / kBlock) : 0.0;
+  fix_target_logits(problem, targets, k, row, exp_other, grad);
 }
 
 }  // namespace

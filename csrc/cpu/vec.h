@@ -166,6 +166,13 @@ static inline Vec magnitude(Vec x) {
   return (Vec)((UVec)x & 0x7fffffffu);
 }
 
+/* x with 0 in one lane. */
+static inline Vec without_lane(Vec x, int64_t lane) {
+  UVec lanes;
+  for (uint32_t i = 0; i < kWidth; ++i) lanes[i] = i; /* a constant */
+  return (Vec)((UVec)x & (UVec)(lanes != static_cast<uint32_t>(lane)));
+}
+
 /* The larger of each lane; best where x is NaN. */
 static inline Vec larger(Vec x, Vec best) {
 #if defined(__AVX512F__)
@@ -193,6 +200,7 @@ static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 static inline float sum_of_lanes(Vec v) {
   float lanes[kWidth];
   save(v, lanes);
+#pragma GCC unroll 4 /* every size is then a constant */
   for (int64_t half = kWidth / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
@@ -201,6 +209,7 @@ static inline float sum_of_lanes(Vec v) {
 static inline float largest_lane(Vec v) {
   float lanes[kWidth];
   save(v, lanes);
+#pragma GCC unroll 4 /* every size is then a constant */
   for (int64_t half = kWidth / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] = max_of(lanes[i], lanes[i + half]);
   }

@@ -269,11 +269,25 @@ FASTMP_DEVICE float target_loss(const fastmp_ring_args& args, int32_t y, float m
   return mix_weight * (y == kIgnored ? 0.0f : args.target_prob * w * nll + smooth_loss);
 }
 
+/* The sum of the exponentials without the larger target, and of all. */
+struct RowSum {
+  float others, all;
+  bool target_is_max;
+};
+
+/* log Σ exp(z - max): x log(u) / (u - 1) is log(1 + x), whatever rounding makes of u = 1 + x
+ * (W. Kahan). */
+FASTMP_DEVICE float log_sum_exp_of(const RowSum& sum) {
+  const float log_all = log_of(sum.all);
+  if (!sum.target_is_max || sum.all >= 2.0f) return log_all;
+  return sum.all == 1.0f ? sum.others : sum.others * (log_all / (sum.all - 1.0f));
+}
+
 /* Loss and statistics of a row, by one thread. */
 FASTMP_DEVICE void store_loss(const fastmp_ring_args& args, const Constants& constants,
-                              const Totals& row, float sum_exp, const Targets& targets,
+                              const Totals& row, const RowSum& sum, const Targets& targets,
                               const RowWeights& w, int32_t index) {
-  const float log_sum_exp = log_of(sum_exp);
+  const float log_sum_exp = log_sum_exp_of(sum);
   float smooth_loss = 0.0f;
   if (args.smooth_prob > 0.0f) {
     smooth_loss = args.smooth_prob * (constants.weight_total * log_sum_exp - row.sums.below);
@@ -285,7 +299,7 @@ FASTMP_DEVICE void store_loss(const fastmp_ring_args& args, const Constants& con
       target_loss(args, targets.a, w.mix_a, w.w_a, nll(targets.a, row.z_a), smooth_loss) +
       target_loss(args, targets.b, w.mix_b, w.w_b, nll(targets.b, row.z_b), smooth_loss);
   args.stats[2 * index] = row.sums.max;
-  args.stats[2 * index + 1] = sum_exp;
+  args.stats[2 * index + 1] = sum.others;
 }
 
 /* Ends the sums of a row, stores its loss, and begins its gradient. */
@@ -299,7 +313,13 @@ FASTMP_DEVICE Gradient finish_row(const fastmp_ring_args& args, const Constants&
   const float exp_a = exp_of(targets.a, row.z_a);
   const float exp_b = same ? 0.0f : exp_of(targets.b, row.z_b);
   const float sum_exp = row.sums.others + exp_a + exp_b;
-  if (stores_loss) store_loss(args, constants, row, sum_exp, targets, w, index);
+  if (stores_loss) {
+    const bool b_is_larger = targets.b >= 0 && (targets.a < 0 || row.z_b > row.z_a);
+    const float largest = b_is_larger ? row.z_b : row.z_a;
+    const RowSum sum = {row.sums.others + (b_is_larger ? exp_a : exp_b), sum_exp,
+                        targets.a >= 0 || targets.b >= 0 ? largest == row.sums.max : false};
+    store_loss(args, constants, row, sum, targets, w, index);
+  }
   const float g = constants.grad_output;
   const LossCoefs<float> k = loss_coefs(targets.a == kIgnored ? 0.0f : g * w.mix_a,
                                         targets.b == kIgnored ? 0.0f : g * w.mix_b, w.w_a, w.w_b,
@@ -474,7 +494,7 @@ struct Consumer {
     if (edge >= 0) store(0.0f, grad + edge);
     if (thread() == 0 && rank == 0) {
       const RowWeights w = load_row_weights(args, constants, targets, row);
-      store_loss(args, constants, {kNothing, 0.0f, 0.0f}, 1.0f, targets, w, row);
+      store_loss(args, constants, {kNothing, 0.0f, 0.0f}, {0.0f, 1.0f, false}, targets, w, row);
     }
   }
 };

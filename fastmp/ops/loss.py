@@ -12,6 +12,10 @@ two. No one-hot and no soft target is built. The smoothing is that of Szegedy et
 The forward can write the gradient in the same pass over the logits, for an assumed gradient of the
 loss: 1, or ``grad_scale``. If ``grad_output`` is another one, ``loss_ensure_grad_`` computes the
 gradient from the logits: the result is exact either way.
+
+Where softmax p_t of a target t is close to 1, 1 - p_t and log p_t lose their digits. So the larger
+of a row's targets is left out of the sum of exponentials: ``others`` = Σ_{c != t} e_c. With it
+1 - p_t = others / (others + e_t) is exact to rounding (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
@@ -86,6 +91,13 @@ def _targets(spec: LossSpec, w: Tensor) -> list[_Target]:
     return targets
 
 
+def _left_out(z: Tensor, targets: list[_Target]) -> Tensor:
+    """(N, 1): the row's target with the larger logit; the first one on a tie."""
+    a, b = targets[0], targets[-1]
+    z_a, z_b = (torch.where(t.valid[:, None], z.gather(1, t.y), -torch.inf) for t in (a, b))
+    return torch.where(z_b > z_a, b.y, a.y)
+
+
 def forward_reference(
     logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,8 +110,9 @@ def forward_reference(
         spec: targets and options.
 
     Returns:
-        the loss, () or (N), fp32 (fp64 for fp64 logits); row_max and sum_exp = Σ exp(z - row_max)
-        of each row, (N, 2); the gradient (N, C) in the dtype of the logits, or (0).
+        the loss, () or (N), fp32 (fp64 for fp64 logits); row_max and others of each row, the sum of
+        exp(z - row_max) over all classes but the larger target, (N, 2); the gradient (N, C) in the
+        dtype of the logits, or (0).
 
     Raises:
         IndexError: a target on the host is out of range.
@@ -110,12 +123,21 @@ def forward_reference(
         check_values(spec, classes)
     z = logits.to(wide_dtype(logits.dtype))
     w = _class_weights(logits, spec.weight)
-    row_max = z.detach().amax(1) if classes else z.new_zeros(rows)  # it cancels: no derivative
-    sum_exp = (z - row_max[:, None]).exp().sum(1)
-    log_p = z - row_max[:, None] - sum_exp.log()[:, None]
+    targets = _targets(spec, w)
+    if classes:
+        y_t = _left_out(z.detach(), targets)
+        row_max = z.detach().amax(1, keepdim=True)  # it cancels: no derivative
+        others = (z - row_max).exp().scatter(1, y_t, 0).sum(1, keepdim=True)
+        z_t = z.gather(1, y_t)
+        log_p = z - row_max - (others + (z_t - row_max).exp()).log()
+        # -log p_t = log(1 + Σ_{c != t} exp(z_c - z_t)), which autograd differentiates without loss
+        margin = z.scatter(1, y_t, -torch.inf).logsumexp(1, keepdim=True) - z_t
+        log_p = log_p.scatter(1, y_t, -F.softplus(margin, threshold=50))
+    else:
+        log_p, row_max, others = z, z.new_zeros(rows, 1), z.new_zeros(rows, 1)
 
     loss = z.new_zeros(rows if spec.reduction == Reduction.NONE else ())
-    for t in _targets(spec, w):
+    for t in targets:
         log_p_y = log_p.gather(1, t.y)[:, 0] if classes else z.new_zeros(rows)
         term = -(1 - spec.smoothing) * t.w * log_p_y
         if spec.smoothing > 0:
@@ -123,7 +145,7 @@ def forward_reference(
         term = t.mix_weight * torch.where(t.valid, term, 0)
         loss = loss + (term if spec.reduction == Reduction.NONE else term.sum() / t.divisor)
 
-    stats = torch.stack((row_max, sum_exp), 1)
+    stats = torch.cat((row_max, others), 1)
     if not compute_grad:
         return loss, stats, logits.new_empty(0)
     if assumed_grad_output is None:
@@ -134,14 +156,15 @@ def forward_reference(
 def backward_reference(
     grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec
 ) -> Tensor:
-    """``fastmp::loss_backward`` in plain PyTorch: grad_output·(Σ_c q_c·softmax(z) - q).
+    """``fastmp::loss_backward`` in plain PyTorch: grad_output·(Q·softmax(z) - q), Q = Σ q.
 
-    q is what the row's targets put on each class: (1-ε)·w_y at y and (ε/C)·w_c everywhere.
+    q is what the row's targets put on each class: (1-ε)·w_y at y and (ε/C)·w_c everywhere. At the
+    larger target t it is (Q - q_t)·p_t - q_t·(1 - p_t), without cancellation.
 
     Args:
         grad_output: (), or (N) for reduction none: the gradient of the loss.
         logits: (N, C), floating.
-        stats: (N, 2), as ``loss_forward`` returned it.
+        stats: (N, 2), row_max and others, as ``loss_forward`` returned them.
         spec: targets and options.
 
     Returns:
@@ -150,16 +173,24 @@ def backward_reference(
     rows, classes = logits.shape
     z = logits.to(wide_dtype(logits.dtype))
     w = _class_weights(logits, spec.weight)
-    softmax = (z - stats[:, :1]).exp() / stats[:, 1:]
     grad = torch.zeros_like(z, memory_format=torch.contiguous_format)
     if classes == 0:
         return grad.to(logits.dtype)
-    for t in _targets(spec, w):
-        q = (spec.smoothing / classes * w).expand(rows, classes)
-        q = q.scatter_add(1, t.y, (1 - spec.smoothing) * t.w[:, None])
+    targets = _targets(spec, w)
+    y_t = _left_out(z, targets)
+    e, others = (z - stats[:, :1]).exp(), stats[:, 1:]
+    e_t = e.gather(1, y_t)
+    sum_exp = others + e_t
+    smooth_w = spec.smoothing / classes * w
+    for t in targets:
+        target_q = (1 - spec.smoothing) * t.w[:, None]
+        at_t = torch.where(t.y == y_t, target_q, 0)
+        q_t, rest = smooth_w[y_t] + at_t, smooth_w.sum() - smooth_w[y_t] + target_q - at_t
+        q = smooth_w.expand(rows, classes).scatter_add(1, t.y, target_q)
+        term = (q_t + rest) * e / sum_exp - q
+        term = term.scatter(1, y_t, (rest * e_t - q_t * others) / sum_exp)
         coef = (grad_output.to(z.dtype) * t.mix_weight / t.divisor).expand(rows)[:, None]
-        term = coef * (q.sum(1, keepdim=True) * softmax - q)
-        grad = grad + torch.where(t.valid[:, None], term, 0)
+        grad = grad + torch.where(t.valid[:, None], coef * term, 0)
     return grad.to(logits.dtype)
 
 

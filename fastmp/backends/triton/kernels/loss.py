@@ -15,6 +15,13 @@ row_max = max z, e = exp(z - row_max), sum_exp = Σ e, smooth_sum = Σ_c w_c (ro
 
 divisor_y is the sum of w_y over the rows that are not ignored, for the mean; 1 otherwise.
 
+The larger t of the two targets is left out of the sum: others = Σ_{c != t} e_c. Near softmax 1
+nothing then cancels (docs/numerics.md)::
+
+    sum_exp = others + e_t,   log sum_exp = log(1 + others) where e_t = 1
+    grad_t  = ((target_coef_other + smooth_coef (Σw - w_t)) e_t
+               - (target_coef_t + smooth_coef w_t) others) / sum_exp
+
 Bytes, 16-bit logits: 2 read and 2 written for each logit, and about 40 for each row. A row of up to
 16,384 classes stays in registers between its two uses. A longer one comes in blocks of 8 KB, three
 in flight, and comes again, backwards: the blocks read last are still in the caches. The last rows
@@ -51,6 +58,7 @@ from fastmp.backends.triton.kernels.loss_row import (
     load_grad_output,
     load_targets,
     locate,
+    log_sum_exp,
     online_softmax_update,
     peeled,
     store_gradient,
@@ -110,7 +118,7 @@ def _forward_kernel(
     grad_output, stride_grad_output,  # (), None: 1
     partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
     loss,  # (N)
-    stats,  # (N, 2): row_max, sum_exp
+    stats,  # (N, 2): row_max, others
     grad,  # (N, C), None: the loss alone
     N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr, ON_CHIP: tl.constexpr,
@@ -128,36 +136,36 @@ def _forward_kernel(
         lane = tl.arange(0, BLOCK_C)[None, :]
         blocks = tl.cdiv(C, BLOCK_C)
         block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
-        a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
-                            C, ignore_index)  # fmt: skip
+        t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
+                                rows, C, ignore_index)  # fmt: skip
         lowest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         zeros = tl.zeros((BLOCK_N,), tl.float32)
         s = Softmax(lowest, zeros, zeros, zeros)
         block_max = None
         if ON_CHIP:
-            s, block = online_softmax_update(s, block, SMOOTH)
+            s, block = online_softmax_update(s, block, rows.prologue[:, None] + lane, t, SMOOTH)
             block_max = s.row_max
         else:
             for i_c in tl.range(0, blocks, num_stages=3):
                 o_c = i_c * BLOCK_C + lane
                 s = load_and_update(s, rows.p_body + o_c, weight, rows.prologue[:, None] + o_c,
-                                    o_c < rows.body[:, None], SMOOTH)  # fmt: skip
+                                    o_c < rows.body[:, None], t, SMOOTH)  # fmt: skip
         if PEEL:
             o_c, mask = peeled(rows, C, VECTOR)
-            s = load_and_update(s, rows.p_row[:, None] + o_c, weight, o_c, mask, SMOOTH)
+            s = load_and_update(s, rows.p_row[:, None] + o_c, weight, o_c, mask, t, SMOOTH)
         tl.store(stats + 2 * o_n, s.row_max, mask=m_n)
-        tl.store(stats + 2 * o_n + 1, s.sum_exp, mask=m_n)
-        log_sum_exp = tl.log(s.sum_exp)
-        smooth_loss = smooth_prob * (weight_total * log_sum_exp + s.smooth_sum) if SMOOTH else 0.0
-        row_loss = target_loss(a, s.row_max, log_sum_exp, smooth_loss, target_prob)
+        tl.store(stats + 2 * o_n + 1, s.others, mask=m_n)
+        lse = log_sum_exp(t, s.row_max, s.others)
+        smooth_loss = smooth_prob * (weight_total * lse + s.smooth_sum) if SMOOTH else 0.0
+        row_loss = target_loss(t, s.row_max, lse, smooth_loss, target_prob)
         if PAIR:
-            row_loss += target_loss(b, s.row_max, log_sum_exp, smooth_loss, target_prob)
+            row_loss += target_loss(other, s.row_max, lse, smooth_loss, target_prob)
         tl.store(loss + o_n, row_loss, mask=m_n)
         if grad is not None:
             g = load_grad_output(grad_output, stride_grad_output, rows)
-            store_gradient(grad, rows, block, block_max, weight, weight_total, a, b, g, s.row_max,
-                           s.sum_exp, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR,
-                           PEEL)  # fmt: skip
+            store_gradient(grad, rows, block, block_max, weight, weight_total, t, other, g,
+                           s.row_max, s.others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C,
+                           VECTOR, PEEL)  # fmt: skip
 
 
 @triton.jit
@@ -171,7 +179,7 @@ def _backward_kernel(
     grad_output, stride_grad_output,  # (N), or () with stride 0
     assumed_grad_output,  # (), None: 1
     partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
-    stats,  # (N, 2): row_max, sum_exp
+    stats,  # (N, 2): row_max, others
     grad,  # (N, C)
     N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, CHECK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr,
@@ -191,15 +199,15 @@ def _backward_kernel(
         m_n = o_n < N
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
         block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
-        a, b = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows,
-                            C, ignore_index)  # fmt: skip
+        t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
+                                rows, C, ignore_index)  # fmt: skip
         row_max = tl.load(stats + 2 * o_n, mask=m_n, other=0.0)
-        sum_exp = tl.load(stats + 2 * o_n + 1, mask=m_n, other=1.0)
+        others = tl.load(stats + 2 * o_n + 1, mask=m_n, other=1.0)
         if ON_CHIP:
             block = exp_block(block, row_max)
         g = load_grad_output(grad_output, stride_grad_output, rows)
-        store_gradient(grad, rows, block, row_max, weight, weight_total, a, b, g, row_max, sum_exp,
-                       C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR,
+        store_gradient(grad, rows, block, row_max, weight, weight_total, t, other, g, row_max,
+                       others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR,
                        PEEL)  # fmt: skip
 
 

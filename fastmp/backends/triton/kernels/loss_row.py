@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastmp.backends.triton.kernels.numerics import exp
+from fastmp.backends.triton.kernels.numerics import exp, log_1_plus
 
 
 class Rows(NamedTuple):
@@ -33,12 +33,15 @@ class Block(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One target of every row, each field (BLOCK_N)."""
+    """One target of every row, each field (BLOCK_N): the one with the larger logit, or the other.
+
+    Where both are one class, the larger has the weight of both and the other is none.
+    """
 
     y: Any
     w: Any  # class weight
     m: Any  # False: ignored
-    mix_weight: Any
+    mix_weight: Any  # infinite where all are ignored: the mean is NaN
     z: Any  # the target's logit
 
 
@@ -46,7 +49,7 @@ class Softmax(NamedTuple):
     """Running sums over the logits read so far, each field (BLOCK_N)."""
 
     row_max: Any
-    sum_exp: Any  # Σ exp(z - row_max)
+    others: Any  # Σ exp(z - row_max) without the larger target
     smooth_sum: Any  # Σ w (row_max - z)
     weight_sum: Any  # Σ w
 
@@ -94,22 +97,30 @@ def _load_target(target, weight, rows, C, ignore_index):
 @triton.jit
 def load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b, rows, C,
                  ignore_index):  # fmt: skip
-    """Both targets; without target_b the second is the first with mix_weight 0."""
+    """The larger target and the other one, which is none without target_b."""
     y_a, w_a, m_a = _load_target(target_a, weight, rows, C, ignore_index)
+    z_a = tl.load(rows.p_row + y_a, mask=m_a, other=0.0).to(tl.float32)
     if target_b is not None:
         y_b, w_b, m_b = _load_target(target_b, weight, rows, C, ignore_index)
-        lam_n = tl.load(lam + rows.o_n * stride_lam, mask=rows.m_n, other=0.0)
-        mix_weight_a = lam_n / divisor_a
-        mix_weight_b = (1.0 - lam_n) / divisor_b
-    else:
-        y_b, w_b, m_b = y_a, w_a, m_a
-        mix_weight_a = tl.zeros_like(w_a) + 1.0 / divisor_a
-        mix_weight_b = tl.zeros_like(w_a)
-    z_a = tl.load(rows.p_row + y_a, mask=m_a, other=0.0).to(tl.float32)
-    z_b = z_a
-    if target_b is not None:
         z_b = tl.load(rows.p_row + y_b, mask=m_b, other=0.0).to(tl.float32)
-    return Target(y_a, w_a, m_a, mix_weight_a, z_a), Target(y_b, w_b, m_b, mix_weight_b, z_b)
+        lam_n = tl.load(lam + rows.o_n * stride_lam, mask=rows.m_n, other=0.0)
+        mix_a = lam_n / divisor_a
+        mix_b = (1.0 - lam_n) / divisor_b
+        both = m_a & m_b & (y_a == y_b) & (w_a == w_b)  # not NaN, which is out of range
+        mix_a += tl.where(both, mix_b, 0.0)
+        mix_b = tl.where(both, 0.0, mix_b)
+        m_b = m_b & ~both
+        swap = m_b & (~m_a | (z_b > z_a))
+        return (
+            Target(tl.where(swap, y_b, y_a), tl.where(swap, w_b, w_a), m_a | m_b,
+                   tl.where(swap, mix_b, mix_a), tl.where(swap, z_b, z_a)),
+            Target(tl.where(swap, y_a, y_b), tl.where(swap, w_a, w_b), m_a & m_b,
+                   tl.where(swap, mix_a, mix_b), tl.where(swap, z_a, z_b)),
+        )  # fmt: skip
+    else:
+        mix_a = tl.zeros_like(w_a) + 1.0 / divisor_a
+        none = Target(y_a, tl.zeros_like(w_a), m_a & False, tl.zeros_like(w_a), z_a)
+        return Target(y_a, w_a, m_a, mix_a, z_a), none
 
 
 @triton.jit
@@ -156,37 +167,46 @@ def exp_block(block, row_max):
 
 
 @triton.jit
-def online_softmax_update(s, block, SMOOTH: tl.constexpr):
+def online_softmax_update(s, block, o_c, t, SMOOTH: tl.constexpr):
     """The sums with a block's logits, and its exp(z - row_max) (Milakov & Gimelshein 2018).
+
+    o_c (BLOCK_N, BLOCK_C) are the classes of the block; that of the larger target t counts as 0.
 
     Every term of smooth_sum is positive: nothing cancels, however large the logits.
     """
     row_max = tl.maximum(s.row_max, tl.max(block.b_z, 1))
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     below = block.b_z - shift[:, None]
-    e = exp(below)
-    sum_exp = s.sum_exp * exp(s.row_max - shift) + tl.sum(e, 1)
+    e = tl.where(o_c == t.y[:, None], 0.0, exp(below))
+    others = s.others * exp(s.row_max - shift) + tl.sum(e, 1)
     smooth_sum = s.smooth_sum
     weight_sum = s.weight_sum
     if SMOOTH:
         smooth_sum += tl.where(weight_sum > 0, weight_sum * (row_max - s.row_max), 0.0)
         smooth_sum -= tl.sum(tl.where(block.mask, block.b_w * below, 0.0), 1)
         weight_sum += tl.sum(tl.where(block.mask, block.b_w, 0.0), 1)
-    return Softmax(row_max, sum_exp, smooth_sum, weight_sum), Block(e, block.b_w, block.mask)
+    return Softmax(row_max, others, smooth_sum, weight_sum), Block(e, block.b_w, block.mask)
 
 
 @triton.jit
-def load_and_update(s, p_z, weight, o_c, mask, SMOOTH: tl.constexpr):
+def load_and_update(s, p_z, weight, o_c, mask, t, SMOOTH: tl.constexpr):
     """online_softmax_update with logits from memory."""
     block = Block(_load_logits(p_z, mask), _load_class_weights(weight, o_c, mask), mask)
-    s, _ = online_softmax_update(s, block, SMOOTH)
+    s, _ = online_softmax_update(s, block, o_c, t, SMOOTH)
     return s
 
 
 @triton.jit
-def target_loss(t, row_max, log_sum_exp, smooth_loss, target_prob):
+def log_sum_exp(t, row_max, others):
+    """log Σ exp(z - row_max): where the larger target is the largest of all, log(1 + others)."""
+    e_t = exp(t.z - row_max)
+    return tl.where(t.z == row_max, log_1_plus(others), tl.log(others + e_t))
+
+
+@triton.jit
+def target_loss(t, row_max, lse, smooth_loss, target_prob):
     """One target's term of the loss; smooth_loss is the second line of the formula."""
-    target_nll = target_prob * t.w * (log_sum_exp - (t.z - row_max))
+    target_nll = target_prob * t.w * (lse - (t.z - row_max))
     return t.mix_weight * tl.where(t.m, target_nll + smooth_loss, 0.0)
 
 
@@ -212,27 +232,21 @@ def _load_and_store_gradient(p_z, p_grad, weight, o_c, mask, row_max, softmax_co
 
 
 @triton.jit
-def _fix_target_logit(p_row, t, target_coef, other, other_coef, row_max, softmax_coef, smooth_coef):
-    """The gradient of one target's logit, in full."""
-    target_coef += tl.where(t.y == other.y, other_coef, 0.0)
-    grad = exp(t.z - row_max) * softmax_coef - smooth_coef * t.w - target_coef
-    tl.store(p_row + t.y, grad.to(p_row.dtype.element_ty), mask=t.m)
-
-
-@triton.jit
 def store_gradient(
-    grad, rows, block, block_max, weight, weight_total, a, b, grad_output, row_max, sum_exp, C,
+    grad, rows, block, block_max, weight, weight_total, t, other, grad_output, row_max, others, C,
     target_prob, smooth_prob, PAIR: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_C: tl.constexpr,
     VECTOR: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """grad (N, C) of these rows, from the block of their exp(z - block_max) or from memory."""
-    mix_a = tl.where(a.m, grad_output * a.mix_weight, 0.0)
-    mix_b = tl.where(b.m, grad_output * b.mix_weight, 0.0)
-    target_coef_a = mix_a * target_prob * a.w
-    target_coef_b = mix_b * target_prob * b.w
-    smooth_coef = (mix_a + mix_b) * smooth_prob
-    softmax_coef = (target_coef_a + target_coef_b + smooth_coef * weight_total) / sum_exp
-    m_n = a.m | b.m
+    mix_t = tl.where(t.m, grad_output * t.mix_weight, 0.0)
+    mix_o = tl.where(other.m, grad_output * other.mix_weight, 0.0)
+    target_coef = mix_t * target_prob * t.w
+    other_coef = mix_o * target_prob * other.w
+    smooth_coef = (mix_t + mix_o) * smooth_prob
+    e_t = exp(t.z - row_max)
+    sum_exp = others + e_t
+    softmax_coef = (target_coef + other_coef + smooth_coef * weight_total) / sum_exp
+    m_n = t.m
     out = locate(grad, C, rows.o_n, rows.m_n, C, VECTOR, PEEL)
     lane = tl.arange(0, BLOCK_C)[None, :]
     if block is not None:
@@ -254,8 +268,10 @@ def store_gradient(
     # The targets' logits again: to find them among all the others takes three instructions a
     # logit for each. The barrier orders stores of different threads to one address.
     tl.debug_barrier()
-    _fix_target_logit(out.p_row, a, target_coef_a, b, target_coef_b, row_max, softmax_coef,
-                      smooth_coef)  # fmt: skip
+    away = other_coef + smooth_coef * (weight_total - t.w)
+    towards = target_coef + smooth_coef * t.w
+    grad_t = (away * e_t - towards * others) / sum_exp
+    tl.store(out.p_row + t.y, grad_t.to(grad.dtype.element_ty), mask=t.m)
     if PAIR:
-        _fix_target_logit(out.p_row, b, target_coef_b, a, target_coef_a, row_max, softmax_coef,
-                          smooth_coef)  # fmt: skip
+        grad_o = exp(other.z - row_max) * softmax_coef - smooth_coef * other.w - other_coef
+        tl.store(out.p_row + other.y, grad_o.to(grad.dtype.element_ty), mask=other.m)

@@ -13,3 +13,13 @@ def exp(x):
     ``tl.exp`` keeps them, with three instructions more.
     """
     return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def log_1_plus(x):
+    """log(1 + x), x >= 0, to rounding however small x is (W. Kahan).
+
+    What rounding makes of 1 + x cancels in the quotient.
+    """
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, x * (tl.log(u) / (u - 1.0)))
