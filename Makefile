@@ -1,17 +1,22 @@
 # The commands to remember: make train, make test, make test-fast, make test-oldest, make soak,
-# make sanitize, make bench, make gpu-check, make lint.
+# make sanitize, make bench, make gpu-check, make lint, make docs, make dist.
 # ARGS passes flags on: make train ARGS="--data fashion-mnist --model convnet"
 PYTHON ?= python3
 ARGS ?=
 ENV := .venv
 BIN := $(ENV)/bin
+# Two sizes of the environment: what `fastmp train` needs, and with it what the tests need.
+TRAIN := $(ENV)/.installed-train
 STAMP := $(ENV)/.installed
 CONSTRAINTS := constraints.txt
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: train test test-fast test-oldest soak sanitize bench gpu-check lint format clean
+.PHONY: train test test-fast test-oldest soak sanitize bench gpu-check lint format docs dist clean
 
-train: $(STAMP)
-	$(BIN)/fastmp train $(ARGS)
+# Mixed precision whatever the machine: on its own, --dtype auto takes fp32 where that is as fast.
+train: $(TRAIN)
+	@echo "make train: a classifier of handwritten digits, in bf16 with fp32 masters"
+	@$(BIN)/fastmp train --dtype bf16 $(ARGS)
 
 # A process on every core. ARGS="-n 0 tests/optim" runs in one.
 PYTEST := $(BIN)/python -m pytest
@@ -72,7 +77,7 @@ gpu-check:
 
 # Linked as one program, the files of the CPU library must agree on every type they name (the one
 # definition rule): the linker keeps one copy of a function, whichever file it comes from.
-lint: $(STAMP)
+lint: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -86,15 +91,42 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
+# The site of docs/, with an API page for each module, in build/site. A broken link is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The source archive and this platform's wheel in dist/, as they would be published.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	test -z "$$(find dist -size +2000k)"
+
 # The native library is rebuilt whenever its sources or the package description change. torch is
-# pinned by constraints.txt and never asked for unpinned.
-$(STAMP): pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) scikit-build-core cmake ninja
-	FASTMP_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
+# pinned by constraints.txt and never asked for unpinned. A line a phase: pip says nothing. The library
+# needs no torch, so the two are installed side by side; modules are compiled when they are imported.
+SOURCES := pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
+define NEEDED
+import tomllib
+p = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*p["dependencies"], *p["optional-dependencies"]["train"])
+endef
+export NEEDED
+$(TRAIN): $(SOURCES)
+	@echo "make: a virtual environment in $(ENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
+	@echo "make: PyTorch $(shell sed -n 's/^torch==//p' $(CONSTRAINTS)) and what training needs; beside it fastmp's native library"
+	@$(PIP) install --constraint $(CONSTRAINTS) scikit-build-core cmake ninja
+	@$(PIP) install --no-compile --constraint $(CONSTRAINTS) $$($(BIN)/python -c "$$NEEDED") & pid=$$!; \
+	FASTMP_REQUIRE_NATIVE=1 $(PIP) install --no-deps --no-build-isolation --editable . && wait $$pid
+	@touch $@
+
+$(STAMP): $(TRAIN)
+	@echo "make: what tests, lint and pages need"
+	@FASTMP_REQUIRE_NATIVE=1 $(PIP) install --constraint $(CONSTRAINTS) \
 		--no-build-isolation --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps timm
-	touch $@
+	@$(PIP) install --constraint $(CONSTRAINTS) --no-deps timm
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
