@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import fastmp
 from fastmp import amp, data, functional, nn, optim, schedule, transfer
 from fastmp.optim import lr_scheduler
+from tests.cli.conftest import painted
 
 tyro = pytest.importorskip("tyro", reason="tyro is not installed: no command line to try")
 
@@ -38,8 +40,25 @@ def playground():
 CODE = [(page, n) for page in PAGES for n in range(len(blocks(page, "python")))]
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A folder with a run in runs/pets, and a picture."""
+    pytest.importorskip("PIL", reason="pillow is not installed: no image files")
+    from fastmp import cli
+
+    folder = tmp_path_factory.mktemp("pages")
+    painted(folder / "pets", ("cat", "dog"))
+    shutil.copy(folder / "pets" / "cat" / "0.png", folder / "cat.jpg")
+    flags = ["--data", folder / "pets", "--out", folder / "runs" / "pets", "--model", "mlp"]
+    flags += ["--dtype", "fp32", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
+    assert cli.main(["train", *map(str, flags)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize(("page", "number"), CODE, ids=lambda v: getattr(v, "name", str(v)))
-def test_python_on_the_pages_runs(page, number):
+def test_python_on_the_pages_runs(page, number, request, monkeypatch):
+    if "runs/pets" in blocks(page, "python")[number]:
+        monkeypatch.chdir(request.getfixturevalue("finished_run"))
     exec(compile(blocks(page, "python")[number], page.name, "exec"), playground())
 
 
@@ -106,7 +125,7 @@ def test_commands_on_the_pages_parse(line, monkeypatch):
         raise KeyboardInterrupt  # instead of running it
 
     monkeypatch.setattr(tyro, "cli", parse)
-    names = {"DIR": "run", "FOLDER": "folder"}
+    names = {"DIR": "run", "RUN": "run", "FOLDER": "folder", "IMAGE": "image.png"}
     arguments = [names.get(word, word) for word in words[1:]]
     if "--help" in arguments:
         with pytest.raises(SystemExit) as stop:
