@@ -57,11 +57,11 @@ def gradients(y, tensors, **options):
 def assert_torchs(form, tensors, activation="gelu", **tolerance):
     """Values and gradients."""
     ours, theirs = (fn(*tensors, activation) for fn in (form, torchs))
-    close(ours, theirs, **tolerance)
-    close(gradients(ours, tensors), gradients(theirs, tensors), **tolerance)
+    check_close(ours, theirs, **tolerance)
+    check_close(gradients(ours, tensors), gradients(theirs, tensors), **tolerance)
 
 
-def close(ours, theirs, **tolerance):
+def check_close(ours, theirs, **tolerance):
     """Sums of 16 products in another order."""
     torch.testing.assert_close(ours, theirs, **{"rtol": 1e-5, "atol": 2e-5, **tolerance})
 
@@ -107,7 +107,7 @@ def test_the_first_forward_of_a_checkpoint(activation, form, reentrant, saves):
     checkpoint(form, *tensors, activation, use_reentrant=reentrant).square().sum().backward()
     assert saves == [False, False, True, True]
     expected = gradients(torchs(*tensors, activation), tensors)
-    close([t.grad for t in tensors], list(expected))
+    check_close([t.grad for t in tensors], list(expected))
 
 
 def test_a_checkpoint_in_a_checkpoint(saves):
@@ -117,7 +117,7 @@ def test_a_checkpoint_in_a_checkpoint(saves):
         return checkpoint(sequence, *given, "gelu", use_reentrant=False)
 
     y = checkpoint(inner, *tensors, use_reentrant=False)
-    close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
+    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
     assert saves == [False] * 2 + [True] * 2
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_keeps_results_of_the_operation(saves):
         sequence, *tensors, "gelu", use_reentrant=False,
         context_fn=lambda: create_selective_checkpoint_contexts(policy),
     )  # fmt: skip
-    close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
+    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
     assert saves == [True] * 4
 
 
@@ -192,7 +192,7 @@ def test_three_layers():
 
     assert kept_bytes(lambda *_: deep(linear), x, w1, b1, w2, b2) == M * (N + K) * 4
     tensors = x, w1, b1, w2, b2
-    close(gradients(deep(linear), tensors), gradients(deep(torch_linear), tensors))
+    check_close(gradients(deep(linear), tensors), gradients(deep(torch_linear), tensors))
 
 
 def test_activations_elsewhere():
@@ -242,7 +242,7 @@ def test_what_lies_between(name):
         torch.manual_seed(1)
         y = layer(change(act(layer(*tensors[:3]), "gelu")), *tensors[3:])
         results.append((y, *gradients(y, tensors)))
-    close(*results)
+    check_close(*results)
 
     def again(*_):
         return linear(change(activate_after(linear(*tensors[:3]), "gelu")), *tensors[3:])
@@ -259,7 +259,7 @@ def test_z_changed_after_the_activation():
         z.mul_(2)
     out = linear(y, w2, b2)
     (grad,) = torch.autograd.grad(out.sum(), w2, retain_graph=True)
-    close(grad, F.gelu(F.linear(x, w1, b1)).sum(0).expand(K, N))
+    check_close(grad, F.gelu(F.linear(x, w1, b1)).sum(0).expand(K, N))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
@@ -280,7 +280,7 @@ def test_used_twice_and_in_parts(form):
         (between,) = torch.autograd.grad(y.sum(), hidden, retain_graph=True)
         hidden.retain_grad()
         results.append((between, *gradients(y, tensors), hidden.grad))
-    close(*results)
+    check_close(*results)
 
 
 @forms
@@ -305,7 +305,7 @@ def test_a_second_derivative_through_the_input(keep):
         del hidden
         (grad,) = torch.autograd.grad(y.square().sum(), w2, create_graph=True)
         results.append(torch.autograd.grad(grad.square().sum(), wanted))
-    close(*results)
+    check_close(*results)
 
 
 @forms
@@ -326,12 +326,12 @@ def test_hooks_on_saved_tensors_take_the_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         y = modules(*tensors, "gelu")
         expected = torchs(*tensors, "gelu")
-    close(gradients(y, tensors), gradients(expected, tensors))
+    check_close(gradients(y, tensors), gradients(expected, tensors))
     hidden = [t.data_ptr() for t in packed if t.shape == (M, N)]
     assert len(set(hidden)) == len(hidden) == 4
     with save_on_cpu():
         y = modules(*tensors, "gelu")
-    close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
+    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
 
 
 @forms
@@ -347,14 +347,14 @@ def test_under_a_checkpoint_whose_locals_hold_z(form):
         return linear(activate_after(z, "gelu"), *given[3:])
 
     y = checkpoint(keeping, *tensors, use_reentrant=False)
-    close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
+    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
 
 
 def test_z_of_a_checkpoint_that_ends_between():
     tensors = operands()
     hidden = checkpoint(linear, *tensors[:3], "gelu", use_reentrant=False)
     y = linear(hidden, *tensors[3:])
-    close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
+    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
 
 
 @forms
@@ -365,7 +365,7 @@ def test_transforms_and_many_gradients_at_once(form):
         return lambda x: form(x, *parameters, "gelu")
 
     for transform in (torch.func.jacrev, torch.func.hessian):
-        close(transform(fn(form))(x[0]), transform(fn(torchs))(x[0]))
+        check_close(transform(fn(form))(x[0]), transform(fn(torchs))(x[0]))
     trained = [t.requires_grad_() for t in parameters]
     ours, theirs = (
         torch.autograd.grad(
@@ -373,7 +373,7 @@ def test_transforms_and_many_gradients_at_once(form):
         )
         for f in (form, torchs)
     )
-    close(ours, theirs)
+    check_close(ours, theirs)
 
 
 def step(fn, tensors):
@@ -385,7 +385,7 @@ def step(fn, tensors):
 @forms
 def test_under_autocast(form):
     tensors = operands()
-    close(step(form, tensors), step(torchs, tensors), rtol=0.05, atol=0.5)
+    check_close(step(form, tensors), step(torchs, tensors), rtol=0.05, atol=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         assert kept_bytes(form, *tensors, "gelu") < kept_bytes(torchs, *tensors, "gelu")
 
@@ -394,4 +394,4 @@ def test_compiled():
     """Dynamo sees no grad_fn: the graph is the one of two layers."""
     tensors = operands()
     compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager")
-    close(step(compiled, tensors), step(sequence, tensors), rtol=0.05, atol=0.5)
+    check_close(step(compiled, tensors), step(sequence, tensors), rtol=0.05, atol=0.5)
