@@ -93,6 +93,19 @@ def test_wheels_are_built_for_both_processors():
     assert settings["build"].startswith("cp3")
 
 
+def commands_of(target, tmp_path):
+    make = shutil.which("make") or pytest.skip("make is not installed")
+    command = [make, "-n", f"ENV={tmp_path / 'env'}", target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_train_installs_what_training_needs_and_trains_in_16_bits(tmp_path):
+    train, test = (commands_of(target, tmp_path) for target in ("train", "test"))
+    assert "fastmp train --dtype bf16" in train
+    assert "[dev]" not in train
+    assert "[dev]" in test
+
+
 # ---- aarch64 ----
 
 

@@ -203,7 +203,7 @@ def test_activations_elsewhere():
         y = layer(layer(x, w1, b1, "gelu"), w2, b2, "silu")
         z = layer(F.silu(layer(x, w1, b1, "gelu")), w2, b2)
         results.append((gradients(y, tensors), gradients(z, tensors)))
-    close(*results)
+    check_close(*results)
 
 
 def dropout(p):
