@@ -317,7 +317,7 @@ def test_a_second_derivative_beside_a_frozen_first_layer(form):
         loss = fn(*tensors, "gelu").square().sum()
         (grad,) = torch.autograd.grad(loss, tensors[3], create_graph=True)
         results.append((grad, *torch.autograd.grad(grad.square().sum(), tensors[3])))
-    close(*results)
+    check_close(*results)
 
 
 def test_hooks_on_saved_tensors_take_the_input():
