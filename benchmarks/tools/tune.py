@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 from fastmp.backends import triton as devices
 from fastmp.backends.abi import LossSpec, Reduction
+from fastmp.backends.cuda import loss as ring_loss
+from fastmp.backends.cuda.loss import Ring, RingSize, ring_of
 from fastmp.backends.triton.kernels import linear, loss
 from fastmp.backends.triton.tiles import LinearTile, LossTile, linear_tile, loss_tile
 from fastmp.bench.clocks import Measure, Run, kernel_clock
@@ -43,6 +45,7 @@ LINEAR = {
     "long_k": [DEEP, (4096, 4096, 14336)],
 }
 LOSS = [(131072, 10), (131072, 1000), (65536, 4096), (8192, 32000), (4096, 128256)]
+RING = [(16384, 8192), (16384, 16384), (8192, 32000), (8192, 50257), (4096, 128256)]
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def loss_candidates(tile: LossTile) -> list[LossTile]:
     return [m for m in made if m.programs > 0]
 
 
-def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Check]:
+def loss_case(module: ModuleType, rows: int, classes: int, device: str) -> tuple[Run, Check]:
     torch.manual_seed(0)
     logits = torch.randn(rows, classes, device=device, dtype=_dtype(device))
     target = torch.randint(classes, (rows,), device=device)
@@ -203,16 +206,44 @@ def loss_case(rows: int, classes: int, device: str) -> tuple[Run, Check]:
         exact = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
         torch.testing.assert_close(result[0], exact, rtol=1e-4, atol=1e-5)
 
-    return lambda: loss.forward(logits, scale, True, spec), check
+    return lambda: module.forward(logits, scale, True, spec), check
 
 
 def tune_loss(device: str, small: bool, deadline: float) -> Iterator[Finding]:
     for rows, classes in [(5, 40)] if small else LOSS:
         tile = loss_tile(classes, 2)
         candidates = loss_candidates(tile)[: 2 if small else None]
-        cases = [loss_case(rows, classes, device)]
+        cases = [loss_case(loss, rows, classes, device)]
         name = f"loss, {classes} classes"
         yield best(name, loss, "loss_tile", tile, candidates, cases, deadline)
+
+
+# ---- the ring ----
+
+
+def ring_candidates(present: Ring, row_bytes: int, sm_shared: int) -> list[Ring]:
+    """Other numbers of threads, of blocks on a multiprocessor and of blocks for a row."""
+    shapes = [(128, 7), (128, 6), (256, 4), (256, 3), (256, 2), (512, 2), (512, 1), (768, 1)]
+    sizes = [
+        RingSize(row_bytes, threads, cluster, blocks)
+        for cluster in (1, 2)
+        for threads, blocks in shapes
+    ]
+    made = [ring_of(size, row_bytes, sm_shared) for size in sizes]
+    same = present.size._replace(row_bytes=row_bytes)
+    return [ring for ring in made if ring is not None and ring.size != same]
+
+
+def tune_ring(device: str, deadline: float) -> Iterator[Finding]:
+    """On a GPU with bulk copies."""
+    shared = ring_loss.sm_shared(torch.device(device))
+    for rows, classes in RING if shared else []:
+        present = ring_loss.ring_for(2 * classes, shared)
+        assert present is not None
+        candidates = ring_candidates(present, 2 * classes, shared)
+        cases = [loss_case(ring_loss, rows, classes, device)]
+        name = f"ring, {classes} classes"
+        yield best(name, ring_loss, "ring_for", present, candidates, cases, deadline)
 
 
 def main() -> None:
@@ -224,10 +255,12 @@ def main() -> None:
     if device == "cpu" and not options.small:
         sys.exit("tiles are tuned on a GPU; --small tries the procedure in Triton's interpreter")
     start = time.perf_counter()
-    halfway, end = start + options.seconds / 2, start + options.seconds
+    first, second, end = (start + options.seconds * part / 3 for part in (1, 2, 3))
     wrong = 0
     for finding in chain(
-        tune_linear(device, options.small, halfway), tune_loss(device, options.small, end)
+        tune_linear(device, options.small, first),
+        tune_loss(device, options.small, second),
+        tune_ring(device, end) if device == "cuda" else (),
     ):
         print(finding, flush=True)
         wrong += finding.wrong

@@ -8,9 +8,13 @@
  *   smooth_coef   = grad_output (mix_weight_a + mix_weight_b) ε/C
  *   softmax_coef  = target_coef_a + target_coef_b + smooth_coef Σw
  *
- * A network is sure of what it has nearly learnt: softmax_y - 1 is then a small difference of two
- * numbers near 1. It is taken as -(sum of the other exponentials) / (sum of all): the exponentials
- * of the targets are left out of the sum over the row. */
+ * Where a network is sure of a target t, softmax_t - 1 is a small difference of two numbers near 1.
+ * With others = the sum of the exponentials of all classes but t it is -others / (others + e_t),
+ * exact to rounding:
+ *
+ *   grad_t  = (away e_t - towards others) / (others + e_t)
+ *   towards = target_coef_t + smooth_coef w_t
+ *   away    = softmax_coef - towards, as a sum without this difference */
 #ifndef FASTMP_LOSS_H
 #define FASTMP_LOSS_H
 
@@ -35,13 +39,14 @@ FASTMP_FN LossCoefs<Real> loss_coefs(Real mix_a, Real mix_b, Real w_a, Real w_b,
   return k;
 }
 
-/* The gradient at a target y. coef: its target_coef; exp_y: exp(z_y - row_max); others: the sum of
- * the exponentials of all other classes. */
+/* The gradient at a target t of class weight w. coef: its target_coef; other_coef: that of the
+ * other target, if that is another class. */
 template <class Real>
-FASTMP_FN Real target_gradient(const LossCoefs<Real>& k, Real coef, Real w, Real exp_y, Real others,
-                               Real inv_sum_exp) {
-  const Real pull = (k.softmax_coef - coef) * (exp_y * inv_sum_exp) - coef * (others * inv_sum_exp);
-  return pull - k.smooth_coef * w;
+FASTMP_FN Real target_gradient(Real coef, Real other_coef, Real smooth_coef, Real w,
+                               Real weight_total, Real exp_t, Real others, Real inv_sum_exp) {
+  const Real away = other_coef + smooth_coef * (weight_total - w);
+  const Real towards = coef + smooth_coef * w;
+  return (away * exp_t - towards * others) * inv_sum_exp;
 }
 
 }  // namespace fastmp

@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+#include "../common/loss.h"
 #include "vec.h"
 
 namespace fastmp {
@@ -203,19 +204,12 @@ double row_loss(const Problem& problem, const Targets& targets, const RowSums& r
 
 /* ---- the gradient of one row ---- */
 
-struct GradientCoefs {
-  double softmax_coef, smooth_coef, target_coef, other_coef; /* of the larger target, the other */
-};
+typedef LossCoefs<double> GradientCoefs; /* a: the larger target, b: the other */
 
 GradientCoefs gradient_coefs(const Problem& problem, const Targets& targets, double grad_output) {
-  const double scale = grad_output * problem.target_prob;
-  GradientCoefs k;
-  k.target_coef = scale * targets.larger.mix_weight * targets.larger.w;
-  k.other_coef = scale * targets.other.mix_weight * targets.other.w;
-  k.smooth_coef =
-      grad_output * (targets.larger.mix_weight + targets.other.mix_weight) * problem.smooth_prob;
-  k.softmax_coef = k.target_coef + k.other_coef + k.smooth_coef * problem.weight_total;
-  return k;
+  const Target &a = targets.larger, &b = targets.other;
+  return loss_coefs(grad_output * a.mix_weight, grad_output * b.mix_weight, a.w, b.w,
+                    problem.target_prob, problem.smooth_prob, problem.weight_total);
 }
 
 double grad_output_of(const fastmp_loss_args& args, int64_t row) {
@@ -263,16 +257,16 @@ void gradient_of_logits(const T* z, const float* weight, T* __restrict grad, int
 template <class T>
 void fix_target_logits(const Problem& problem, const Targets& targets, const GradientCoefs& k,
                        const RowSums& row, double exp_other, T* grad) {
-  const Target &t = targets.larger, &other = targets.other;
   const double per_sum = 1.0 / row.sum_exp();
-  const double away = k.other_coef + k.smooth_coef * (problem.weight_total - t.w);
-  const double towards = k.target_coef + k.smooth_coef * t.w;
-  store(static_cast<float>((away * row.larger - towards * row.others) * per_sum), &grad[t.y]);
-  if (other.valid) {
-    const double softmax = exp_other * per_sum;
-    store(static_cast<float>(k.softmax_coef * softmax - k.smooth_coef * other.w - k.other_coef),
-          &grad[other.y]);
-  }
+  const auto fix = [&](const Target& t, double coef, double other_coef, double exp_t,
+                       double others) {
+    const double g = target_gradient(coef, other_coef, k.smooth_coef, t.w, problem.weight_total,
+                                     exp_t, others, per_sum);
+    store(static_cast<float>(g), &grad[t.y]);
+  };
+  fix(targets.larger, k.target_coef_a, k.target_coef_b, row.larger, row.others);
+  if (!targets.other.valid) return;
+  fix(targets.other, k.target_coef_b, k.target_coef_a, exp_other, row.sum_exp() - exp_other);
 }
 
 template <class T>

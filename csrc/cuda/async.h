@@ -173,6 +173,10 @@ FASTMP_DEVICE float log_of(float x) {
   return logf(x);
 }
 
+FASTMP_DEVICE float log_1_plus(float x) {
+  return log1pf(x);
+}
+
 /* The other one where one is NaN. */
 FASTMP_DEVICE float larger(float a, float b) {
   return fmaxf(a, b);

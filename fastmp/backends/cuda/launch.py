@@ -44,8 +44,11 @@ class Function:
             self._module = _check(driver.cuModuleLoadData(image.code))
             self._function = _check(driver.cuModuleGetFunction(self._module, image.kernel.encode()))
             if shared:
-                size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                kinds = driver.CUfunction_attribute
+                size = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                carveout = kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
                 _check(driver.cuFuncSetAttribute(self._function, size, shared))
+                _check(driver.cuFuncSetAttribute(self._function, carveout, 100))  # % of L1
 
     def at_once(self, threads: int) -> int:
         """Blocks of so many threads that run on a multiprocessor at a time."""

@@ -31,13 +31,17 @@ def free_40_gb():
 
 @pytest.mark.usefixtures("free_40_gb")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_loss_of_more_than_2_31_logits(reduction):
-    """With none the gradient is computed in the backward, with sum in the forward."""
-    z = torch.randn(8200, 262144, device=DEVICE, dtype=torch.float16).requires_grad_()
-    y = torch.randint(262144, (8200,), device=DEVICE)
+@pytest.mark.parametrize(("n", "classes"), [(8200, 262144), (42800, 50257)])
+def test_loss_of_more_than_2_31_logits(n, classes, reduction):
+    """With none the gradient is computed in the backward, with sum in the forward.
+
+    Rows of 262,144 are read twice, those of 50,257 stay in shared memory.
+    """
+    z = torch.randn(n, classes, device=DEVICE, dtype=torch.float16).requires_grad_()
+    y = torch.randint(classes, (n,), device=DEVICE)
     loss = cross_entropy(z, y, reduction=reduction, grad_scale=1024.0)
     (grad,) = torch.autograd.grad(loss, z, torch.full_like(loss, 1024.0))
-    rows = [0, 8191, 8192, 8198, 8199]
+    rows = [0, 8191, 8192, n - 2, n - 1]
     some = z.detach()[rows].double().requires_grad_()
     ref = F.cross_entropy(some, y[rows], reduction="none")
     (ref_grad,) = torch.autograd.grad(ref, some, torch.full_like(ref, 1024.0))

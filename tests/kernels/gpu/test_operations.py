@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastmp import backends
 from fastmp.backends import triton
+from fastmp.backends.cuda import loss as ring_loss
 from fastmp.data.mixup import Mixup
 from fastmp.functional import MixedTarget, cross_entropy, linear, linear_cross_entropy, mix
 from fastmp.nn import CrossEntropyLoss, Linear
@@ -70,9 +71,13 @@ def assert_same(ours, theirs, slack):
 
 
 def loss_case(kind, dtype, seed):
-    """Rows in registers for fp16, in blocks for bf16; grad_scale is right if seed is 0."""
+    """Rows in registers for fp16, in shared memory or in blocks for bf16, of two multiprocessors
+    for "long"; grad_scale is right if seed is 0.
+    """
     torch.manual_seed(seed)
     rows, classes = (130, 1001) if dtype == torch.float16 else (70, 33003)
+    if kind == "long":
+        rows, classes = 140, 120001
     z = (3 * torch.randn(rows, classes)).to(dtype)
     a, b = torch.randint(classes, (2, rows))
     a[1] = -100
@@ -80,7 +85,7 @@ def loss_case(kind, dtype, seed):
     grad_output = torch.rand(rows) if kind == "each row" else scale / (1 + seed % 2)
 
     def forward(z, a, b, lam, scale):
-        given = {"number": 1024.0, "tensor": scale}.get(kind)
+        given = {"number": 1024.0, "tensor": scale, "long": scale}.get(kind)
         reduction = "none" if kind == "each row" else "mean"
         options = {"reduction": reduction, "label_smoothing": 0.1, "grad_scale": given}
         return cross_entropy(z, MixedTarget(a, b, lam), **options)
@@ -132,6 +137,7 @@ def mix_case(kind, seed):
 
 CASES = {f"loss {a} {d}": partial(loss_case, a, d) for d in HALVES
          for a in ("nothing", "number", "tensor", "each row")}  # fmt: skip
+CASES["loss long"] = partial(loss_case, "long", torch.bfloat16)
 CASES |= {f"{a} {d}": partial(linear_case, a, d) for d in HALVES for a in ("gelu", "relu")}
 CASES |= {f"linear loss {d}": partial(linear_loss_case, d) for d in HALVES}
 CASES |= {kind: partial(mix_case, kind) for kind in ("mixup", "cutmix")}
@@ -142,6 +148,23 @@ every_case = pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
 def test_triton_serves(op):
     served = {(s.op, s.device): s for s in backends.report()}[op, "cuda"]
     assert served.backend == "triton", served.reason
+
+
+@pytest.mark.skipif(
+    not OBSTACLE and torch.cuda.get_device_capability() < (9, 0),
+    reason="no bulk copies before compute capability 9.0",
+)
+@pytest.mark.parametrize("classes", [4097, 8192, 16384, 33003, 50257, 128256, 200000])
+def test_long_rows_go_through_the_ring(classes, monkeypatch):
+    """Once the gradient is known in the forward."""
+    calls = []
+    run = ring_loss.run
+    monkeypatch.setattr(ring_loss, "run", lambda *args: (calls.append(args[-1]), run(*args)))
+    z = torch.randn(300, classes, device=DEVICE).bfloat16().requires_grad_()
+    y = torch.randint(classes, (300,), device=DEVICE)
+    cross_entropy(z, y).backward()
+    fits_one = 2 * classes <= ring_loss.sm_shared(z.device) - 16384
+    assert [ring.size.cluster for ring in calls] == [1 if fits_one else 2]
 
 
 @every_case
@@ -258,7 +281,7 @@ LAYOUTS = ["dense", "transposed", "sliced", "every second", "offset"]
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("classes", [10, 1001, 4096, 33003])
+@pytest.mark.parametrize("classes", [10, 1001, 4096, 8200, 33003, 120001])
 def test_loss_at_any_address(classes, layout, dtype):
     z = lay_out(torch.randn(9, classes, device=DEVICE).to(dtype), layout)
     a, b = torch.randint(classes, (9, 2), device=DEVICE).unbind(1)
@@ -336,11 +359,12 @@ def test_mixup_is_that_of_the_cpu(alphas, per_sample):
 # ---- what cannot be refused without waiting ----
 
 
-@pytest.mark.parametrize("value", [-1, 1001, 2**40, -(2**62)])
+@pytest.mark.parametrize("value", [-1, 130001, 2**40, -(2**62)])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_target_out_of_range_is_loud(value, which):
-    z = torch.randn(5, 1001, device=DEVICE).half().requires_grad_()
-    targets = torch.randint(1001, (2, 5), device=DEVICE)
+@pytest.mark.parametrize("classes", [1001, 33003, 130001])
+def test_a_target_out_of_range_is_loud(classes, value, which):
+    z = torch.randn(5, classes, device=DEVICE).half().requires_grad_()
+    targets = torch.randint(classes, (2, 5), device=DEVICE)
     targets[which, 2] = value
     for reduction, scale in (("none", None), ("mean", None), ("sum", 1.0)):
         target = MixedTarget(*targets, 0.25)

@@ -81,7 +81,7 @@ def kernels(library, monkeypatch):
 @pytest.fixture(params=[ONE_BLOCK, TWO_BLOCKS], ids=["a block a row", "two blocks a row"])
 def served(request, monkeypatch):
     """``fastmp.functional.cross_entropy`` calls the kernel, for rows of any length."""
-    monkeypatch.setattr(loss, "_sm_shared", lambda device: 1 << 30)
+    monkeypatch.setattr(loss, "sm_shared", lambda device: 1 << 30)
     monkeypatch.setattr(loss, "ring_for", lambda row_bytes, shared: ring(request.param, row_bytes))
     monkeypatch.setattr(loss, "CLASSES_IN_REGISTERS", 0)
     general = registry._kernels["loss_forward", "cpu"]

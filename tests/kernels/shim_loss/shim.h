@@ -223,6 +223,9 @@ FASTMP_DEVICE float reciprocal(float x) {
 FASTMP_DEVICE float log_of(float x) {
   return std::log(x);
 }
+FASTMP_DEVICE float log_1_plus(float x) {
+  return std::log1p(x);
+}
 FASTMP_DEVICE float larger(float a, float b) {
   return std::fmax(a, b);
 }

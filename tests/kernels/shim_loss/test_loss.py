@@ -8,7 +8,11 @@ from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.cuda import loss
 from fastmp.functional import cross_entropy
 from fastmp.ops.loss import forward_reference
-from tests.functional.confident_cases import GRAD_OUTPUT, check_confident_rows, gradient_on
+from tests.functional.confident_cases import (
+    GRAD_OUTPUT,
+    check_confident_rows,
+    gradient_on,
+)
 from tests.functional.linear_cases import lay_out
 from tests.functional.loss_cases import DTYPES, check, problems
 from tests.kernels.shim_loss.conftest import Function
@@ -106,7 +110,7 @@ def test_the_launches(served):
 
 def test_what_is_left_to_the_other_backend(monkeypatch):
     def reason(classes, dtype=torch.bfloat16, compute_grad=True, shared=228 << 10):
-        monkeypatch.setattr(loss, "_sm_shared", lambda device: shared)
+        monkeypatch.setattr(loss, "sm_shared", lambda device: shared)
         z = torch.empty(1, dtype=dtype).expand(2, classes)
         return loss.supports(z, None, compute_grad, problem()[1])
 
@@ -117,3 +121,22 @@ def test_what_is_left_to_the_other_backend(monkeypatch):
     assert "9.0" in reason(32000, shared=0)
     assert "two multiprocessors" in reason(128256, torch.float32)
     assert "float64" in reason(32000, torch.float64)
+
+
+def test_any_class_may_be_ignored(served):
+    z, spec = problem(rows=9, dtype=torch.float32)
+    for row in (1, 4):
+        z[row] = float("nan")
+        spec.target_a[row] = spec.target_b[row] = 7
+    spec.target_a[5] = 7
+    check((z.nan_to_num(), *spec[:4], 7, "mean", 0.1, 8.0), scales=(8.0,))
+    assert loss.forward(z, None, True, spec._replace(ignore_index=7))[2].isfinite().all()
+
+
+def test_the_loss_of_a_sure_row_keeps_its_digits(served):
+    z = torch.randn(4, 1001)
+    z[:, 5] = z.logsumexp(1) + torch.tensor([5.0, 9.0, 13.0, 16.0])
+    spec = LossSpec(torch.full((4,), 5), None, None, None, -100, Reduction.NONE, 0.0)
+    exact = torch.nn.functional.cross_entropy(z.double(), spec.target_a, reduction="none")
+    found = loss.forward(z, None, True, spec)[0].double()
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
