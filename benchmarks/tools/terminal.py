@@ -1,6 +1,6 @@
 """The README's recording of a terminal, docs/terminal.svg, of a real run of ``fastmp``.
 
-    python -m benchmarks.tools.terminal train --epochs 3
+    python -m benchmarks.tools.terminal train --dtype bf16 --epochs 5 --out runs/digits
 
 The command runs in a terminal of 80 columns, in an empty folder. A line appears when it was last
 written to; the run's seconds are shortened to eight.
