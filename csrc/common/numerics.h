@@ -153,25 +153,41 @@ constexpr uint32_t kLeastExactF16 = 0x81u; /* 2^-17 is 0x80 */
 
 /* Half of the distance to the next weight, in units of the last place of fp32. */
 FASTMP_FN int32_t half_distance(uint32_t magnitude) {
-  return magnitude >= 0x400u   ? 0x1000
-         : magnitude >= 0x200u ? 0x2000
-                               : 0x4000 << (magnitude < 0x100u);
+  const int32_t subnormal = magnitude < 0x400u ? 0x1000 : 0;
+  const int32_t second = magnitude < 0x200u ? 0x2000 : 0;
+  const int32_t third = magnitude < 0x100u ? 0x4000 : 0;
+  return 0x1000 + subnormal + second + third;
+}
+
+/* yes or no by masks: GCC makes branches of such selects, and no vectors of branches. */
+FASTMP_FN uint32_t chosen(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
+/* The bits of a finite fp16 magnitude as fp32: in 6 instructions, where to_float() takes 14. */
+FASTMP_FN uint32_t widened_bits(uint32_t magnitude) {
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.96046448e-8f;
+  return chosen(magnitude < 0x400u, bits_of(subnormal), normal);
 }
 
 FASTMP_FN float join_master(f16 weight, int16_t remainder) {
   const uint32_t magnitude = weight.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(weight.bits & 0x8000u) << 16;
-  const float value = to_float(weight);
+  const uint32_t value = widened_bits(magnitude);
   const int32_t given = remainder;
   const int32_t least = -half_distance(magnitude - (magnitude > 0u ? 1u : 0u));
   const int32_t most = half_distance(magnitude) - 1;
-  const int32_t r = given < least ? least : given > most ? most : given;
-  const float exact = float_from_bits(bits_of(value) + static_cast<uint32_t>(r));
-  const int32_t bounded = magnitude == 0u && given == -32768 ? -32767 : given;
-  const float rest = static_cast<float>(bounded) * 9.09494702e-13f; /* 2^-40 */
-  const float coarse = value + (sign != 0u ? -rest : rest);
-  const float finite = magnitude >= kLeastExactF16 ? exact : remainder == 0 ? value : coarse;
-  return magnitude >= 0x7c00u ? value : finite;
+  const int32_t above = given < least ? least : given;
+  const int32_t within = above < most ? above : most;
+  const uint32_t exact = value + static_cast<uint32_t>(within);
+  const int32_t beside_zero = given < -32767 ? -32767 : given;
+  const float rest = static_cast<float>(magnitude == 0u ? beside_zero : given) * 9.09494702e-13f;
+  const float coarse = float_from_bits(value) + rest; /* rest: in units of 2^-40 */
+  const uint32_t finite = chosen(magnitude >= kLeastExactF16, exact, bits_of(coarse));
+  const uint32_t special = (magnitude << 13) + 0x70000000u; /* inf or NaN */
+  return float_from_bits(chosen(magnitude < 0x7c00u, finite, special) ^ sign);
 }
 
 FASTMP_FN void split_master(float master, f16* weight, int16_t* remainder) {
@@ -184,15 +200,13 @@ FASTMP_FN void split_master(float master, f16* weight, int16_t* remainder) {
   const uint32_t subnormal = static_cast<uint32_t>(units + 0x8000) >> 16;
   const uint32_t normal = (bits - 0x38000000u + 0x1000u) >> 13;
   const uint32_t finite = bits < 0x38800000u ? subnormal : normal;
-  const uint32_t bounded = bits >= 0x477ff000u ? 0x7c00u : finite;
-  const uint32_t magnitude = bits > 0x7f800000u ? 0x7e00u : bounded;
-  f16 absolute;
-  absolute.bits = static_cast<uint16_t>(magnitude);
-  const int32_t exact = static_cast<int32_t>(bits - bits_of(to_float(absolute)));
-  const int32_t coarse = units - static_cast<int32_t>(magnitude << 16);
-  const int32_t rest = magnitude >= kLeastExactF16 ? exact : coarse;
+  const uint32_t bounded = chosen(bits < 0x477ff000u, finite, 0x7c00u);
+  const uint32_t magnitude = chosen(bits <= 0x7f800000u, bounded, 0x7e00u);
+  const uint32_t exact = bits - widened_bits(magnitude);
+  const uint32_t coarse = static_cast<uint32_t>(units) - (magnitude << 16);
+  const uint32_t rest = chosen(magnitude >= kLeastExactF16, exact, coarse);
   weight->bits = static_cast<uint16_t>(magnitude | sign);
-  *remainder = static_cast<int16_t>(magnitude >= 0x7c00u ? 0 : rest);
+  *remainder = static_cast<int16_t>(chosen(magnitude < 0x7c00u, rest, 0u));
 }
 
 /* The master of a 16-bit weight with an fp32 tensor beside it: finer than the weight only while it
