@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastmp
+from fastmp.optim import state_kinds
 from tests.compat.conftest import accuracy, assert_learnt_over_overflows
 
 accelerate = pytest.importorskip(
@@ -104,3 +105,25 @@ def test_state_is_saved_and_loaded(model, optimizer, points, tmp_path):
     runner.load_state(str(tmp_path / "state"))
     again = epoch()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_narrow_moments_and_averages_are_saved_and_loaded(model, points, tmp_path, monkeypatch):
+    monkeypatch.setattr(state_kinds, "MIN_8BIT_NUMEL", 64)
+    runner = accelerate.Accelerator(cpu=True)
+    options = {"state_dtype": "8bit", "ema": 0.9}
+    optimizer = fastmp.optim.AdamW(model.parameters(), lr=0.01, **options)
+    prepared, wrapped = runner.prepare(model, optimizer)
+
+    def step():
+        wrapped.zero_grad()
+        runner.backward(fastmp.functional.cross_entropy(prepared(points.points), points.labels))
+        wrapped.step()
+        return [*optimizer.masters(), *optimizer.averages()]
+
+    for _ in range(3):
+        step()
+    runner.save_state(tmp_path / "state")
+    expected = step()
+    runner.load_state(tmp_path / "state")
+    assert int(optimizer.applied_steps) == 3
+    assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))

@@ -6,6 +6,7 @@ from torch import nn
 
 import fastmp
 from fastmp.functional import linear_cross_entropy
+from fastmp.optim import state_kinds
 from tests.compat.conftest import (
     CLASSES,
     FEATURES,
@@ -71,14 +72,19 @@ def test_fp16_with_our_scaler(model, optimizer, points, scaler, tmp_path):
     assert schedule.get_last_lr() == [plan(int(optimizer.applied_steps))[0]]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"state_dtype": "8bit", "ema": 0.9, "master": "split"}], ids=["fp32", "8bit"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_run_is_resumed_to_the_bit(dtype, points, tmp_path):
+def test_a_run_is_resumed_to_the_bit(dtype, points, tmp_path, monkeypatch, options):
     """Its checkpoints hold our masters and moments, and the loss scale, which fell at once."""
+    monkeypatch.setattr(state_kinds, "MIN_8BIT_NUMEL", 64)
 
     def trained(folder, resume):
         torch.manual_seed(0)
         model = fastmp.convert(Classifier(), dtype)
-        optimizer = fastmp.optim.AdamW(model.parameters(), lr=0.01, max_grad_norm=0.5)
+        params = model.parameters()
+        optimizer = fastmp.optim.AdamW(params, lr=0.01, max_grad_norm=0.5, **options)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
         given = arguments(folder, save_strategy="steps", save_steps=10, seed=1)
         given.max_grad_norm = 0.0
@@ -88,7 +94,8 @@ def test_a_run_is_resumed_to_the_bit(dtype, points, tmp_path):
         if dtype == torch.float16:
             trainer.accelerator.scaler = fastmp.amp.GradScaler("cpu", init_scale=2.0**24)
         trainer.train(resume_from_checkpoint=resume)
-        return [*optimizer.masters(), optimizer.skipped_steps]
+        averages = optimizer.averages() if options else []
+        return [*optimizer.masters(), *averages, optimizer.skipped_steps]
 
     whole = trained(tmp_path / "run", None)
     again = trained(tmp_path / "again", str(tmp_path / "run" / "checkpoint-10"))

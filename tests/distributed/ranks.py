@@ -260,8 +260,14 @@ def sharded_overflow(world):
     return steps
 
 
-def sharded_resumes(world, folder):
+def sharded_resumes(world, folder, state_dtype=None):
     """Saved after half the steps, loaded into a new trainer and into one without shards."""
+
+    def narrow(trainer):
+        trainer.optimizer.state_dtype = state_dtype
+        return trainer
+
+    folder = folder / str(state_dtype)
     data = batches(10, 2 * BATCH, torch.bfloat16)
 
     def train(trainer, part):
@@ -269,11 +275,11 @@ def sharded_resumes(world, folder):
             trainer.train_step([half(batch, world.rank)])
         return trainer
 
-    first = train(in_shards(model_in(), torch.bfloat16), data[:5])
+    first = train(narrow(in_shards(model_in(), torch.bfloat16)), data[:5])
     first.save(folder / "sharded")
-    second = in_shards(model_in(), torch.bfloat16)
+    second = narrow(in_shards(model_in(), torch.bfloat16))
     second.resume(folder / "sharded")
-    whole = trainer_for(model_in(), world=World())
+    whole = narrow(trainer_for(model_in(), world=World()))
     whole.resume(folder / "sharded")
     states = [train(t, data[5:]).state_dict() for t in (first, second)]
     return {
@@ -301,6 +307,7 @@ def main(folder):
             "sharded bf16 norm": sharded_equals_whole(world, torch.bfloat16, norm=True),
             "sharded overflow": sharded_overflow(world),
             "sharded resumes": sharded_resumes(world, folder),
+            "sharded bf16 moments": sharded_resumes(world, folder, torch.bfloat16),
             "terminated": terminated(world, folder),
         }
         torch.save(results, folder / f"rank-{world.rank}.pt")

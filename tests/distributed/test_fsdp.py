@@ -49,12 +49,15 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(results):
     assert one[-1]["first_nonfinite"] == "1.weight"
 
 
-def test_shards_resume_bitwise_and_without_shards(results):
-    one, two = (part["sharded resumes"] for part in results[:2])
+@pytest.mark.parametrize("case", ["sharded resumes", "sharded bf16 moments"])
+def test_shards_resume_bitwise_and_without_shards(results, case):
+    one, two = (part[case] for part in results[:2])
     torch.testing.assert_close(one["states"][0], one["states"][1], rtol=0, atol=0)
     torch.testing.assert_close(one["states"], two["states"], rtol=0, atol=0)
     assert one["step"] == 5
-    assert one["whole"][0]["exp_avg"].shape == (16, 12)
+    moment = one["whole"][0]["exp_avg"]
+    assert moment.shape == (16, 12)
+    assert moment.dtype == (torch.bfloat16 if "moments" in case else torch.float32)
 
 
 def test_shards_need_several_processes():
