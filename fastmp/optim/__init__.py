@@ -3,7 +3,8 @@
     optimizer = fastmp.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
 
 Parameters may be fp16 or bf16: each then has an fp32 master in the optimizer's state, beside the
-moments, which are fp32 for every dtype. One call unscales, checks for non-finite gradients, takes
+moments, which are fp32 unless ``state_dtype`` says bf16 or 8 bits; ``ema`` adds an average of the
+weights. One call unscales, checks for non-finite gradients, takes
 the global norm, clips, updates and rounds the weights; if any gradient is not finite, only the
 count of skipped steps changes.
 
