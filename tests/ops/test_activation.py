@@ -8,10 +8,10 @@ from fastmp.functional import linear
 from fastmp.ops.linear import ACTIVATIONS
 from tests.functional.linear_cases import (
     DTYPES,
-    FP32,
     NAN,
     NATIVE,
     SMOOTH,
+    exact,
     half_ulp,
     product,
     torch_linear,
@@ -21,31 +21,6 @@ from tests.functional.linear_cases import (
 pytestmark = pytest.mark.usefixtures("every_size")
 
 INF = float("inf")
-
-
-def exact(z, activation):
-    """Value and derivative in fp64, without cancellation, and how far fp32 may be off each."""
-    one = torch.ones_like(z)
-    if activation in ("none", "relu"):
-        value, slope = (z, one) if activation == "none" else (z.clamp(min=0), (z > 0).double())
-        return value, slope, 0 * z, 0 * z
-    if activation == "gelu":
-        exponent = z * z / 2
-        share = torch.special.erfc(z * -(0.5**0.5)) / 2
-        rest = z * (-exponent).exp() / (2 * torch.pi) ** 0.5
-    else:
-        factor = 2 * (2 / torch.pi) ** 0.5
-        cubic = activation == "gelu_tanh"
-        scale = factor * (z + 0.044715 * z**3) if cubic else z
-        slope = factor * (1 + 3 * 0.044715 * z**2) if cubic else one
-        exponent, share = scale.abs(), torch.sigmoid(scale)
-        bell = share * torch.sigmoid(-scale)
-        rest = torch.where(bell > 0, z * slope * bell, 0.0)
-    # Some ulp, and what the exponential makes of the rounding of its argument.
-    unit = (5 + 2 * exponent.clamp(max=90)) * FP32
-    tiny = 1e-36  # below, exponentials may be 0
-    of_value, of_slope = unit * (z * share).abs() + tiny, unit * (share + rest.abs()) + tiny
-    return z * share, share + rest, of_value, of_slope
 
 
 def alone(fn, z, activation):

@@ -15,9 +15,10 @@ rows of x and W at the same time, from L2.
 
 On sm_90 and sm_100 the kernel is persistent and the tensor memory accelerator moves whole tiles: no
 thread computes an address, the next tile's operands are on their way during an epilogue, and
-results leave shared memory while the threads go on. The epilogue takes a tile in two halves, for
-which shared memory has room next to four stages of operands (192 KB + 32 KB of 227). On sm_80 and
-sm_120 each thread copies 16 bytes at a time to shared memory, in the background (cp.async).
+results leave shared memory while the threads go on. On sm_80 and sm_120 each thread copies 16 bytes
+at a time to shared memory, in the background (cp.async). The epilogue takes a tile in two halves:
+shared memory has room for one next to four stages of operands (192 KB + 32 KB of 227), and all of
+128 x 128 at once, y and z, spilled up to 52 registers on sm_80 and sm_120.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def _split_columns(b_acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(b_acc, bias, o_n, N, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """y and z of a tile of sums, rounded; o_n: the columns of the tile."""
+def _add_bias(b_acc, bias, o_n, N):
+    """z of a tile of sums; o_n: the columns of the tile."""
     if bias is not None:
         b_bias = tl.load(bias + o_n, mask=o_n < N, other=0.0)
         b_acc += b_bias.to(tl.float32)[None, :]
-    return activate(b_acc, ACTIVATION).to(DTYPE), b_acc.to(DTYPE)
+    return b_acc
 
 
 @triton.jit
@@ -72,10 +73,10 @@ def _store_half(
     start_m, start_n, N, ACTIVATION: tl.constexpr, HALF_N: tl.constexpr,
 ):  # fmt: skip
     o_n = start_n + tl.arange(0, HALF_N)
-    b_y, b_z = _epilogue(b_acc, bias, o_n, N, ACTIVATION, y.dtype)
-    y.store([start_m, start_n], b_y)
+    b_z = _add_bias(b_acc, bias, o_n, N)
+    y.store([start_m, start_n], activate(b_z, ACTIVATION, y.dtype).to(y.dtype))
     if z is not None:
-        z.store([start_m, start_n], b_z)
+        z.store([start_m, start_n], b_z.to(y.dtype))
 
 
 @triton.jit
@@ -107,6 +108,27 @@ def _linear_tma_kernel(
         b_left, b_right = _split_columns(b_acc, BLOCK_M, BLOCK_N)
         _store_half(b_left, bias, y, z, start_m, start_n, N, ACTIVATION, HALF_N)
         _store_half(b_right, bias, y, z, start_m, start_n + HALF_N, N, ACTIVATION, HALF_N)
+
+
+@triton.jit
+def _store_rows(
+    b_acc,
+    bias,  # (N)
+    y,  # (M, N), contiguous
+    z,  # (M, N), contiguous, or None
+    start_m, start_n, M, N, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    b_z = _add_bias(b_acc, bias, start_n + o_n, N)
+    o_tile = start_m.to(tl.int64) * N + start_n
+    o_y = o_m[:, None] * N + o_n[None, :]
+    mask = (o_m < M - start_m)[:, None] & (o_n < N - start_n)[None, :]
+    tl.store(y + o_tile + o_y, activate(b_z, ACTIVATION, DTYPE).to(DTYPE), mask=mask)
+    if z is not None:
+        tl.store(z + o_tile + o_y, b_z.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -144,13 +166,15 @@ def _linear_kernel(
         b_acc = tl.dot(b_x, b_w, b_acc)
         p_x += BLOCK_K
         p_w += BLOCK_K
-    b_y, b_z = _epilogue(b_acc, bias, start_n + o_n, N, ACTIVATION, y.dtype.element_ty)
-    o_tile = start_m.to(tl.int64) * N + start_n
-    o_y = o_m[:, None] * N + o_n[None, :]
-    m_y = (o_m < M - start_m)[:, None] & (o_n < N - start_n)[None, :]
-    tl.store(y + o_tile + o_y, b_y, mask=m_y)
-    if z is not None:
-        tl.store(z + o_tile + o_y, b_z, mask=m_y)
+    if BLOCK_N >= 128:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        b_acc, b_right = _split_columns(b_acc, BLOCK_M, BLOCK_N)
+        _store_rows(
+            b_right, bias, y, z, start_m, start_n + HALF_N, M, N, ACTIVATION, BLOCK_M, HALF_N
+        )
+        _store_rows(b_acc, bias, y, z, start_m, start_n, M, N, ACTIVATION, BLOCK_M, HALF_N)
+    else:
+        _store_rows(b_acc, bias, y, z, start_m, start_n, M, N, ACTIVATION, BLOCK_M, BLOCK_N)
 
 
 def linear(
