@@ -36,6 +36,21 @@ def fused_is_faster(k: int, activation: str) -> bool:
     return k <= MAX_FUSED_K[activation]
 
 
+def takes_vendor_epilogue(
+    dtype: torch.dtype, bias: Tensor | None, activation: str, save: bool
+) -> bool:
+    """Whether cuBLASLt's product with bias and activation is the fastest: where it has the latter.
+
+    NVIDIA H200, 2026-11-26, bf16, forward, us, N = 4 K, M as in ``tiles.py``: relu 193 (K = 1024),
+    59 (512), 180 (768), ours 202, 62, 179, product and pass 254 (1024). gelu_tanh without z 210,
+    69, 200, ours before the cheaper exponential 237, 81, 220. It writes no z, which relu's backward
+    does not need.
+    """
+    fused = activation == "relu" or (activation == "gelu_tanh" and not save)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return fused and half and bias is not None and torch_linear.has_epilogue()
+
+
 def _rows_are_vectors(matrix: Tensor) -> bool:
     rows, columns = matrix.shape
     return (
@@ -68,7 +83,10 @@ def supports_operands(input: Tensor, weight: Tensor) -> str | None:
 def _supports_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> str | None:
-    reason = triton.supports_device(input.device) or supports_operands(input, weight)
+    reason = triton.supports_device(input.device)
+    if reason is None and takes_vendor_epilogue(input.dtype, bias, activation, save):
+        return None if input.numel() and weight.numel() else "nothing to multiply"
+    reason = reason or supports_operands(input, weight)
     if reason is None and not fused_is_faster(weight.shape[1], activation):
         return f"torch's product is faster for K = {weight.shape[1]} and {activation}"
     return reason
@@ -78,6 +96,8 @@ def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     """``fastmp::linear``."""
+    if bias is not None and takes_vendor_epilogue(input.dtype, bias, activation, save):
+        return torch_linear.activated_product(input, weight, bias, activation), input.new_empty(0)
     from fastmp.backends.triton.kernels import linear as kernels
 
     shape = (*input.shape[:-1], weight.shape[0])
