@@ -66,6 +66,7 @@ class Ring(NamedTuple):
     shared: int  # bytes of a block
 
 
+@cache
 def ring_for(row_bytes: int, sm_shared: int) -> Ring | None:
     """The ring for rows of so many bytes; None: two blocks together have too little memory.
 

@@ -46,6 +46,21 @@ def test_the_true_class_of_a_confident_row(served, dtype, classes):
     check_confident_rows(classes, dtype, gradient_on("cpu", GRAD_OUTPUT))
 
 
+VOCABULARIES = [
+    (50257, torch.bfloat16),
+    (32000, torch.float16),
+    (128256, torch.bfloat16),
+    (50257, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("classes", "dtype"), VOCABULARIES)
+def test_vocabularies(served, classes, dtype):
+    z = (torch.randn(3, classes) * 3).to(dtype)
+    a, b = torch.randint(classes, (2, 3))
+    check((z, a, b, torch.rand(3), None, -100, "mean", 0.1, 8.0), scales=(8.0,))
+
+
 def problem(rows=5, classes=1001, dtype=torch.float16, reduction=Reduction.SUM):
     z = torch.randn(rows, classes).to(dtype)
     a, b = torch.randint(classes, (2, rows))
