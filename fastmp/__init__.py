@@ -64,15 +64,29 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+#: Where the names are that are imported when they are first used.
+_LAZY = {
+    "Trainer": "fastmp.training.trainer",
+    "checkpoint": "",
+    "data": "",
+    "graphed": "fastmp.training.graphed",
+    "load": "fastmp.models.run",
+    "transfer": "",
+    "verify": "fastmp.verification",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "data", "transfer"):
-        return importlib.import_module(f"fastmp.{name}")
-    if name == "Trainer":
-        return importlib.import_module("fastmp.training.trainer").Trainer
-    if name == "load":
-        return importlib.import_module("fastmp.models.run").load
-    if name == "graphed":
-        return importlib.import_module("fastmp.training.graphed").graphed
-    if name == "verify":
-        return importlib.import_module("fastmp.verification").verify
-    raise AttributeError(f"module 'fastmp' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastmp' has no attribute {name!r}")
+    try:
+        if not _LAZY[name]:
+            return importlib.import_module(f"fastmp.{name}")
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ImportError as error:  # of a package, or of one of these names by another
+        if error.name is None or error.name.startswith("fastmp"):
+            raise
+        raise ImportError(
+            f"fastmp.{name} needs {error.name!r}; install it with: pip install 'fastmp[train]'",
+            name=error.name,
+        ) from error

@@ -32,17 +32,8 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 
 def _run() -> int:
-    try:
-        from fastmp import cli
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("fastmp"):
-            raise
-        print(
-            f"fastmp: error: the command line needs {error.name!r}; "
-            "install it with: pip install 'fastmp[train]'",
-            file=sys.stderr,
-        )
-        return 2
+    from fastmp import cli
+
     if signal.getsignal(signal.SIGINT) is fastmp._end_at_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

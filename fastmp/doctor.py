@@ -7,12 +7,10 @@ The checks change nothing: no folder is created and no kernel is compiled.
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ import torch
 import fastmp
 from fastmp import backends, files
 from fastmp.backends import cpu, cuda, triton
-from fastmp.backends.cpu import gemm_choice
 
 PACKAGES = ("torch", "numpy", "triton", "cuda-bindings", "tensorboard", "datasets", "pillow")
 COMPILERS = ("c++", "g++", "clang++")
@@ -157,41 +154,3 @@ def _folders() -> Iterator[Finding]:
             problem = f"{nearest} cannot be written: kernels are compiled every time"
             fix = f"export {variable}=/a/folder/of/yours"
         yield Finding("folders", name, found, problem, fix)
-
-
-# ---- the head of a result ----
-
-
-def environment(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Device, date and versions, for the head of a report or of a benchmark's results."""
-    device = torch.device(device)
-    served = [f"{s.op}: {s.backend}" for s in backends.report() if s.device == device.type]
-    return {
-        "device": device_name(device),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "fastmp": fastmp.__version__,
-        "commit": _commit(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "system": f"{platform.platform()}, {os.cpu_count()} CPUs",
-        "backend": cpu.load()[1],
-        "operations": "; ".join(served),
-    }
-
-
-def device_name(device: torch.device | str) -> str:
-    """The GPU's name, or the CPU's with the number of threads."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{gemm_choice.processor().name}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str:
-    """The commit of a checkout; "unknown" for an installed package or without git."""
-    root = Path(fastmp.__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"

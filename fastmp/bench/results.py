@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastmp.bench import pictures
 from fastmp.bench.harness import OURS, Row
-from fastmp.doctor import device_name, environment
+from fastmp.report.environment import device_name, environment
 
 COLUMNS = (
     "case", "fastmp, ms (p20 to p80)", "best baseline, ms", "ratio", "host, ms", "others", "goals",

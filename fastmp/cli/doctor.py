@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import tyro
 from torch import nn
 
 from fastmp import doctor, models
@@ -16,17 +15,19 @@ from fastmp.doctor import Finding
 from fastmp.optim import AdamW
 
 
-@dataclass(frozen=True)
-class Doctor:
-    """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
-
-    model: str | None = None
-    """package.module:factory, a function of nothing: show the bytes that its model trains in."""
+def parser() -> argparse.ArgumentParser:
+    """The flags; argparse, since the installation can be looked at without the extra [train]."""
+    found = argparse.ArgumentParser(prog="fastmp doctor", description=main.__doc__)
+    found.add_argument(
+        "--model", metavar="NAME",
+        help="package.module:factory, a function of nothing: show the bytes its model trains in",
+    )  # fmt: skip
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
     """Show versions, devices, the backend of each operation, and how to fix what is wrong."""
-    options = tyro.cli(Doctor, prog="fastmp doctor", args=arguments)
+    options = parser().parse_args(arguments)
     if options.model is not None:
         with torch.device("meta"):
             model = models.made_by(options.model)

@@ -72,7 +72,7 @@ def run(given: Evaluate) -> None:
     loader = data.loader(
         source, _BATCH, shuffle=False, workers=recipe.workers(recorded), device=device
     )
-    found = confusion.measure(model, loader, len(model.classes), device)
+    found = confusion.measure(model, loader, device)
     if given.json:
         print(json.dumps(_as_json(name, found, model.classes), ensure_ascii=False))
         return

@@ -14,9 +14,9 @@ import torch
 import tyro
 
 from fastmp import recipe
-from fastmp.cli import results
 from fastmp.distributed.rendezvous import World
 from fastmp.recipe import DTYPES, TrainConfig
+from fastmp.report.run import attempt
 from fastmp.training import lr_find
 
 
@@ -88,7 +88,7 @@ def run(given: LrFind) -> None:
 
         lr_curve.draw(found, given.picture)
 
-    results.attempt(str(given.picture), draw)
+    attempt(str(given.picture), draw)
     if math.isnan(found.suggestion):
         raise lr_find.RangeTestError(
             f"no suggestion: the loss did not fall from low={given.low:g} on before it was lowest; "

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-
-from fastmp import backends, doctor
+from fastmp import data, recipe
+from fastmp.checkpoint import weights
+from fastmp.data import Dataset, folders
+from fastmp.models import run as runs
 from fastmp.recipe import TrainConfig
-from fastmp.training import log
+from fastmp.report import html
+from fastmp.report import run as report
+from fastmp.report.environment import environment
+from fastmp.report.run import attempt
+from fastmp.training import confusion, results
+from fastmp.training.confusion import Confusion
 from fastmp.training.trainer import Trainer
+
+_CLASSES = 12  # names that are shown
 
 
 @contextmanager
-def reported(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
+def reported(
+    config: TrainConfig, dataset: Dataset, trainer: Trainer, command: str
+) -> Iterator[None]:
     """After the block, also after an error or a signal in it, write the files and print the table.
 
     The weights are saved by then: where a file cannot be written, a warning says why. After an
@@ -28,76 +38,48 @@ def reported(config: TrainConfig, trainer: Trainer) -> Iterator[None]:
             error.filename = str(trainer.folder)
         raise
     except BaseException:
-        _write_files(config, trainer)
+        _write_files(config, dataset, trainer, command)
         raise
-    _write_files(config, trainer)
+    _write_files(config, dataset, trainer, command)
     if trainer.world.is_first:
-        attempt("the table", lambda: print(_table(_facts(config, trainer))))
+        print(f"\n{results.table(_facts(config, trainer))}")
 
 
-def _write_files(config: TrainConfig, trainer: Trainer) -> None:
+def _write_files(config: TrainConfig, dataset: Dataset, trainer: Trainer, command: str) -> None:
     out = trainer.folder
     if out is None or not trainer.step or not trainer.world.is_first:
         return
-    title = f"{config.model} on {config.data}, {config.dtype}"
 
-    def draw() -> None:
-        from fastmp.report import curves  # imports Matplotlib
+    found = None
+    if (out / weights.FILE).exists():  # the run has ended
+        found = attempt("the confusion matrix", lambda: _confusion(out, config, dataset, trainer))
+    page = html.Page(
+        f"{config.model} on {config.data}, {config.dtype}",
+        _facts(config, trainer),
+        environment(trainer.device),
+        command=command,
+        data={
+            "training images": f"{len(dataset.train):,} of {'x'.join(map(str, dataset.shape))}",
+            "val images": f"{len(dataset.test):,}",
+            "classes": f"{len(dataset.classes)}: {folders.few(dataset.classes, _CLASSES)}",
+        },
+        recipe=recipe.effective(config),
+        classes=dataset.classes,
+        confusion=found,
+    )
+    report.write(out, page)
 
-        curves.draw(out, title)
 
-    def write_page() -> None:
-        from fastmp.report import html
-
-        html.write(out, title, _facts(config, trainer), doctor.environment(trainer.device))
-
-    attempt("curves.png", draw)
-    attempt("report.html", write_page)
-
-
-def attempt(name: str, make: Callable[[], object]) -> None:
-    """Call ``make``; an error of any kind is a warning: a report must not lose its run."""
-    try:
-        make()
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        print(
-            f"fastmp: warning: {name} could not be made: {type(error).__name__}: {reason}",
-            file=sys.stderr,
-        )
+def _confusion(out: Path, config: TrainConfig, dataset: Dataset, trainer: Trainer) -> Confusion:
+    """Of the model that the run leaves, over the images for validation."""
+    model = runs.load(out, device=trainer.device)
+    loader = data.loader(
+        dataset.test, 256, shuffle=False, workers=recipe.workers(config), device=trainer.device
+    )
+    return confusion.measure(model, loader, trainer.device)
 
 
 def _facts(config: TrainConfig, trainer: Trainer) -> dict[str, str]:
     """The results of the run, from its log, which includes the steps before a resume."""
-    assert trainer.folder is not None
-    epochs = log.read(trainer.folder / log.FILE, "epoch")
-    seconds = sum(row["seconds"] for row in epochs)
-    samples = sum(row["seconds"] * row["samples_per_second"] for row in epochs)
     masters = "" if config.dtype == "fp32" else ", fp32 masters"
-    facts = {}
-    if epochs:
-        facts["test accuracy"] = f"{epochs[-1]['val_accuracy']:.2%} after {len(epochs)} epochs"
-        facts["training time"] = f"{seconds:.1f} s"
-        facts["speed"] = f"{samples / seconds:,.0f} samples/s"
-    facts["weights"] = f"{config.dtype}{masters}"
-    facts["skipped steps"] = f"{int(trainer.optimizer.skipped_steps)} of {trainer.step}"
-    facts["peak memory"] = f"{_peak_memory(trainer.device) / 2**20:,.0f} MiB"
-    for served in backends.report():
-        if served.device == trainer.device.type:
-            facts[served.op] = f"{served.backend} ({served.reason})"
-    return facts
-
-
-def _table(facts: dict[str, str]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in facts.items())])
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the peak of the device's allocator, or on the CPU of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # does not exist on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {**trainer.facts(), "weights": f"{config.dtype}{masters}"}  # shards are fp32

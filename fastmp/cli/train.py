@@ -49,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     """Train an image classifier with mixed precision, mixup, label smoothing and one-cycle."""
     given = _parsed(arguments)
     with rendezvous.torchrun_group(recipe.device_of(given.recipe)) as world:
-        run(given.recipe, world, resume=given.resume)
+        command = shlex.join(["fastmp", "train", *arguments])
+        run(given.recipe, world, resume=given.resume, command=command)
 
 
 def _parsed(arguments: Sequence[str]) -> Train:
@@ -76,15 +77,23 @@ def _parsed(arguments: Sequence[str]) -> Train:
     return dataclasses.replace(given, recipe=given.recipe.one_lr(defaults))
 
 
-def run(config: TrainConfig, world: World, *, resume: bool = False) -> None:
-    """Train with this recipe; write metrics, checkpoints, curves and a report to a folder."""
+def run(config: TrainConfig, world: World, *, resume: bool = False, command: str = "") -> None:
+    """Train with this recipe; write metrics, checkpoints, curves and a report to a folder.
+
+    Args:
+        config: not resolved.
+        world: the processes that train together.
+        resume: go on with the run in the folder.
+        command: the line that started it, for the report.
+    """
     config.resolved(world.size)  # refused before any work
     out = world.broadcast_object(_run_folder(config, resume))
     with _held(out) if world.is_first else nullcontext():
-        _train(dataclasses.replace(config, out=out), out, world, resuming=resume)
+        config = dataclasses.replace(config, out=out)
+        _train(config, out, world, resuming=resume, command=command)
 
 
-def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> None:
+def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool, command: str) -> None:
     def print_rank0(text: str) -> None:
         if world.is_first:
             print(text)
@@ -127,7 +136,7 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool) -> No
     if loaded and remaining:
         where = f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}"
         print_rank0(f"{where}; changed: {changed}" if changed else where)
-    with results.reported(config, trainer):
+    with results.reported(config, dataset, trainer, command):
         if remaining:
             # the lr as given: a run resumed on another number of devices scales it again
             with _recorded(dataclasses.replace(config, lr=given.lr), dataset, trainer):
@@ -194,7 +203,7 @@ def _summary(
     few = f"\n{few}{config.batch_size:,} gives more" if steps == 1 else ""
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
-        f"test images of {'x'.join(map(str, dataset.shape))}, {len(dataset.classes)} classes\n"
+        f"val images of {'x'.join(map(str, dataset.shape))}, {len(dataset.classes)} classes\n"
         + "".join(f"  {note}\n" for note in dataset.notes)
         + f"{config.model}: {size:,} parameters, on {machine}\n"
         f"global batch: {batch:,}{parts}; {_count(steps, 'step')} an epoch; "

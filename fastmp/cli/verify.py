@@ -2,82 +2,102 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-import tyro
-from tqdm import tqdm
 
-from fastmp import doctor, recipe, verification
-from fastmp.recipe import DTYPES, TrainConfig
-from fastmp.recipe.config import COUNT, SEED
+from fastmp import verification
+from fastmp.report import environment
 from fastmp.verification import Check
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VerificationFailed(Exception):
     """An error is larger than its limit."""
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Check every operation against fp64 and against torch, on this machine."""
+class VerifyError(ValueError):
+    """An argument out of its range."""
 
-    device: str = "auto"
-    """Device: cpu, cuda, cuda:1, ...; auto: cuda if there is one."""
 
-    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
-    """Types of the values."""
-
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Also check a model: mlp, convnet, vit, or package.module:factory."""
-
-    in_shape: tuple[int, int, int] = (1, 28, 28)
-    """Channels, height and width of the model's images."""
-
-    classes: int = 10
-    """Classes of the model."""
-
-    seed: int = 0
-    """Seed of the random values."""
-
-    every: bool = False
-    """Print every value, not only the one nearest its limit of each operation, shape and type."""
+def parser() -> argparse.ArgumentParser:
+    """The flags; argparse, since the numerics can be checked without the extra [train]."""
+    found = argparse.ArgumentParser(prog="fastmp verify", description=main.__doc__)
+    add = found.add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="types of the values; default: all",
+    )
+    add(
+        "--model", metavar="NAME", help="also a model: mlp, convnet, vit, or package.module:factory"
+    )
+    add(
+        "--in-shape", nargs=3, type=int, default=[1, 28, 28], metavar=("C", "H", "W"),
+        help="shape of the model's images; default: 1 28 28",
+    )  # fmt: skip
+    add("--classes", type=int, default=10, help="classes of the model; default: 10")
+    add("--seed", type=int, default=0, help="seed of the random values; default: 0")
+    add(
+        "--every", action="store_true",
+        help="print every value, not only the one nearest its limit of each operation and type",
+    )  # fmt: skip
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check every operation against fp64 and against torch, on this machine."""
-    run(tyro.cli(Verify, prog="fastmp verify", args=arguments))
+    run(parser().parse_args(arguments))
 
 
-def run(given: Verify) -> None:
+def run(given: argparse.Namespace) -> None:
     """Print the table.
 
     Raises:
-        ConfigError: an argument out of its range.
+        VerifyError: an argument out of its range.
         VerificationFailed: an error is larger than its limit.
     """
-    SEED.check("seed", given.seed)
-    for name, value in (("classes", given.classes), *(("in_shape", n) for n in given.in_shape)):
-        COUNT.check(name, value)
-    device = recipe.device_of(TrainConfig(device=given.device))
+    counts = [("classes", given.classes), *(("in_shape", n) for n in given.in_shape)]
+    for name, value, low in (("seed", given.seed, 0), *((*count, 1) for count in counts)):
+        if not low <= value < 2**31:
+            raise VerifyError(f"{name}: expected a whole number of at least {low}, got {value}")
+    try:
+        device = environment.working_device(given.device)
+    except ValueError as error:
+        raise VerifyError(f"device: {error}") from error
     dtypes = [DTYPES[name] for name in given.dtypes]
     found = verification.checks(
-        device, dtypes, given.model, given.in_shape, given.classes, given.seed
+        device, dtypes, given.model, tuple(given.in_shape), given.classes, given.seed
     )
-    done = list(tqdm(found, desc="verify", unit=" checks", leave=False, disable=None))
-    print(f"on {doctor.device_name(device)}, errors relative to the largest value\n")
+    done = list(_with_progress(found))
+    print(f"on {environment.device_name(device)}, errors relative to the largest value\n")
     print(table(done if given.every else closest(done)))
     failed = [check for check in done if not check.passed]
     print(f"\n{len(done) - len(failed)} of {len(done)} checks passed", file=sys.stdout)
     if failed:
-        worst = failed[0]
+        worst, count = failed[0], f"{len(failed)} checks failed, the first of them"
         raise VerificationFailed(
-            f"{len(failed)} checks failed, the first of them {worst.op}, {worst.value}, "
+            f"{'1 check failed,' if len(failed) == 1 else count} {worst.op}, {worst.value}, "
             f"{worst.dtype}: please report this with the output of `fastmp doctor`"
         )
+
+
+def _with_progress(checks: Iterable[Check]) -> Iterable[Check]:
+    """The checks, counted on a terminal where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return checks
+    counted: Iterable[Check] = tqdm(
+        checks, desc="verify", unit=" checks", leave=False, disable=None
+    )
+    return counted
 
 
 def closest(checks: Iterable[Check]) -> list[Check]:

@@ -49,9 +49,9 @@ def shown(name: str | os.PathLike[str]) -> str:
     return os.fspath(name).encode("utf-8", "backslashreplace").decode()
 
 
-def few(names: Sequence[str]) -> str:
-    """Names for a message, the first three of many."""
-    return ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Names for a message, the first ``most`` of many."""
+    return ", ".join(map(shown, names[:most])) + (", ..." if len(names) > most else "")
 
 
 @dataclass(frozen=True)

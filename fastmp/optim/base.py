@@ -74,6 +74,10 @@ class FusedOptimizer(AveragedOptimizer):
     def max_grad_norm(self, value: float | None) -> None:
         self.__dict__["max_grad_norm"] = norm_limit(value)
 
+    def __repr__(self) -> str:
+        """As torch's, with the norm that all groups together are clipped to."""
+        return f"{super().__repr__()[:-1]}max_grad_norm: {self.max_grad_norm}\n)"
+
     def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ from fastmp.recipe.build import (
 )
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
 from fastmp.recipe.dtype_choice import choose_dtype
+from fastmp.recipe.effective import effective
 from fastmp.recipe.toml import make_folder, read_toml, write_toml
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "build_trainer",
     "choose_dtype",
     "device_of",
+    "effective",
     "load_data",
     "load_pretrained",
     "loaders",

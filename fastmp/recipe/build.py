@@ -16,6 +16,7 @@ from fastmp.distributed import fsdp, rendezvous
 from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
 from fastmp.recipe.config import ConfigError, TrainConfig
+from fastmp.report.environment import working_device
 from fastmp.schedule import Constant, Cosine, Cyclic, OneCycle, Schedule, Warmup
 from fastmp.training.trainer import Trainer
 
@@ -26,18 +27,10 @@ def device_of(config: TrainConfig) -> torch.device:
     Raises:
         ConfigError: this machine has no such device.
     """
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = rendezvous.own_device(kind)
-        torch.zeros(1, device=device).item()  # which "meta" has not
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: expected one that works here, got {config.device!r}: {reason}"
-        ) from error
-    return device
+        return working_device(config.device)
+    except ValueError as error:
+        raise ConfigError(f"device: {error}") from error
 
 
 def load_data(config: TrainConfig) -> Dataset:

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 import fastmp
-from fastmp import doctor, files
+from fastmp import files
 from fastmp.backends.cpu import gemm_choice
 from fastmp.data import Dataset
 from fastmp.distributed.rendezvous import World
 from fastmp.recipe import dtype_probe
 from fastmp.recipe.build import build_trainer
 from fastmp.recipe.config import DTYPES, DtypeName, TrainConfig
+from fastmp.report.environment import device_name
 from fastmp.training.trainer import Trainer
 
 FILE = "dtype-choice.json"  # in the cache folder
@@ -78,7 +79,7 @@ def _key(config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.
     """What the speed depends on."""
     return ", ".join(
         (
-            doctor.device_name(device),
+            device_name(device),
             f"torch {torch.__version__}",
             f"fastmp {fastmp.__version__}",
             f"{config.model} of {sum(p.numel() for p in model.parameters())} parameters",

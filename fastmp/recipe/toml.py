@@ -21,6 +21,8 @@ def read_toml(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path}: not found") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"config file {path}: expected TOML, got: {error}") from error
     types = get_type_hints(TrainConfig)

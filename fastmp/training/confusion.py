@@ -58,7 +58,6 @@ class Confusion:
 def measure(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
-    classes: int,
     device: torch.device,
 ) -> Confusion:
     """Run a model over labelled images.
@@ -67,14 +66,21 @@ def measure(
         model: images (N, C, H, W) to logits (N, classes); in eval mode.
         batches: of images (N, C, H, W) and labels int64 (N,), or class probabilities (N, classes);
             labels that are no class are left out.
-        classes: number of them.
         device: of the model.
+
+    Raises:
+        ValueError: no batches, or logits that are not (N, classes).
     """
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts: Tensor | None = None
     worst: list[tuple[float, int, Mistake]] = []
     seen = 0
     for images, labels in batches:
         shares = model(images.to(device)).float().softmax(1).cpu()
+        if shares.dim() != 2:
+            raise ValueError(f"expected logits (N, classes), got {tuple(shares.shape)}")
+        classes = shares.shape[1]
+        if counts is None:
+            counts = torch.zeros(classes, classes, dtype=torch.int64)
         labels = (labels.argmax(1) if labels.dim() > 1 else labels).cpu()
         known = (labels >= 0) & (labels < classes)
         probabilities, predicted = shares.max(1)
@@ -88,4 +94,6 @@ def measure(
             if len(worst) > WORST:
                 heapq.heappop(worst)
         seen += len(labels)
+    if counts is None:
+        raise ValueError("the loader gave no batches; expected at least one")
     return Confusion(counts, tuple(entry[2] for entry in sorted(worst, reverse=True)))

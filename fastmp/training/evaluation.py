@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,18 @@ class Evaluation:
 
     loss: float
     accuracy: float
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in eval mode; afterwards it is as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            transfer.train_mode(model)
 
 
 @torch.no_grad()
@@ -53,20 +66,16 @@ def evaluate(
     padding_steps = 0 if settings.shards is None else _padding_steps(loader, world)
     if world.size > 1:  # every rank has its own batch norm statistics: rank 0's count
         data_parallel.broadcast_buffers(model)
-    training = model.training
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    try:
-        for images, labels in loader:
-            images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+    with eval_mode(model):
+        for batch in loader:
+            pair = settings.prepare_batch(batch)
+            images, labels = (t.to(device, non_blocking=True) for t in pair)
             logits = model(prepare(images))
             sums += _sums(settings.criterion, logits, labels)
             after_batch()
         for _ in range(padding_steps):
             model(prepare(images))
-    finally:
-        if training:
-            transfer.train_mode(model)
     loss_sum, divisor, correct, counted = world.sum(sums).tolist()
     if divisor == 0 or counted == 0:
         raise ValueError("the loader gave no batches with labels that count; expected at least one")

@@ -70,7 +70,8 @@ class Log:
             return
         if tags and (events := self._open_events()) is not None:
             for name, tag in tags.items():
-                events.add_scalar(tag, float(row[name]), row["step"])
+                if row[name] is not None:
+                    events.add_scalar(tag, float(row[name]), row["step"])
 
     def resume(self, step: int) -> None:
         """Go on after ``step``: the next row first drops all rows after it, and notes it.

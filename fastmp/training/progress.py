@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastmp.distributed.rendezvous import World
-from fastmp.training.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from fastmp.training.evaluation import Evaluation  # its settings have these results
 
 MAX_SKIPS_IN_A_ROW = 20  # 20 halvings take 65536 to 0.06: the loss scale is not the reason
 MIN_SCALE = 1.0  # a smaller one flushes small gradients to zero instead of saving them
@@ -38,21 +41,25 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: its number from 1, losses, accuracy in [0, 1], seconds of training, speed."""
+    """One epoch: its number from 1, losses, accuracy in [0, 1], seconds of training, speed.
+
+    Loss and accuracy of the validation are None without one.
+    """
 
     epoch: int
     train_loss: float
-    val_loss: float
-    val_accuracy: float
+    val_loss: float | None
+    val_accuracy: float | None
     seconds: float
     samples_per_second: float
 
     def __str__(self) -> str:
-        return (
-            f"train loss {self.train_loss:.4f}  val loss {self.val_loss:.4f}  "
-            f"accuracy {self.val_accuracy:.2%}  {self.seconds:.1f} s  "
-            f"{self.samples_per_second:,.0f} samples/s"
-        )
+        """At most 66 columns: with its name an epoch is a line of a terminal of 80."""
+        parts = [f"loss {self.train_loss:.3f}"]
+        if self.val_loss is not None and self.val_accuracy is not None:
+            parts += [f"val {self.val_loss:.3f}", f"accuracy {self.val_accuracy:.2%}"]
+        seconds = f"{self.seconds:.1f}" if self.seconds < 100 else f"{self.seconds:,.0f}"
+        return "  ".join([*parts, f"{seconds} s", f"{self.samples_per_second:,.0f} samples/s"])
 
 
 @dataclass
@@ -68,13 +75,13 @@ class Progress:
     seconds: float = 0.0  # of training in this epoch
     skips_in_a_row: int = 0
 
-    def result(self, evaluation: Evaluation) -> EpochResult:
-        """The results of the finished epoch."""
+    def result(self, evaluation: Evaluation | None) -> EpochResult:
+        """The results of the finished epoch; None: there was no validation."""
         return EpochResult(
             epoch=self.epoch + 1,
             train_loss=self.loss / self.steps,
-            val_loss=evaluation.loss,
-            val_accuracy=evaluation.accuracy,
+            val_loss=None if evaluation is None else evaluation.loss,
+            val_accuracy=None if evaluation is None else evaluation.accuracy,
             seconds=self.seconds,
             samples_per_second=self.samples / self.seconds,
         )

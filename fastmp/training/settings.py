@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from fastmp.distributed.rendezvous import World
 from fastmp.distributed.sampling import Splitter
 from fastmp.nn import CrossEntropyLoss
 from fastmp.optim.base import FusedOptimizer
+from fastmp.training.batches import Prepare
+from fastmp.training.progress import EpochResult, StepResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +31,9 @@ class Settings:
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` below 1, ``save_every`` below 0, ``shards`` with a setting
-            that needs whole parameters, or, with several ranks, a model that is wrapped for them.
+        ValueError: ``accumulate`` below 1, ``save_every`` below 0, ``report`` without a folder,
+            fp16 weights without an enabled scaler, ``shards`` with a setting that needs whole
+            parameters, or, with several ranks, a model that is wrapped for them.
     """
 
     model: nn.Module
@@ -46,6 +50,11 @@ class Settings:
     folder: Path | None
     save_every: int
     keep: int
+    prepare_batch: Prepare
+    on_step: Callable[[StepResult], object] | None
+    on_epoch: Callable[[EpochResult], object] | None
+    report: bool
+    progress: bool
     world: World
 
     def __post_init__(self) -> None:
@@ -63,6 +72,9 @@ class Settings:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.save_every < 0:
             raise ValueError(f"save_every must be at least 0, got {self.save_every}")
+        if self.report and self.folder is None:
+            raise ValueError("report=True writes into the folder of the run, got folder=None")
+        self._check_scaler()
         wrapped = [
             type(m).__name__
             for m in self.model.modules()
@@ -78,6 +90,15 @@ class Settings:
         ):
             raise ValueError(
                 "ema, unfreeze, cuda_graph, telemetry: expected none of them with shards"
+            )
+
+    def _check_scaler(self) -> None:
+        groups = self.optimizer.param_groups
+        trained = {p.dtype for g in groups for p in g["params"] if p.requires_grad}
+        if torch.float16 in trained and not self.scaler.is_enabled():
+            raise ValueError(
+                "fp16 weights need a loss scale, or small gradients become 0: pass "
+                "scaler=fastmp.amp.GradScaler(device), enabled, or train in bf16"
             )
 
     @cached_property

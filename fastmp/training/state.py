@@ -138,12 +138,13 @@ class TrainState:
         guess, they agree before every step, for which a GPU is waited for.
         """
         done, device = self.progress.batch, self._settings.device
-        batches = data_position.batches(self._loader, done, self._epoch_start, device)
+        drawn = data_position.batches(self._loader, done, self._epoch_start, device)
+        batches = map(self._settings.prepare_batch, drawn)
         world, several = self._settings.world, self._settings.world.size > 1
         is_stream = isinstance(getattr(self._loader, "dataset", None), IterableDataset)
         common = self._common_batches() if several and not is_stream else None
         if common is not None:
-            batches = islice(batches, max(common - done, 0))
+            batches = map(self._settings.prepare_batch, islice(drawn, max(common - done, 0)))
         while True:
             group = list(islice(batches, self._settings.accumulate))
             if several and common is None:

@@ -57,7 +57,7 @@ class StepLog:
     ) -> None:
         self._settings = settings
         self._state = state
-        self._step_fn = step_fn
+        self.step_fn = step_fn
         self._stop_signal = stop_signal
         self._in_flight = int(settings.device.type == "cuda")
         self._records: deque[Record] = deque()
@@ -124,6 +124,8 @@ class StepLog:
         progress.steps += 1
         log.write("step", epoch=progress.epoch + 1, **asdict(step))
         parameter = self._settings.optimizer.param_name(int(first_nonfinite))
+        if self._settings.on_step is not None and self._settings.world.is_first:
+            self._settings.on_step(step)
         if skipped:
             log.write("overflow", step=step.step, parameter=parameter)
         if counts:
@@ -133,7 +135,7 @@ class StepLog:
 
     def _lr_of(self, applied: int) -> float:
         """The learning rate of the step that followed ``applied`` applied ones."""
-        optimizer, schedule = self._settings.optimizer, self._step_fn.followed
+        optimizer, schedule = self._settings.optimizer, self.step_fn.followed
         if schedule is None:
             return optimizer.lr_after(applied)
         lr, momentum = evaluate(schedule, applied)

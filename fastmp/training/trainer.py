@@ -12,16 +12,14 @@ are copied to the host in the background, and read and logged when the next step
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fastmp import transfer
 from fastmp.amp import GradScaler
@@ -31,11 +29,15 @@ from fastmp.distributed.fsdp import Shards
 from fastmp.distributed.rendezvous import World
 from fastmp.optim.base import FusedOptimizer
 from fastmp.schedule import Schedule
+from fastmp.training import log
+from fastmp.training.batches import Prepare, as_pair
 from fastmp.training.ema import EMA
 from fastmp.training.evaluation import Evaluation, evaluate
-from fastmp.training.progress import EpochResult, NonFiniteLoss, RunStopped
+from fastmp.training.loop import Loop
+from fastmp.training.progress import EpochResult, NonFiniteLoss, RunStopped, StepResult
+from fastmp.training.results import Results, facts
 from fastmp.training.settings import Settings
-from fastmp.training.signals import StopSignal, Terminated
+from fastmp.training.signals import StopSignal
 from fastmp.training.state import TrainState
 from fastmp.training.step import Batch, TrainStep
 from fastmp.training.step_log import StepLog
@@ -64,13 +66,19 @@ class Trainer:
         folder: of metrics.jsonl, events/ and checkpoints/, one run's at a time; None: no files.
         save_every: steps between checkpoints, besides those after every epoch; 0: only those.
         keep: newest checkpoints to keep, besides the best.
+        prepare_batch: makes (images, labels) of what the loaders give; by default pairs and
+            dictionaries with the usual names are taken.
+        on_step, on_epoch: called with the results of a step, on a GPU one step later, and of an
+            epoch, on the first rank: ``on_epoch=lambda epoch: wandb.log(asdict(epoch))``.
+        report: write curves.png and report.html into the folder when ``fit`` ends.
         progress: show a progress bar and a line per epoch.
         world: the processes that train together; None: all of the process group, if there is one.
 
     Raises:
         TypeError: an optimizer that is not fastmp's, or mixup with a loss that is not.
-        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0, ``shards`` with a
-            setting that needs whole parameters, or, with several ranks, a model wrapped for them.
+        ValueError: ``accumulate`` or ``keep`` below 1, ``save_every`` below 0, ``report`` without a
+            folder, fp16 weights without an enabled scaler, ``shards`` with a setting that needs
+            whole parameters, or, with several ranks, a model wrapped for them.
     """
 
     def __init__(
@@ -91,10 +99,15 @@ class Trainer:
         folder: str | os.PathLike[str] | None = None,
         save_every: int = 0,
         keep: int = 2,
+        prepare_batch: Prepare = as_pair,
+        on_step: Callable[[StepResult], object] | None = None,
+        on_epoch: Callable[[EpochResult], object] | None = None,
+        report: bool = False,
         progress: bool = True,
         world: World | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
+        world = rendezvous.joined() if world is None else world
         self.settings = settings = Settings(
             model=model,
             optimizer=optimizer,
@@ -110,19 +123,24 @@ class Trainer:
             folder=None if folder is None else Path(folder),
             save_every=save_every,
             keep=keep,
-            world=rendezvous.joined() if world is None else world,
+            prepare_batch=prepare_batch,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            report=report,
+            progress=progress and world.is_first,
+            world=world,
         )
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.scaler, self.mixup, self.accumulate = settings.scaler, mixup, accumulate
-        self.shards, self.folder, self.world = shards, settings.folder, settings.world
-        self.progress = progress and self.world.is_first
+        self.shards, self.folder, self.world = shards, settings.folder, world
         self.ema = None if ema is None else EMA(model, ema, optimizer)
         self._state = TrainState(settings, self.ema)
-        self._log, self.checkpoints = self._state.log, self._state.checkpoints
+        self.checkpoints = self._state.checkpoints
         self._stop_signal = StopSignal(self.world)
         self._step_fn = TrainStep(settings, self.ema, self._state.place)
         self._step_fn.set_schedule(schedule)
         self._steps = StepLog(settings, self._state, self._step_fn, self._stop_signal)
+        self._loop = Loop(settings, self._state, self._steps, self._stop_signal, self.evaluate)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -146,13 +164,21 @@ class Trainer:
     # ---- the loop ----
 
     def fit(
-        self, train_loader: Iterable[Batch], val_loader: Iterable[Batch], epochs: int
-    ) -> list[EpochResult]:
+        self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, epochs: int = 1
+    ) -> Results:
         """Train for ``epochs`` epochs, evaluating and saving after each.
 
         After ``resume`` the first of them is the rest of the interrupted one. With several ranks a
         ``DataLoader`` is split: its batch size is that of a rank, rank 0 draws the order. Any other
         loader gives this rank's batches; an epoch ends on all ranks with the shortest.
+
+        Args:
+            train_loader: of batches that ``prepare_batch`` takes.
+            val_loader: likewise; None: no validation.
+            epochs: to train, besides those that are finished.
+
+        Returns:
+            the epochs, a list; printed, they show the run in short as ``fastmp train`` does.
 
         Raises:
             RunStopped: the loss turned non-finite, more than 20 steps in a row were skipped, or the
@@ -161,61 +187,21 @@ class Trainer:
             DataError: a batch cannot be read; on one rank the state is saved first.
             ValueError: a loader without batches, or the same ones on several ranks.
         """
-        results: list[EpochResult] = []
-        last = self.epoch + epochs
         self._state.attach_loader(train_loader, self.schedule)
-        steps = self._state.remaining_steps(epochs)
-        try:
-            with self._state.held(), self._stop_signal.deferred(), self._step_fn.run(steps):
-                while self.epoch < last:
-                    results.append(self._epoch(val_loader, last))
-                    self._state.save_in_folder(score=results[-1].val_accuracy)
-                    self._stop_signal.exchange()
-        except RunStopped as stopped:
-            raise type(stopped)(f"{stopped}; {self._save_and_wait()}") from None
-        except KeyboardInterrupt as stop:
-            if self.world.size > 1 and not self._stop_signal.agreed:
-                raise  # the other ranks are within a step: there is no common state to save
-            how = "terminated" if isinstance(stop, Terminated) else "interrupted"
-            raise type(stop)(f"{how} at step {self.step}; {self._save_and_wait()}") from None
-        finally:
-            self._log.close()
-        self._state.wait()
+        results = Results(self._loop.run(val_loader, epochs))
+        results.facts = self.facts(results)
+        if self.settings.report and self.world.is_first:
+            from fastmp.report.run import write_of_trainer  # which imports this module
+
+            write_of_trainer(self, val_loader)
         return results
 
-    def _epoch(self, val_loader: Iterable[Batch], last: int) -> EpochResult:
-        self._step_fn.begin_epoch(self.epoch)
-        self._state.begin_epoch()
-        name = f"epoch {self.epoch + 1}/{last}"
-        with tqdm(
-            total=self._state.batches_an_epoch, initial=self._state.progress.batch, desc=name,
-            leave=False, disable=None if self.progress else True,  # None: only on a terminal
-        ) as bar, self._state.saved_if_unreadable(self._save_and_wait):  # fmt: skip
-            self._train_epoch(bar)
-        with self._state.saved_first():
-            result = self._state.progress.result(self.evaluate(val_loader))
-        self._state.progress = self._state.progress.next_epoch()
-        self._log.write("epoch", step=self.step, **asdict(result))
-        if self.progress:
-            tqdm.write(f"{name:>11}  {result}")
-        return result
-
-    def _train_epoch(self, bar: tqdm[Any]) -> None:
-        """The remaining steps of the epoch."""
-        progress, save_every = self._state.progress, self.settings.save_every
-        before, started = progress.seconds, time.perf_counter()
-        for group in self._state.groups():
-            self.train_step(group)
-            progress.batch += len(group)
-            progress.samples += self.world.size * sum(len(labels) for _, labels in group)
-            progress.seconds = before + time.perf_counter() - started
-            self._stop_signal.raise_if_agreed()
-            if save_every and self.step % save_every == 0:
-                self._steps.log_all()
-                self._state.save_in_folder()
-            bar.set_postfix_str(self._steps.progress_text(), refresh=False)
-            bar.update(len(group))
-        self._steps.log_all()
+    def facts(self, epochs: Sequence[EpochResult] = ()) -> dict[str, str]:
+        """The run in short, by name: from its log, or without a folder from ``epochs``."""
+        rows = [asdict(epoch) for epoch in epochs]
+        if self.folder is not None and self.world.is_first:
+            rows = log.read(self.folder / log.FILE, "epoch")
+        return facts(rows, self.model, int(self.optimizer.skipped_steps), self.step)
 
     def train_step(self, group: list[Batch]) -> None:
         """One optimizer step, on the batches of ``group`` and of the other ranks as one.
@@ -225,7 +211,7 @@ class Trainer:
         Raises:
             ValueError: no batch, or more than ``accumulate``.
         """
-        self._steps.add(self._step_fn(group))
+        self._steps.add(self._step_fn([self.settings.prepare_batch(batch) for batch in group]))
         self._steps.log_finished()
 
     def last_loss(self) -> float:
@@ -246,15 +232,6 @@ class Trainer:
         """
         with self.ema.swapped_in() if self.ema is not None else nullcontext():
             return evaluate(self.settings, loader, self._stop_signal.poll)
-
-    def _save_and_wait(self) -> str:
-        with suppress(RunStopped):
-            self._steps.log_all()
-        if self.folder is None:
-            return "the state was not saved: the trainer has no folder"
-        self._state.save_in_folder()
-        self._state.wait()
-        return f"the state is saved in {self.folder / 'checkpoints'}"
 
     # ---- state: every rank must call these ----
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -29,7 +27,7 @@ from tests.cli.runs import FAST, newest
         (["--momentum", "1"], "momentum: expected a number of at least 0 and below 1, got 1.0"),
         (["--max-grad-norm", "0"], "max_grad_norm: expected a number above 0, got 0.0"),
         (["--device", "abacus"], "device: expected one that works here, got 'abacus'"),
-        (["--config", "absent.toml"], "config file absent.toml: expected TOML, got:"),
+        (["--config", "absent.toml"], "config file absent.toml: not found"),
         (["--config", "broken.toml"], "config file broken.toml: expected TOML, got:"),
         (
             ["--config", "unknown.toml"],
@@ -102,17 +100,3 @@ def test_help_and_bad_usage(capsys):
         code, shown = usage(capsys, *wrong)
         assert code == 2
         assert wrong[-1] in shown
-
-
-def test_a_missing_package_is_named_with_its_extra(tmp_path):
-    # an interpreter without tyro
-    program = (
-        "import sys; sys.modules['tyro'] = None\nfrom fastmp.__main__ import main; sys.exit(main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert "the command line needs 'tyro'; install it with: pip install 'fastmp[train]'" in (
-        done.stderr
-    )

@@ -293,7 +293,7 @@ def test_nothing_after_the_training_loses_its_result(tmp_path, harm):
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"fastmp: warning: {message}")
-    assert "test accuracy" in done.stdout
+    assert "val accuracy" in done.stdout
     assert newest(tmp_path / "run")["progress"]["epoch"] == 2
 
 

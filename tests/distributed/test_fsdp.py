@@ -77,7 +77,7 @@ def test_the_command_line_trains_in_shards(tmp_path):
     where = ["--out", tmp_path / "run"]
     done = torchrun("-m", "fastmp", "train", *flags, *where)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(re.search(r"test accuracy +([\d.]+)%", done.stdout)[1]) > 80
+    assert float(re.search(r"val accuracy +([\d.]+)%", done.stdout)[1]) > 80
     state = Checkpoints(tmp_path / "run" / "checkpoints").load_newest()
     assert state["model"]["0.weight"].shape == (32, 1, 3, 3)
     again = torchrun("-m", "fastmp", "train", *where, "--resume", "--epochs", "3")

@@ -157,3 +157,9 @@ def test_a_limit_that_is_one_is_taken(limit):
     optimizer = fastmp.optim.SGD(parameters(), lr=1.0, max_grad_norm=1.0)
     optimizer.max_grad_norm = limit
     assert optimizer.max_grad_norm == limit
+
+
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_repr_shows_the_norm_that_gradients_are_clipped_to(limit):
+    optimizer = fastmp.optim.AdamW([torch.nn.Parameter(torch.ones(2))], max_grad_norm=limit)
+    assert repr(optimizer).endswith(f"    weight_decay: 0.01\nmax_grad_norm: {limit}\n)")

@@ -38,9 +38,9 @@ def batches(count, size=8, dtype=torch.float32):
     ]
 
 
-def trainer_for(model, *, lr=0.05, criterion=None, momentum=0.9, **options):
+def trainer_for(model, *, lr=0.05, criterion=None, momentum=0.9, show=False, **options):
     optimizer = fastmp.optim.SGD(list(model.named_parameters()), lr=lr, momentum=momentum)
-    return Trainer(model, optimizer, criterion or CrossEntropyLoss(), progress=False, **options)
+    return Trainer(model, optimizer, criterion or CrossEntropyLoss(), progress=show, **options)
 
 
 class Poison(torch.nn.Module):
@@ -223,11 +223,9 @@ def test_fitting_again_goes_on_counting(tmp_path):
 
 
 def test_an_epoch_is_shown_in_a_line(capsys):
-    trainer = trainer_for(small_model())
-    trainer.progress = True
-    trainer.fit(batches(2), batches(1), 1)
+    trainer_for(small_model(), show=True).fit(batches(2), batches(1), 1)
     shown = capsys.readouterr().out
-    assert "epoch 1/1  train loss" in shown
+    assert "epoch 1/1  loss" in shown
     assert "samples/s" in shown
 
 
