@@ -94,10 +94,12 @@ def update_alone(
     ]
 
 
-def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float) -> list[Row]:
+def clipped_step(
+    shapes: Shapes, dtype: torch.dtype, device: str, seconds: float, *, master: str | None = None
+) -> list[Row]:
     """One launch with check and clip against a copy; the others neither check nor clip."""
     weights = parameters(shapes, dtype, device)
-    optimizer = fastmp.optim.AdamW(weights, lr=LR, max_grad_norm=MAX_NORM)
+    optimizer = fastmp.optim.AdamW(weights, lr=LR, max_grad_norm=MAX_NORM, master=master)
     exact = [p.detach().float().requires_grad_() for p in weights]
     for p, w in zip(exact, weights, strict=True):
         assert w.grad is not None
@@ -112,12 +114,15 @@ def clipped_step(shapes: Shapes, dtype: torch.dtype, device: str, seconds: float
             for name, library in libraries.items()
         }
     )
-    label = f"step with clip, {dtype_name(dtype)}, {size_of(shapes) / 1e6:.0f} M"
+    kind = dtype_name(dtype) + (" split" if master else "")
+    label = f"step with clip, {kind}, {size_of(shapes) / 1e6:.0f} M"
+    goals = {"FlashOptim, fp32 state": 1.0} if master and "FlashOptim, fp32 state" in others else {}
+    moved = 28 if master else BYTES[dtype]
     timings = timed(runs | others, seconds, label, kernel_clock(device))
     check({OURS: optimizer.masters(), "torch": [p.detach() for p in exact]})
     return [
         Row(
-            "optimizer", label, timings, BYTES[dtype] * size_of(shapes),
+            "optimizer", label, timings, moved * size_of(shapes), goals,
             copy_fraction=0.92, clock=CLOCKS[device],
             notes="the others neither check the gradients nor clip",
             not_comparable=[name for name in others if not libraries[name].comparable],
@@ -246,6 +251,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if device == "cuda":
         for dtype in BYTES:
             add(f"step with clip {dtype}", clipped_step, LARGE, dtype)
+        add("step with clip, fp16 split", clipped_step, LARGE, fp16, master="split")
         for name, shapes, goal in (
             ("105 M", LARGE, 2.0),
             ("ResNet-50", resnet50(), 5.0),
