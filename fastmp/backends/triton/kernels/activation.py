@@ -12,7 +12,7 @@
 All three are z / (1 + 2^(z p(z²))), with p a constant for silu, of two terms for gelu_tanh, and for
 gelu fitted to what 16 bits can show: one exponential and one reciprocal each, shared between value
 and derivative. On sm_90 gelu takes 7 instructions of arithmetic an element in bf16 and 10 in fp16,
-where Φ to 1e-7, as in ``csrc/cpu/activation.h``, takes 20; that one stays for fp32.
+where Φ to 1e-7, as in ``csrc/cpu/activation.h``, takes 19; that one stays for fp32.
 NaN stays NaN; derivatives at ±inf are their limits, 0 and 1.
 
 Bytes of the gradients, 16-bit: 4 read and 2 written for each element, 2 read with activation none,
