@@ -18,7 +18,7 @@ thread computes an address, the next tile's operands are on their way during an 
 results leave shared memory while the threads go on. On sm_80 and sm_120 each thread copies 16 bytes
 at a time to shared memory, in the background (cp.async). The epilogue takes a tile in two halves:
 shared memory has room for one next to four stages of operands (192 KB + 32 KB of 227), and all of
-128 x 128 at once, y and z, spilled up to 52 registers on sm_80 and sm_120.
+128 x 128 at once, y and z, spilled up to 26 registers on sm_80 and sm_120.
 """
 
 from __future__ import annotations
