@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 7
+#define FASTMP_ABI_VERSION 8
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))
@@ -126,6 +126,25 @@ typedef struct {
   int64_t threads;     /* size of the pool; does not change the result */
 } fastmp_gemm_args;
 FASTMP_EXPORT int32_t fastmp_gemm(const fastmp_gemm_args* args);
+
+/* out = alpha a b + beta c for every matrix of a batch, bf16: a of m x k, b of k x n (cpu/
+ * batched_gemm.cpp). Strides as in fastmp_gemm_args; c and out are dense. */
+typedef struct {
+  int64_t size;
+  const void* a;
+  int64_t a_batch; /* elements from one matrix to the next */
+  int64_t a_stride, a_k_stride;
+  const void* b;
+  int64_t b_batch;
+  int64_t b_stride, b_k_stride;
+  const void* c; /* NULL: none */
+  void* out;     /* overlaps none of the others */
+  int64_t batch, m, n, k;
+  double alpha, beta;
+  int64_t symmetric; /* 1: a b and c are, m = n; what lies above the diagonal is not computed */
+  int64_t threads;   /* size of the pool; does not change the result */
+} fastmp_batched_gemm_args;
+FASTMP_EXPORT int32_t fastmp_batched_gemm(const fastmp_batched_gemm_args* args);
 
 /* One pass over dense matrices of rows x columns. Forward: out = activation(saved). Backward: out =
  * grad_output times the derivative, grad_bias its sum over the rows. */

@@ -135,12 +135,66 @@ struct LionRule {
   }
 };
 
+/* Muon (Jordan et al. 2024), as torch.optim.Muon defines it, before and after the iteration that
+ * orthogonalises the direction:
+ *   m += (1 - mu)(g - m),  direction = nesterov ? g + mu (m - g) : m
+ *   p = (1 - lr wd) p - lr orthogonalised
+ * The first writes the direction in place of p. */
+struct MuonMomentumRule {
+  static constexpr int number = 5;
+  static constexpr int states = 1;
+  FASTMP_FN constexpr Quantity quantity(int) { return Quantity::kSigned; }
+
+  struct Coefficients {
+    float grad_factor, rate, from_grad, from_buffer;
+  };
+
+  FASTMP_FN Coefficients prepare(const fastmp_hyper& h, double, float grad_factor) {
+    const bool nesterov = h.nesterov != 0.0;
+    Coefficients k;
+    k.grad_factor = grad_factor;
+    k.rate = static_cast<float>(1.0 - h.beta1);
+    k.from_grad = static_cast<float>(nesterov ? 1.0 - h.beta1 : 0.0);
+    k.from_buffer = static_cast<float>(nesterov ? h.beta1 : 1.0);
+    return k;
+  }
+
+  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k) {
+    g = g * k.grad_factor;
+    m = m + (g - m) * k.rate;
+    p = g * k.from_grad + m * k.from_buffer;
+  }
+};
+
+struct MuonRule {
+  static constexpr int number = 6;
+  static constexpr int states = 0;
+  FASTMP_FN constexpr Quantity quantity(int) { return Quantity::kSigned; }
+
+  struct Coefficients {
+    float decay, lr;
+  };
+
+  FASTMP_FN Coefficients prepare(const fastmp_hyper& h, double, float) {
+    Coefficients k;
+    k.decay = static_cast<float>(1.0 - h.lr * h.weight_decay);
+    k.lr = static_cast<float>(h.lr);
+    return k;
+  }
+
+  FASTMP_FN void apply(float& p, float g, float&, float&, float&, const Coefficients& k) {
+    p = p * k.decay - g * k.lr;
+  }
+};
+
 #define FASTMP_RULES(X) \
   X(AdamRule<false>)    \
   X(AdamRule<true>)     \
   X(SgdRule<false>)     \
   X(SgdRule<true>)      \
-  X(LionRule)
+  X(LionRule)           \
+  X(MuonMomentumRule)   \
+  X(MuonRule)
 
 /* The rule with a number: RuleOf<4>::Rule is LionRule. */
 template <int number>

@@ -23,6 +23,12 @@ FASTMP_FN Unscaling unscaling_of(const fastmp_request& request) {
   return {usable ? static_cast<float>(1.0 / static_cast<double>(scale)) : 1.0f, usable};
 }
 
+/* The number of applied steps before this one. */
+FASTMP_FN int64_t applied_before(const fastmp_request& request) {
+  const int64_t counted = request.record->applied - (request.continues != 0 ? 1 : 0);
+  return counted < 0 ? 0 : counted; /* a count that was loaded may be anything */
+}
+
 /* The schedule's row for this step: lr, momentum, max_grad_norm, each of them NaN where unset. */
 struct ScheduleRow {
   double lr, momentum, max_grad_norm;
@@ -32,8 +38,7 @@ FASTMP_FN ScheduleRow schedule_row(const fastmp_request& request) {
   const double unset = static_cast<double>(float_from_bits(0x7fc00000u));
   if (request.schedule == nullptr) return {unset, unset, unset};
   const int64_t last = request.schedule_rows - 1;
-  const int64_t counted = request.record->applied;
-  const int64_t applied = counted < 0 ? 0 : counted; /* a count that was loaded may be anything */
+  const int64_t applied = applied_before(request);
   const double* row = request.schedule + 3 * (applied < last ? applied : last);
   return {row[0], row[1], row[2]};
 }
@@ -53,8 +58,7 @@ FASTMP_FN fastmp_hyper apply_schedule(fastmp_hyper hyper, const ScheduleRow& sch
 FASTMP_FN float ema_rate(const fastmp_request& request, float step) {
   if (request.ema_decays == nullptr || step <= 1.0f) return 1.0f;
   const int64_t last = request.ema_rows - 1;
-  const int64_t counted = request.record->applied;
-  const int64_t applied = counted < 0 ? 0 : counted;
+  const int64_t applied = applied_before(request);
   return static_cast<float>(1.0 - request.ema_decays[applied < last ? applied : last]);
 }
 
@@ -103,6 +107,11 @@ FASTMP_FN StepDecision decide(const fastmp_request& request, const Unscaling& un
 /* Decision without a scan: apply, norm = NaN. */
 FASTMP_FN StepDecision unchecked_decision(const Unscaling& unscaling) {
   return {false, float_from_bits(0x7fc00000u), unscaling.factor, -1};
+}
+
+/* Decision of a second pass: that of the first, on gradients that need no factor. */
+FASTMP_FN StepDecision continued_decision(const fastmp_request& request) {
+  return {request.record->found_inf != 0.0f, request.record->grad_norm, 1.0f, -1};
 }
 
 /* Writes the decision to the record, after the update. */

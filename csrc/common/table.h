@@ -21,9 +21,10 @@ enum fastmp_dtype { FASTMP_F32 = 0, FASTMP_F16 = 1, FASTMP_BF16 = 2, FASTMP_U8 =
 
 /* How a parameter keeps its fp32 value. */
 enum fastmp_master {
-  FASTMP_SELF = 0,  /* fp32 parameter: it is its own master */
-  FASTMP_FULL = 1,  /* fp32 tensor beside a 16-bit parameter */
-  FASTMP_SPLIT = 2, /* int16 remainder beside a 16-bit parameter; see numerics.h */
+  FASTMP_SELF = 0,   /* fp32 parameter: it is its own master */
+  FASTMP_FULL = 1,   /* fp32 tensor beside a 16-bit parameter */
+  FASTMP_SPLIT = 2,  /* int16 remainder beside a 16-bit parameter; see numerics.h */
+  FASTMP_OUTPUT = 3, /* 16-bit memory that is written, never read: for the next pass of the step */
 };
 
 /* How the states of a parameter, its moments, are kept: a struct of state_kinds.h. */
@@ -93,6 +94,8 @@ typedef struct {
   const double* ema_decays; /* of the averages, by applied steps, the last one from there on */
   int64_t ema_rows;
   int64_t rounding_seed; /* of the random bits that round 16-bit states */
+  int64_t continues; /* 1: second pass of the step that the record describes, of the same schedule
+                        row; skipped if that was, neither counted nor recorded. 0: a step */
   fastmp_record* record;
 } fastmp_request;
 

@@ -71,6 +71,7 @@ FASTMP_ENTRY(loss_forward, fastmp_loss_args)
 FASTMP_ENTRY(loss_backward, fastmp_loss_args)
 FASTMP_ENTRY(mix, const fastmp_mix_args)
 FASTMP_ENTRY(gemm, const fastmp_gemm_args)
+FASTMP_ENTRY(batched_gemm, const fastmp_batched_gemm_args)
 FASTMP_ENTRY(activation, const fastmp_activation_args)
 FASTMP_ENTRY(activation_backward, const fastmp_activation_args)
 

@@ -28,7 +28,7 @@
 
 #include <utility>
 
-#include "vec.h"
+#include "store_bf16.h"
 
 namespace fastmp {
 namespace FASTMP_TARGET {
@@ -284,10 +284,11 @@ struct Part {
 };
 
 /* One part of C on one thread. finish(tile, part of C) takes the finished sums of a tile, fp32,
- * kTileN from one row to the next. False: no memory. */
+ * kTileN from one row to the next. lower: tiles above the diagonal are left out. False: no memory.
+ */
 template <class T, class Finish>
 bool multiply_part(const Operand<T>& a, const Operand<T>& b, int64_t k_total, const Part& part,
-                   const Finish& finish) {
+                   const Finish& finish, bool lower = false) {
   constexpr int64_t kTile = kTileM * kTileN, kBlockK = kBlockSteps * Step<T>::kPerStep;
   const int64_t row_panels = ceil_div(min_of(part.row_end - part.row, kBlockM), kTileM);
   const int64_t column_panels = ceil_div(part.column_end - part.column, kTileN);
@@ -309,6 +310,10 @@ bool multiply_part(const Operand<T>& a, const Operand<T>& b, int64_t k_total, co
         const int64_t next = min_of(column_end + kTileN, part.column_end) - column_end;
         for (int64_t r = row; r < row_end; r += kTileM) {
           const int64_t r_end = min_of(r + kTileM, row_end);
+          if (lower && r_end <= column) {
+            if (!one_block) tile += kTile;
+            continue;
+          }
           prefetch(b.from(column_end, k), next, block_k, r - row, r_end - row, row_end - row);
           multiply_rows<T>(r_end - r, steps, a_panels.data + (r - row) * steps, b_panel.data, k > 0,
                            tile);

@@ -12,6 +12,7 @@
 
 namespace fastmp {
 namespace FASTMP_TARGET {
+
 namespace {
 
 /* ---- gemm ---- */

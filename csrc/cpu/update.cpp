@@ -200,6 +200,7 @@ void split_masters(const float* __restrict master, int64_t n, T* __restrict weig
 
 float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
   if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
+  if (row.master_kind == FASTMP_OUTPUT) return buffer;
   if (row.master_kind == FASTMP_FULL) {
     float* master = static_cast<float*>(row.master) + offset;
     if (row.param_dtype == FASTMP_F16) {
@@ -396,7 +397,7 @@ void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, 
   const auto k = coefficients_of<Rule>(row, step, cache);
   const float rate = ema_rate(*step.request, *row.step);
   const RandomKey key = random_key(step.request->rounding_seed, *row.step, row.param_index, begin);
-  alignas(64) float grads[kBlock], masters[kBlock];
+  alignas(64) float grads[kBlock], masters[kBlock] = {}; /* no rule reads an OUTPUT's */
   StateBlock<Rule, Kind> states;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = min_of(kBlock, end - at);
@@ -479,7 +480,7 @@ bool is_valid(const fastmp_update_args& args) {
     if (!is_addressable(4, row.numel)) return false;
     const int states = states_of(args.groups[row.group]);
     if (states < 0 || row.param_dtype > FASTMP_BF16 || row.grad_dtype > FASTMP_BF16) return false;
-    if (row.master_kind > FASTMP_SPLIT) return false;
+    if (row.master_kind > FASTMP_OUTPUT) return false;
     if ((row.master_kind == FASTMP_SELF) != (row.param_dtype == FASTMP_F32)) return false;
     if (row.state_kind > FASTMP_STATE_8BIT) return false;
     const int64_t widths[] = {4, 2, 1}; /* by kind */
@@ -492,7 +493,8 @@ bool is_valid(const fastmp_update_args& args) {
     if (!is_aligned(row.master_kind == FASTMP_SPLIT ? 2 : 4, row.master)) return false;
     if (row.numel == 0) continue;
     if (row.param == nullptr || row.grad == nullptr) return false;
-    if (row.master_kind != FASTMP_SELF && row.master == nullptr) return false;
+    const bool has_master = row.master_kind == FASTMP_FULL || row.master_kind == FASTMP_SPLIT;
+    if (has_master && row.master == nullptr) return false;
     if (row.state_kind == FASTMP_STATE_8BIT && states > 0 && row.scales == nullptr) return false;
     const void* state[3] = {row.state0, row.state1, row.state2};
     for (int s = 0; s < states; ++s) {
@@ -517,16 +519,20 @@ int update(const fastmp_update_args* args) {
   const Unscaling unscaling = unscaling_of(request);
   const ScheduleRow scheduled = schedule_row(request);
   StepDecision decision = unchecked_decision(unscaling);
-  if (needs_scan(request, scheduled)) {
+  if (request.continues != 0) {
+    decision = continued_decision(request);
+  } else if (needs_scan(request, scheduled)) {
     ScanResult scan;
     if (!scan_gradients(chunks, unscaling.factor, &scan)) return FASTMP_NO_MEMORY;
     decision = decide(request, unscaling, scheduled, scan.sum_of_squares, scan.first_nonfinite);
   }
   if (!decision.skip) {
-    for (int64_t i = 0; i < args->row_count; ++i) *args->rows[i].step += 1.0f;
+    for (int64_t i = 0; i < args->row_count && request.continues == 0; ++i) {
+      *args->rows[i].step += 1.0f;
+    }
     update_chunks(chunks, {args->groups, scheduled, decision.grad_factor, &request});
   }
-  commit_step(request, decision);
+  if (request.continues == 0) commit_step(request, decision);
   return FASTMP_OK;
 }
 

@@ -307,7 +307,8 @@ struct RowStep {
 
   static __device__ __forceinline__ RowStep of(const fastmp_step_args& args, const fastmp_row& row,
                                                int64_t begin, Shared& shared) {
-    const float step = *row.step + 1.0f; /* the epilogue raises the count */
+    /* The epilogue raises the count; that of the first pass has raised it for the second. */
+    const float step = *row.step + (Case::Rule::number == MuonRule::number ? 0.0f : 1.0f);
     RowStep made = {coefficients_of<typename Case::Rule>(args, row, step, shared), 1.0f, {}};
     if constexpr (Case::averaged) made.rate = ema_rate(args.request, step);
     if constexpr (Case::State::kind != FASTMP_STATE_F32) {
@@ -408,12 +409,13 @@ FASTMP_DEVICE void write_state(const Tensors<Case>& at, const Span& span, const 
 template <class Case, class Span, int n>
 FASTMP_DEVICE void read_masters(const Tensors<Case>& at, const Span& span, float (&masters)[n]) {
   typename Case::Param weights[n];
-  if constexpr (Case::master != FASTMP_SELF) span.read(at.param, weights);
+  constexpr bool is_output = Case::master == FASTMP_OUTPUT;
+  if constexpr (Case::master != FASTMP_SELF && !is_output) span.read(at.param, weights);
   if constexpr (Case::master == FASTMP_SPLIT) {
     int16_t remainders[n];
     span.read(at.remainder, remainders);
     for (int e = 0; e < n; ++e) masters[e] = join_master(weights[e], remainders[e]);
-  } else {
+  } else if constexpr (!is_output) {
     span.read(at.full, masters);
   }
   if constexpr (Case::master == FASTMP_FULL) {
@@ -429,10 +431,10 @@ FASTMP_DEVICE void write_masters(const Tensors<Case>& at, const Span& span,
     int16_t remainders[n];
     for (int e = 0; e < n; ++e) split_master(masters[e], &weights[e], &remainders[e]);
     span.write(remainders, at.remainder);
-  } else {
+  } else if constexpr (Case::master != FASTMP_OUTPUT) {
     span.write(masters, at.full);
   }
-  if constexpr (Case::master == FASTMP_FULL) {
+  if constexpr (Case::master == FASTMP_FULL || Case::master == FASTMP_OUTPUT) {
     for (int e = 0; e < n; ++e) store(masters[e], &weights[e]);
   }
   if constexpr (Case::master != FASTMP_SELF) span.write(weights, at.param);
@@ -519,7 +521,9 @@ FASTMP_DEVICE void scan_and_decide(const fastmp_step_args& args, Shared& shared)
   const fastmp_request& request = args.request;
   const Unscaling unscaling = unscaling_of(request);
   StepDecision decision = unchecked_decision(unscaling);
-  if (needs_scan(request, schedule_row(request))) {
+  if (request.continues != 0) {
+    decision = continued_decision(request);
+  } else if (needs_scan(request, schedule_row(request))) {
     scan_partials(args, unscaling.factor, shared);
     sync_grid(&request.record->barrier);
     const ScanResult all = sum_over_partials(args, shared);
@@ -563,11 +567,12 @@ update(const fastmp_step_args args) {
   scan_and_decide(args, shared);
   if (!shared.decision.skip) update_chunks<Cases...>(args, shared);
   if (!is_last_block(args.request.record, shared)) return;
-  if (!shared.decision.skip) {
+  const bool counts = args.request.continues == 0;
+  if (counts && !shared.decision.skip) {
     for (int32_t i = thread(); i < args.row_count; i += kThreads) *args.rows[i].step += 1.0f;
   }
   if (thread() == 0) {
-    commit_step(args.request, shared.decision);
+    if (counts) commit_step(args.request, shared.decision);
     args.request.record->done = 0u;
   }
 }

@@ -26,6 +26,7 @@ class Master(IntEnum):
     SELF = 0
     FULL = 1
     SPLIT = 2
+    OUTPUT = 3
 
 
 class StateKind(IntEnum):
@@ -162,6 +163,7 @@ class Request(Structure):
         ("ema_decays", c_void_p),
         ("ema_rows", c_int64),
         ("rounding_seed", c_int64),
+        ("continues", c_int64),
         ("record", c_void_p),
     )
 

@@ -35,6 +35,9 @@ class TensorRow(NamedTuple):
         rule: number of the group's rule.
         average: moving average of the weight, fp32; None: none is kept.
         scales: of 8-bit states, uint8 (states, blocks of 32); None: they have none.
+        direction: receives what the rule makes of gradient and states, 16 bits in the parameter's
+            order of elements; the parameter is left to a second pass. None: the rule updates the
+            parameter.
     """
 
     param: Tensor
@@ -46,6 +49,7 @@ class TensorRow(NamedTuple):
     rule: int
     average: Tensor | None = None
     scales: Tensor | None = None
+    direction: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -61,6 +65,8 @@ class Options(NamedTuple):
             ones in row k, NaN where unset. With an lr, the groups' own are factors of it.
         ema_decays: float64 (steps), of the averages, by applied steps; the last one from there on.
         rounding_seed: of the random bits that round 16-bit states.
+        continues: the second pass of the step that the record describes. Skipped if that was;
+            neither counted nor recorded.
     """
 
     max_grad_norm: float = NO_CLIP
@@ -70,6 +76,7 @@ class Options(NamedTuple):
     schedule: Tensor | None = None
     ema_decays: Tensor | None = None
     rounding_seed: int = 0
+    continues: bool = False
 
 
 class NativeTable:
@@ -81,6 +88,7 @@ class NativeTable:
         pairs = enumerate(zip(self._params, grads, strict=True))
         self._reordered = [i for i, (param, grad) in pairs if not has_order_of(param, grad)]
         self._copies: list[Tensor] = []
+        self._directions = [row.direction for row in tensor_rows if row.direction is not None]
         self.rows = _layout(tensor_rows, grads)
         self.bind_gradients(grads, None)
 
@@ -144,8 +152,10 @@ def has_order_of(param: Tensor, grad: Tensor) -> bool:
 
 def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
     table = np.zeros(len(rows), ROW)
-    table["param"] = [row.param.data_ptr() for row in rows]
-    table["master"] = [0 if row.master is None else row.master.data_ptr() for row in rows]
+    written = [row.param if row.direction is None else row.direction for row in rows]
+    masters = [row.master if row.direction is None else None for row in rows]
+    table["param"] = list(map(_data_ptr, written))
+    table["master"] = [0 if master is None else master.data_ptr() for master in masters]
     for i in range(3):
         table[f"state{i}"] = [
             row.states[i].data_ptr() if i < len(row.states) else 0 for row in rows
@@ -156,18 +166,20 @@ def _layout(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> np.ndarray:
     table["numel"] = [row.param.numel() for row in rows]
     table["param_index"] = [row.param_index for row in rows]
     table["group"] = [row.group for row in rows]
-    table["param_dtype"] = [DTYPE_CODES[row.param.dtype] for row in rows]
+    table["param_dtype"] = [DTYPE_CODES[tensor.dtype] for tensor in written]
     table["grad_dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
     table["rule"] = [row.rule for row in rows]
     table["state_kind"] = [STATE_KINDS[row.states[0].dtype] if row.states else 0 for row in rows]
-    table["master_kind"] = [_master_kind(row.master) for row in rows]
+    table["master_kind"] = [_master_kind(row) for row in rows]
     return table
 
 
-def _master_kind(master: Tensor | None) -> Master:
-    if master is None:
+def _master_kind(row: TensorRow) -> Master:
+    if row.direction is not None:
+        return Master.OUTPUT
+    if row.master is None:
         return Master.SELF
-    return Master.SPLIT if master.dtype == torch.int16 else Master.FULL
+    return Master.SPLIT if row.master.dtype == torch.int16 else Master.FULL
 
 
 def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | None]]:
@@ -185,6 +197,7 @@ def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | No
         ema_decays=_address(decays),
         ema_rows=0 if decays is None else len(decays),
         rounding_seed=options.rounding_seed,
+        continues=options.continues,
         record=record.data_ptr(),
     )
     return made, [scale, found_inf, schedule, decays, record]

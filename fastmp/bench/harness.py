@@ -52,6 +52,7 @@ class Row:
     goals: dict[str, float] = field(default_factory=dict)  # baseline or "best" -> ratio, at least
     host_goals: dict[str, float] = field(default_factory=dict)  # the same of host time
     host_limit: float = 0.0  # milliseconds of the host, at most; 0: no goal
+    limit: float = 0.0  # milliseconds, at most; 0: no goal
     copy_fraction: float = 0.0  # of a plain copy's rate, at least; 0: no goal
     notes: str = ""
     operations: int = 0  # of fastmp, where they are its bound
@@ -114,6 +115,10 @@ class Row:
         if self.host_limit and spent is not None:
             text = f"at most {self.host_limit:g} ms of host time"
             results.append(GoalResult(text, f"{spent:.3g} ms", spent <= self.host_limit))
+        if self.limit:
+            median = self.timings[OURS].median
+            text = f"at most {self.limit:g} ms"
+            results.append(GoalResult(text, f"{median:.2f} ms", median <= self.limit))
         if self.copy_fraction:
             reached = self.gigabytes_per_second / copy
             text = f"{self.copy_fraction:.0%} of a copy"

@@ -7,13 +7,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
-from fastmp.bench import linear, loss, optimizer, scaling, train
+from fastmp.bench import linear, loss, muon, optimizer, scaling, train
 from fastmp.bench.harness import Case, Row
 from fastmp.data import DataError
 
 #: Functions of (device, quick) by subject; quick: small, a test that it runs.
 SUBJECTS: dict[str, Callable[[str, bool], list[Case]]] = {
     "optimizer": optimizer.cases,
+    "muon": muon.cases,
     "loss": loss.cases,
     "linear": linear.cases,
     "train": train.cases,

@@ -17,7 +17,7 @@ from fastmp.bench.subjects import SUBJECTS, run
 from fastmp.recipe import TrainConfig
 from fastmp.recipe.config import COUNT
 
-Subject = Literal["optimizer", "loss", "linear", "train", "scaling"]
+Subject = Literal["optimizer", "muon", "loss", "linear", "train", "scaling"]
 
 
 class BenchmarkFailed(Exception):
@@ -32,7 +32,7 @@ class Bench:
     """
 
     subjects: tyro.conf.Positional[tuple[Subject, ...]] = (
-        "optimizer", "loss", "linear", "train", "scaling",
+        "optimizer", "muon", "loss", "linear", "train", "scaling",
     )  # fmt: skip
     """Subjects to time."""
 

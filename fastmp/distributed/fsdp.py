@@ -105,7 +105,17 @@ class Shards:
         return self._own[name]
 
     def attach(self, optimizer: FusedOptimizer) -> None:
-        """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on."""
+        """Steps of ``optimizer`` clip and skip by the gradients of all ranks from now on.
+
+        Raises:
+            ValueError: one that orthogonalises whole matrices, ``Muon``. To gather them would take
+                a second all-gather a step, and all ranks would compute the same.
+        """
+        if optimizer.needs_whole_parameters:
+            raise ValueError(
+                f"{type(optimizer).__name__} needs whole matrices, and a rank has some rows of "
+                "each; train with DistributedDataParallel, or with another optimizer"
+            )
         optimizer.step_context.reduce_step = GroupReducer()
 
     # ---- full state, for checkpoints; every rank must call these ----

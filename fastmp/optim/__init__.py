@@ -26,6 +26,8 @@ from __future__ import annotations
 from fastmp.optim import lr_scheduler
 from fastmp.optim.adam import Adam, AdamW
 from fastmp.optim.lion import Lion
+from fastmp.optim.muon import Muon
+from fastmp.optim.muon_groups import muon_groups
 from fastmp.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "lr_scheduler"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "Muon", "lr_scheduler", "muon_groups"]

@@ -15,7 +15,7 @@ from torch.optim import optimizer
 from fastmp.backends.abi import Hyperparameters
 from fastmp.backends.registry import on_host
 from fastmp.ops import update
-from fastmp.ops.update import Options
+from fastmp.ops.update import Options, TensorRow
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import state_kinds
 from fastmp.optim.averages import AveragedOptimizer, Ema, decay_table
@@ -39,6 +39,8 @@ class FusedOptimizer(AveragedOptimizer):
     """
 
     rounding_seed = 0
+    #: Whether a step needs all of a parameter, not the rows that one rank has of it.
+    needs_whole_parameters = False
 
     def __init__(
         self,
@@ -109,6 +111,10 @@ class FusedOptimizer(AveragedOptimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _prepare_rows(self, rows: list[TensorRow]) -> list[TensorRow]:
+        """The rows of a new table, as an optimizer of two passes wants them."""
+        return rows
 
     # ---- the step ----
 

@@ -41,7 +41,7 @@ class TableCache:
             or (optimizer._state_is_shared and not self._held.is_unchanged(optimizer._own_state))
             or not table.bind(params, grads)
         ):
-            rows = _rows(optimizer, rules)
+            rows = optimizer._prepare_rows(_rows(optimizer, rules))
             table = self.table = StepTable(rows, grads)
             self._rules = rules
             self._held = HeldState(optimizer._own_state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,13 @@ from fastmp.data.mixup import Mixup
 from fastmp.distributed import fsdp, rendezvous
 from fastmp.distributed.rendezvous import World
 from fastmp.nn import CrossEntropyLoss
+from fastmp.optim.base import FusedOptimizer
 from fastmp.recipe.config import ConfigError, TrainConfig
 from fastmp.report.environment import working_device
 from fastmp.schedule import Constant, Cosine, Cyclic, OneCycle, Schedule, Warmup
 from fastmp.training.trainer import Trainer
+
+LION_BETA2 = 0.99  # of the paper; Adam's 0.999 averages ten times as long
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -182,9 +186,7 @@ STATE_DTYPES: dict[str, torch.dtype | str | None] = {
 }  # fmt: skip
 
 
-def _optimizer(
-    config: TrainConfig, model: nn.Module, shards: fsdp.Shards | None
-) -> optim.AdamW | optim.Adam | optim.SGD:
+def _optimizer(config: TrainConfig, model: nn.Module, shards: fsdp.Shards | None) -> FusedOptimizer:
     assert config.lr is not None, "the config must be resolved"
     groups = transfer.layerwise_lr(
         model, config.lr, config.layer_decay, weight_decay=config.weight_decay
@@ -192,31 +194,35 @@ def _optimizer(
     if shards is not None:
         for group in groups:
             group["params"] = [(name, shards[name]) for name, _ in group["params"]]
-    clip = None if config.max_grad_norm == math.inf else config.max_grad_norm
-    state_dtype = STATE_DTYPES[config.state_dtype]
-    master = None if config.master == "auto" else config.master
-    optimizer: optim.AdamW | optim.Adam | optim.SGD
+    kept: dict[str, Any] = {
+        "max_grad_norm": None if config.max_grad_norm == math.inf else config.max_grad_norm,
+        "state_dtype": STATE_DTYPES[config.state_dtype],
+        "master": None if config.master == "auto" else config.master,
+    }
+    betas = (config.momentum, config.beta2)
+    optimizer: FusedOptimizer
     if config.optimizer == "sgd":
         optimizer = optim.SGD(
             groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
-            max_grad_norm=clip,
-            state_dtype=state_dtype,
-            master=master,
+            **kept,
         )
+    elif config.optimizer == "muon":
+        optimizer = optim.Muon(
+            optim.muon_groups(model, adamw={"betas": betas}, groups=groups),
+            lr=config.lr,
+            momentum=config.momentum,
+            adjust_lr_fn="match_rms_adamw",
+            **kept,
+        )
+    elif config.optimizer == "lion":
+        betas = (config.momentum, LION_BETA2)
+        optimizer = optim.Lion(groups, lr=config.lr, betas=betas, **kept)
     else:
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
-        betas = (config.momentum, config.beta2)
-        optimizer = kind(
-            groups,
-            lr=config.lr,
-            betas=betas,
-            max_grad_norm=clip,
-            state_dtype=state_dtype,
-            master=master,
-        )
+        optimizer = kind(groups, lr=config.lr, betas=betas, **kept)
     if shards is not None:
         shards.attach(optimizer)
     return optimizer

@@ -88,13 +88,15 @@ class TrainConfig:
     accumulate: Annotated[int, COUNT] = 1
     """Batches per optimizer step and device; their gradients are summed in fp32 and averaged."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Update rule. SGD uses Nesterov momentum."""
+    optimizer: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
+    """Update rule. SGD uses Nesterov momentum; muon takes AdamW for vectors, embeddings, head."""
 
     base_lr: Annotated[
-        float | None, NOT_NEGATIVE, _hint("FLOAT", "4e-3 for Adam and AdamW, 0.1 for SGD")
+        float | None,
+        NOT_NEGATIVE,
+        _hint("FLOAT", "4e-3 for Adam, AdamW and Muon, 4e-4 for Lion, 0.1 for SGD"),
     ] = None
-    """Peak learning rate at a global batch of 256, scaled to the real one; Adam: by its root."""
+    """Peak learning rate at a global batch of 256, scaled to the real one; not SGD: its root."""
 
     lr: Annotated[float | None, NOT_NEGATIVE, _hint("FLOAT", "base-lr, scaled")] = None
     """Peak learning rate as it is, instead of base-lr."""
@@ -109,13 +111,13 @@ class TrainConfig:
     """Share of all steps in which the learning rate climbs to its peak, 0 to 1; not for cyclic."""
 
     momentum: Annotated[float, DECAY] = 0.95
-    """Momentum of SGD, beta1 of Adam; with one-cycle and cyclic the value at the foot."""
+    """Momentum of SGD and Muon, beta1 of the rest; with one-cycle and cyclic that at the foot."""
 
     peak_momentum: Annotated[float, DECAY] = 0.85
     """The same at the peak of one-cycle and cyclic. Other schedules do not use it."""
 
     beta2: Annotated[float, DECAY] = 0.999
-    """Adam's decay of the second moment. SGD does not use it."""
+    """Decay of Adam's and AdamW's second moment, with Muon too. SGD and Lion do not use it."""
 
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.02
     """Weight decay of matrices and filters; biases and norms have none."""
@@ -214,6 +216,11 @@ class TrainConfig:
                 "shard: expected none of ema, cuda_graph, telemetry, unfreeze_every with it; they "
                 "need whole parameters"
             )
+        if self.shard and self.optimizer == "muon":
+            raise ConfigError(
+                "shard, optimizer: expected another optimizer than muon with it; it orthogonalises "
+                "whole matrices, and a rank has some rows of each"
+            )
 
     def one_lr(self, defaults: TrainConfig) -> TrainConfig:
         """A copy in which a flag for one of lr and base_lr overrides the other in ``defaults``."""
@@ -282,6 +289,8 @@ _BASE_LR: dict[str, tuple[float, Literal["linear", "sqrt"]]] = {  # at a batch o
     "adamw": (4e-3, "sqrt"),
     "adam": (4e-3, "sqrt"),
     "sgd": (0.1, "linear"),
+    "lion": (4e-4, "sqrt"),  # a tenth of AdamW's
+    "muon": (4e-3, "sqrt"),  # AdamW's: match_rms_adamw gives its updates the same size
 }
 
 

@@ -37,6 +37,10 @@ class HyperRow(ctypes.Structure):
     _fields_ = tuple((name, c_double) for name in Hyperparameters._fields)
 
 
+def _snake(name):
+    return re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", name)
+
+
 MIRRORS = {
     "fastmp_row": as_ctypes_type(ROW),
     "fastmp_hyper": HyperRow,
@@ -45,7 +49,7 @@ MIRRORS = {
     "fastmp_request": Request,
     "fastmp_step_args": StepArgs,
     "fastmp_ring_args": RingArgs,
-    **{f"fastmp_{args.__name__[:-4].lower()}_args": args for args in ENTRY_POINTS.values()},
+    **{f"fastmp{_snake(args.__name__)}": args for args in ENTRY_POINTS.values()},
 }
 TYPES = {
     "float": c_float, "double": c_double, "int32_t": c_int32, "int64_t": c_int64,

@@ -78,6 +78,18 @@ def equals_one_rank_with_twice_the_batch(world):
     }
 
 
+def muon(world):
+    model = model_in(torch.bfloat16)
+    groups = fastmp.optim.muon_groups(model)
+    optimizer = fastmp.optim.Muon(groups, lr=0.02, max_grad_norm=0.5)
+    trainer = Trainer(model, optimizer, CrossEntropyLoss(), progress=False)
+    digests = []
+    for batch in batches(6, 2 * BATCH, torch.bfloat16):
+        trainer.train_step([half(batch, world.rank)])
+        digests.append(digest(model))
+    return {"digests": digests, "rules": [group["rule"] for group in optimizer.param_groups]}
+
+
 def overflow_on_one_rank(world):
     """In the third step the gradients of rank 1 are infinite."""
     model = model_in(torch.float16)
@@ -296,6 +308,7 @@ def main(folder):
         results = {
             "world": world,
             "twice": equals_one_rank_with_twice_the_batch(world),
+            "muon": muon(world),
             "overflow": overflow_on_one_rank(world),
             "accumulation": accumulation(world),
             "evaluation": evaluation(world),

@@ -18,6 +18,13 @@ def test_two_ranks_equal_one_with_twice_the_batch(results):
     assert one["losses"][0] == two["losses"][0] == pytest.approx(one["losses"][1], rel=1e-5)
 
 
+def test_muon_is_equal_on_both_ranks(results):
+    one, two = (part["muon"] for part in results[:2])
+    assert one == two
+    assert len(set(one["digests"])) == 6
+    assert one["rules"] == ["muon", "adamw", "adamw"]
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_both(results):
     one, two = (part["overflow"] for part in results[:2])
     assert one == two

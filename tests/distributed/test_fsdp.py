@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from fastmp import optim
 from fastmp.checkpoint.manager import Checkpoints
 from fastmp.distributed import fsdp
 from fastmp.recipe import ConfigError, TrainConfig
@@ -83,3 +84,16 @@ def test_the_command_line_trains_in_shards(tmp_path):
     again = torchrun("-m", "fastmp", "train", *where, "--resume", "--epochs", "3")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "resumed at step" in again.stdout
+
+
+def test_muon_refuses_parts_of_matrices():
+    (matrix,) = torch.nn.Linear(3, 4, bias=False).parameters()
+    optimizer = optim.Muon([matrix])
+    with pytest.raises(ValueError, match="Muon needs whole matrices, and a rank has some rows"):
+        fsdp.Shards(torch.nn.ReLU()).attach(optimizer)
+    part = torch.zeros(2, 4)
+    part.device_mesh = "as of a DTensor"
+    with pytest.raises(ValueError, match="got a DTensor, of which this rank has a part"):
+        optimizer.add_param_group({"params": [part]})
+    with pytest.raises(ConfigError, match="another optimizer than muon"):
+        TrainConfig(shard=True, optimizer="muon")

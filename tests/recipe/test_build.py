@@ -5,6 +5,7 @@ import torch
 
 import fastmp
 from fastmp import data, recipe
+from fastmp.distributed.rendezvous import World
 from fastmp.recipe import TrainConfig
 from fastmp.schedule import Constant, OneCycle, Warmup
 
@@ -24,6 +25,34 @@ def test_the_trained_model_has_fused_layers(name, layers):
     kinds = [type(m) for m in trainer.model.modules()]
     assert kinds.count(fastmp.nn.Linear) == layers
     assert {fastmp.nn.ReLU, fastmp.nn.GELU} & set(kinds)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("muon", "Muon"), ("lion", "Lion")])
+def test_muon_and_lion_train(name, kind):
+    settings = {"layer_decay": 0.5, "weight_decay": 0.125, "momentum": 0.9}
+    trainer = build(TrainConfig(model="vit", optimizer=name, **settings), torch.bfloat16)
+    optimizer = trainer.optimizer
+    assert type(optimizer).__name__ == kind
+    matrices = [g for g in optimizer.param_groups if g.get("rule") == "muon"]
+    assert len({g["lr_scale"] for g in matrices}) == (5 if name == "muon" else 0)
+    for group in matrices:
+        assert (group["adjust_lr_fn"], group["weight_decay"]) == ("match_rms_adamw", 0.125)
+        assert all(p.ndim >= 2 and p.shape[0] > 10 for p in group["params"])
+    batch = torch.rand(16, 1, 8, 8).bfloat16(), torch.arange(16) % 10
+    before = optimizer.masters()
+    for _ in range(2):
+        trainer.train_step([batch])
+    assert optimizer.applied_steps == 2
+    assert not any(map(torch.equal, before, optimizer.masters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "lion"])
+def test_the_default_rates_learn_the_digits(name):
+    digits = data.load("digits")
+    trainer = build(TrainConfig(optimizer=name, epochs=8))
+    train, test = recipe.loaders(TrainConfig().resolved(), digits, torch.device("cpu"), World())
+    assert trainer.fit(train, test, 4)[-1].val_accuracy > 0.96
 
 
 def test_every_setting_is_used():

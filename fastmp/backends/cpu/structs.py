@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from fastmp.backends.abi import Request
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 
 class Status(IntEnum):
@@ -109,6 +109,32 @@ class GemmArgs(Structure):
     )
 
 
+class BatchedGemmArgs(Structure):
+    """``fastmp_batched_gemm_args``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("a", c_void_p),
+        ("a_batch", c_int64),
+        ("a_stride", c_int64),
+        ("a_k_stride", c_int64),
+        ("b", c_void_p),
+        ("b_batch", c_int64),
+        ("b_stride", c_int64),
+        ("b_k_stride", c_int64),
+        ("c", c_void_p),
+        ("out", c_void_p),
+        ("batch", c_int64),
+        ("m", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("alpha", c_double),
+        ("beta", c_double),
+        ("symmetric", c_int64),
+        ("threads", c_int64),
+    )
+
+
 class ActivationArgs(Structure):
     """``fastmp_activation_args``."""
 
@@ -156,6 +182,7 @@ ENTRY_POINTS: dict[str, type[Structure]] = {
     "fastmp_loss_backward": LossArgs,
     "fastmp_mix": MixArgs,
     "fastmp_gemm": GemmArgs,
+    "fastmp_batched_gemm": BatchedGemmArgs,
     "fastmp_activation": ActivationArgs,
     "fastmp_activation_backward": ActivationArgs,
     "fastmp_tensors": TensorsArgs,

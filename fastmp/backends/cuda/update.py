@@ -89,7 +89,7 @@ class CudaStepTable(NativeTable):
             _fill(host, image)
             self.kernel.copy(host, table)
             scratch = (self._chunks, self._sums, self._nonfinite_rows)
-            _captured.append((host, table, *scratch, *alive))
+            _captured.append((host, table, *scratch, *alive, *self._directions))
         else:
             table = self._current(image)
         if lrs:

@@ -191,32 +191,39 @@ def _wide(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _reference(table: StepTable, hypers: np.ndarray, record: Tensor, options: Options) -> None:
     follows = options.schedule is not None or options.ema_decays is not None
-    applied = int(record_field(record, "applied")) if follows else 0
+    applied = int(record_field(record, "applied")) - options.continues if follows else 0
     groups = [_apply_schedule(Hyperparameters(*h), options, applied) for h in hypers.tolist()]
-    decision = _decide(table, options, groups[0][1] if groups else options.max_grad_norm)
+    if options.continues:
+        decision = StepDecision(bool(record_field(record, "found_inf")), math.nan, 1.0, -1)
+    else:
+        decision = _decide(table, options, groups[0][1] if groups else options.max_grad_norm)
     if not decision.skip:
         for row, grad in zip(table.rows, table.grads, strict=True):
+            if not options.continues:
+                row.step.add_(1)
             factor, hyper = decision.grad_factor, groups[row.group][0]
             new = _update(row, grad, factor, hyper, options.rounding_seed)
             if row.average is not None:
                 row.average.lerp_(new, _ema_rate(options, applied, float(row.step)))
-    _commit(record, decision)
+    if not options.continues:
+        _commit(record, decision)
 
 
 def _update(
     row: TensorRow, grad: Tensor, grad_factor: float, h: Hyperparameters, seed: int
 ) -> Tensor:
     g = _wide(grad) * (grad_factor * (-1 if h.maximize else 1))
-    row.step.add_(1)
     master = row.master
-    if master is None:
+    if master is None or row.direction is not None:
         old = row.param
     else:
         join = join_master if master.dtype == torch.int16 else current_master
         old = join(row.param, master)
     with _widened(row, int(h.rule), seed) as states:
         new = RULES[int(h.rule)](old, g, states, float(row.step), h)
-    if master is None:
+    if row.direction is not None:
+        row.direction.copy_(new)
+    elif master is None:
         row.param.copy_(new)
     elif master.dtype == torch.int16:
         weight, remainder = split_master(new, row.param.dtype)

@@ -103,7 +103,7 @@ static int32_t fuzz_update(Input& in) {
     double* fields = reinterpret_cast<double*>(&hyper);
     for (size_t i = 0; i < sizeof(hyper) / 8; ++i) fields[i] = static_cast<double>(in.number());
     hyper.rule =
-        in.one_in(30) ? static_cast<double>(in.number()) : static_cast<double>(in.below(4));
+        in.one_in(30) ? static_cast<double>(in.number()) : static_cast<double>(in.below(7));
   }
   fastmp_row table[4];
   memset(table, 0, sizeof(table));
@@ -115,6 +115,7 @@ static int32_t fuzz_update(Input& in) {
     row.grad_dtype = static_cast<uint8_t>(in.code(3));
     const uint8_t kinds[3] = {FASTMP_SELF, FASTMP_FULL, FASTMP_SPLIT};
     row.master_kind = in.one_in(20) ? in.byte() : kinds[row.param_dtype % 3];
+    if (in.one_in(5)) row.master_kind = FASTMP_OUTPUT;
     row.param = in.buffer(numel, bytes_of(row.param_dtype));
     row.grad = in.buffer(numel, bytes_of(row.grad_dtype));
     row.master = in.buffer(numel, 4);
@@ -138,6 +139,7 @@ static int32_t fuzz_update(Input& in) {
   if (in.one_in(3)) request.external_found_inf = in.floats(1);
   request.max_grad_norm = in.one_in(2) ? -1.0 : static_cast<double>(in.number());
   request.skip_nonfinite_check = in.below(2);
+  request.continues = in.below(2);
   if (in.one_in(3)) {
     request.schedule_rows = in.extent(3);
     request.schedule = static_cast<double*>(in.buffer(product(request.schedule_rows, 3), 8));
@@ -247,6 +249,32 @@ static int32_t fuzz_gemm(Input& in) {
   return fastmp_gemm(&args);
 }
 
+static int32_t fuzz_batched_gemm(Input& in) {
+  fastmp_batched_gemm_args args;
+  memset(&args, 0, sizeof(args));
+  args.size = size_field(in, sizeof(args));
+  args.batch = in.extent(4);
+  args.m = in.extent(40);
+  args.symmetric = in.below(2);
+  args.n = args.symmetric && !in.one_in(10) ? args.m : in.extent(40);
+  args.k = in.extent(40);
+  args.a_batch = product(args.m, args.k);
+  args.b_batch = product(args.n, args.k);
+  args.a = matrix(in, product(args.batch, args.m), args.k, FASTMP_BF16, &args.a_stride,
+                  &args.a_k_stride);
+  args.b = matrix(in, product(args.batch, args.n), args.k, FASTMP_BF16, &args.b_stride,
+                  &args.b_k_stride);
+  if (args.a_k_stride != 1) args.a_stride = 1, args.a_k_stride = args.m;
+  if (args.b_k_stride != 1) args.b_stride = 1, args.b_k_stride = args.n;
+  const int64_t numel = product(args.batch, product(args.m, args.n));
+  if (in.one_in(2)) args.c = in.buffer(numel, 2);
+  args.out = in.buffer(numel, 2);
+  args.alpha = static_cast<double>(in.number());
+  args.beta = static_cast<double>(in.number());
+  args.threads = in.one_in(30) ? in.below(3) - 1 : 1 + in.below(4);
+  return fastmp_batched_gemm(&args);
+}
+
 static int32_t fuzz_activation(Input& in) {
   fastmp_activation_args args;
   memset(&args, 0, sizeof(args));
@@ -335,10 +363,10 @@ static int32_t fuzz_tensors(Input& in) {
 static int64_t statuses[4];
 
 static void fuzz_one(const uint8_t* data, size_t size) {
-  int32_t (*const targets[])(Input&) = {fuzz_update, fuzz_loss,       fuzz_mix,
-                                        fuzz_gemm,   fuzz_activation, fuzz_tensors};
+  int32_t (*const targets[])(Input&) = {fuzz_update,     fuzz_loss,    fuzz_mix,         fuzz_gemm,
+                                        fuzz_activation, fuzz_tensors, fuzz_batched_gemm};
   Input in(data, size);
-  const int32_t status = targets[in.below(6)](in);
+  const int32_t status = targets[in.below(7)](in);
   if (status < FASTMP_OK || status > FASTMP_BAD_TARGET) abort();
   ++statuses[status];
 }

@@ -164,3 +164,47 @@ def test_a_step_never_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.applied_steps == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_replayed_step_of_muon_steps_over_an_overflow(dtype):
+    """Both passes and the iteration between them, without a sync; then as the CPU, to rounding."""
+    shapes = [(64, 48), (48, 64), (32, 160), (16, 4, 3, 3), (9,)]
+    runs = []
+    for mode in ("graph", "loop", "cpu"):
+        params = parameters(dtype, shapes) if mode == "cpu" else on_gpu(parameters(dtype, shapes))
+        grads = [torch.empty_like(p) for p in params]
+        groups = [{"params": params[:4]}, {"params": params[4:], "rule": "adamw"}]
+        optimizer = fastmp.optim.Muon(groups, lr=0.02, max_grad_norm=1.0)
+        optimizer.set_schedule([0.1, 0.2, 0.05])
+
+        def step(params=params, grads=grads, optimizer=optimizer):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+
+        def give(seed, params=params, grads=grads):
+            give_gradients(params, seed=seed)
+            for p, grad in zip(params, grads, strict=True):
+                grad.copy_(p.grad)
+            if seed == 2:
+                grads[1][3, 3] = torch.inf
+
+        give(0)
+        step()
+        graph = torch.cuda.CUDAGraph() if mode == "graph" else None
+        if graph is not None:
+            with torch.cuda.graph(graph):
+                step()
+        torch.cuda.set_sync_debug_mode("error" if mode == "loop" else "default")
+        for seed in range(1, 5):
+            torch.cuda.set_sync_debug_mode("default")
+            give(seed)
+            torch.cuda.set_sync_debug_mode("error" if mode == "loop" else "default")
+            graph.replay() if graph is not None else step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert (optimizer.applied_steps, optimizer.skipped_steps) == (4, 1)
+        runs.append([*snapshot(optimizer, params), *optimizer.masters()])
+    assert same_bits(runs[0], runs[1])
+    for a, b in zip(runs[1][-5:], runs[2][-5:], strict=True):
+        assert (a.cpu() - b).norm() <= 0.02 * b.norm()

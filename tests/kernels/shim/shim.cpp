@@ -113,15 +113,22 @@ namespace fastmp {
       Case<Rule, Param, Param, master, StateBf16, true>,                                 \
       Case<Rule, Param, Param, master, State8Bit>,                                       \
       Case<Rule, Param, Param, master, State8Bit, true>
-#define FASTMP_CASES(Rule)                                                           \
-  FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL),      \
-      FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT), \
-      Case<Rule, f16, f16, FASTMP_SPLIT>, Case<Rule, f16, f16, FASTMP_SPLIT, State8Bit, true>,
+#define FASTMP_CASES(Rule)                                                                     \
+  FASTMP_GRADS(Rule, float, FASTMP_SELF), FASTMP_GRADS(Rule, f16, FASTMP_FULL),                \
+      FASTMP_GRADS(Rule, bf16, FASTMP_FULL), FASTMP_GRADS(Rule, bf16, FASTMP_SPLIT),           \
+      Case<Rule, f16, f16, FASTMP_SPLIT>, Case<Rule, f16, f16, FASTMP_SPLIT, State8Bit, true>, \
+      FASTMP_GRADS(Rule, bf16, FASTMP_OUTPUT),
+/* Muon's second pass reads bf16 directions, its first writes them whatever the gradients. */
+#define FASTMP_MUON_CASES                                            \
+  Case<MuonRule, float, bf16, FASTMP_SELF, StateF32, true>,          \
+      Case<MuonRule, f16, bf16, FASTMP_FULL, StateF32, true>,        \
+      Case<MuonMomentumRule, bf16, float, FASTMP_OUTPUT, StateBf16>, \
+      Case<MuonMomentumRule, bf16, f16, FASTMP_OUTPUT, StateBf16>,
 template <class... Cases>
 struct All {};
 
 /* The last one, which ends the list, matches nothing. */
-typedef All<FASTMP_RULES(FASTMP_CASES) Case<LionRule, float, float, 99>> Every;
+typedef All<FASTMP_RULES(FASTMP_CASES) FASTMP_MUON_CASES Case<LionRule, float, float, 99>> Every;
 
 template <class... Cases>
 static void launch(All<Cases...>, const fastmp_step_args& args) {

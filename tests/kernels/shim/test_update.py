@@ -77,6 +77,28 @@ def test_narrow_states_have_the_same_bits(cpu_engine, monkeypatch, dtype, kind, 
     assert same_bits(ours, run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ema", [None, [0.5, 0.8, 0.2]], ids=str)
+def test_muon_has_the_bits_of_the_cpu_engine(cpu_engine, kernel, monkeypatch, dtype, ema):
+    """Two launches a step, and an overflow that skips both."""
+
+    def run():
+        params = parameters(dtype, [(24, 80), (16, 16), (4, 2, 3, 3), (9,)])
+        groups = [{"params": params[:3]}, {"params": params[3:], "rule": "adamw"}]
+        optimizer = fastmp.optim.Muon(groups, lr=0.1, ema=ema)
+        optimizer.set_schedule([0.1, 0.2, 0.05, 0.3], [0.9, 0.8, 0.7, 0.6])
+        state = steps(optimizer, params)
+        params[1].grad[0, 0] = torch.inf
+        optimizer.step()
+        assert (optimizer.applied_steps, optimizer.skipped_steps) == (4, 1)
+        return state[:-1] + snapshot(optimizer, params)
+
+    ours = run()
+    assert kernel.launches == 4 * 2 + 1
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    assert same_bits(ours, run())
+
+
 def test_the_norm_does_not_depend_on_the_grid(kernel, monkeypatch):
     monkeypatch.setattr(backend, "MAX_PARTIALS", 17)
 
