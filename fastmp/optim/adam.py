@@ -127,7 +127,35 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     """``torch.optim.AdamW`` with fp32 masters and a fused step (Loshchilov & Hutter, 2019).
 
-    Arguments and errors are those of ``Adam``, but for ``decoupled_weight_decay``, which is on.
+        model = fastmp.convert(model, torch.bfloat16)
+        optimizer = fastmp.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.grad_norm        # before clipping
+        optimizer.found_inf        # 1: a gradient was not finite, and the step changed nothing
+        optimizer.zero_grad()
+
+    After a step also ``applied_steps`` and ``skipped_steps``, counts of all steps so far; all four
+    are tensors on the device, and reading them as numbers waits for it. ``nonfinite_param()`` names
+    the parameter that overflowed; ``masters()`` are the fp32 weights.
+
+    Args:
+        params: tensors, dicts or (name, tensor) pairs: fp32, fp16, bf16 or fp64. fp16 and bf16
+            weights have an fp32 master in the state, and so lose no update to rounding.
+        lr: learning rate, a number or a tensor; schedules and torch's schedulers change it.
+        betas: decay of the averages of the gradient and of its square.
+        eps: added to the root of the second average.
+        weight_decay: share of the lr by which a weight shrinks in a step, apart from the gradient.
+        amsgrad: divide by the largest second average so far.
+        foreach, fused, capturable: accepted as in torch; the step is always fused and capturable.
+        maximize: ascend.
+        differentiable: as in torch; True is refused.
+        max_grad_norm, skip_nonfinite, ema, state_dtype, master: as in ``Adam``: clip inside the
+            step; skip steps that overflow; an average of the weights; narrow moments; how the
+            masters of fp16 weights are kept.
+
+    Raises:
+        ValueError: as ``Adam``.
     """
 
     def __init__(

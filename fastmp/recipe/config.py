@@ -82,7 +82,7 @@ class TrainConfig:
     epochs: Annotated[int | None, COUNT, _hint("INT", "15 for digits, else 8")] = None
     """Passes over the training set."""
 
-    batch_size: Annotated[int | None, COUNT, _hint("INT", "64 for digits, else 256")] = None
+    batch_size: Annotated[int | None, COUNT, _hint("INT", "256; less for 20 steps an epoch")] = None
     """Samples per batch and device."""
 
     accumulate: Annotated[int, COUNT] = 1
@@ -258,6 +258,8 @@ class TrainConfig:
                 "lr is used as it is, base_lr is scaled to the global batch"
             )
         epochs, batch_size = _DEFAULTS.get(self.data, (8, 256))
+        if samples is not None:
+            batch_size = _batch_size(samples // devices)
         batch_size = batch_size if self.batch_size is None else self.batch_size
         usual, rule = _BASE_LR[self.optimizer]
         base_lr = usual if self.base_lr is None else self.base_lr
@@ -283,7 +285,13 @@ class TrainConfig:
         return min(batch, samples) * batches
 
 
-_DEFAULTS = {"digits": (15, 64)}  # epochs, batch size
+_DEFAULTS = {"digits": (15, 64)}  # epochs; batch size before the number of samples is known
+
+
+def _batch_size(samples: int) -> int:
+    """The largest power of two that leaves 20 steps an epoch, from 8 to 256: 64 for the digits."""
+    return min(256, max(8, 1 << (max(samples, 20) // 20).bit_length() - 1))
+
 
 _BASE_LR: dict[str, tuple[float, Literal["linear", "sqrt"]]] = {  # at a batch of 256
     "adamw": (4e-3, "sqrt"),

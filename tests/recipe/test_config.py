@@ -73,3 +73,17 @@ def test_names_that_the_config_file_could_not_hold_are_refused(name):
     with pytest.raises(ConfigError, match=rf"^{name}: expected a name in UTF-8, got 'a:\\udcff'"):
         TrainConfig(**{name: "a:\udcff"})
     TrainConfig(**{name: "ü:日本"})
+
+
+@pytest.mark.parametrize(
+    ("samples", "devices", "batch"),
+    [(1, 1, 8), (200, 1, 8), (400, 1, 16), (1433, 1, 64), (5119, 1, 128), (5120, 1, 256),
+     (60_000, 1, 256), (60_000, 100, 16)],
+)  # fmt: skip
+def test_small_data_sets_have_small_batches(samples, devices, batch):
+    """So that an epoch has 20 steps; the lr follows the batch."""
+    config = TrainConfig(data="fashion-mnist").resolved(devices, samples)
+    assert config.batch_size == batch
+    assert config.lr == pytest.approx(4e-3 * (min(batch * devices, samples) / 256) ** 0.5)
+    given = TrainConfig(data="fashion-mnist", batch_size=99).resolved(devices, samples)
+    assert given.batch_size == 99
