@@ -243,6 +243,31 @@ def test_averages_move_with_the_second_pass(dtype):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kept", [{"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}, {"master": "split"}], ids=str
+)
+def test_narrow_momenta_and_split_masters(dtype, kept):
+    """As with fp32 ones to their rounding; a skipped step leaves every byte."""
+    shapes = [(64, 80), (80, 64), (32, 9, 4, 4), (90, 70)]
+    plain, narrow = parameters(dtype, shapes), parameters(dtype, shapes)
+    start = [p.detach().float().clone() for p in plain]
+    made = []
+    for params, options in ((plain, {}), (narrow, kept)):
+        groups = [{"params": params[:3]}, {"params": params[3:], "rule": "adamw"}]
+        made.append(optim.Muon(groups, lr=0.02, **options))
+    for step in range(4):
+        give_gradients(plain, narrow, seed=step)
+        for optimizer in made:
+            optimizer.step()
+    moved = [[m - s for m, s in zip(o.masters(), start, strict=True)] for o in made]
+    assert distance(moved[1][:3], moved[0][:3]) < 0.06
+    before = snapshot(made[1], narrow)
+    narrow[0].grad[0, 0] = torch.nan
+    made[1].step()
+    assert same_bits(before, snapshot(made[1], narrow))
+
+
 # ---- state ----
 
 
