@@ -64,9 +64,11 @@ def run(given: argparse.Namespace) -> None:
         VerificationFailed: an error is larger than its limit.
     """
     counts = [("classes", given.classes), *(("in_shape", n) for n in given.in_shape)]
-    for name, value, low in (("seed", given.seed, 0), *((*count, 1) for count in counts)):
-        if not low <= value < 2**31:
-            raise VerifyError(f"{name}: expected a whole number of at least {low}, got {value}")
+    for name, value in counts:
+        if value < 1:
+            raise VerifyError(f"{name}: expected a whole number of at least 1, got {value}")
+    if not 0 <= given.seed < 2**63:
+        raise VerifyError(f"seed: expected a whole number from 0 to 2**63 - 1, got {given.seed}")
     try:
         device = environment.working_device(given.device)
     except ValueError as error:
