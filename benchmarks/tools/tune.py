@@ -211,7 +211,7 @@ def loss_case(module: ModuleType, rows: int, classes: int, device: str) -> tuple
 
 def tune_loss(device: str, small: bool, deadline: float) -> Iterator[Finding]:
     for rows, classes in [(5, 40)] if small else LOSS:
-        tile = loss_tile(classes, 2)
+        tile = loss_tile(classes)
         candidates = loss_candidates(tile)[: 2 if small else None]
         cases = [loss_case(loss, rows, classes, device)]
         name = f"loss, {classes} classes"

@@ -190,10 +190,10 @@ def cases(device: str, quick: bool) -> list[Case]:
         sizes = [(256, 1000, fp32), (512, 1000, fp32)]
     elif device == "cuda":
         sizes = [(n, c, bf16) for n, c in COPY_FRACTIONS] + [(8192, 32000, fp16)]
-        sizes += [(n, 1000, bf16) for n in (1024, 16384)]
+        sizes += [(n, 1000, bf16) for n in (1024, 16384)] + [(131072, 10, bf16)]
     else:
         sizes = [(n, c, t) for n, c in ((4096, 1000), (512, 32000)) for t in (fp32, bf16, fp16)]
-        sizes += [(n, 1000, bf16) for n in (64, 512)]
+        sizes += [(256, 50257, fp32), (1024, 10, fp32)] + [(n, 1000, bf16) for n in (64, 512)]
     found = [
         Case(f"loss {n} x {c} {dtype_name(t)}", partial(case, n, c, t, device, seconds))
         for n, c, t in sizes

@@ -180,6 +180,6 @@ def test_candidates_differ_from_the_tile_and_can_be():
             assert len(made) == len(set(made)) > 8
             assert tile not in made
     for classes in (10, 1000, 32000):
-        tile = tiles.loss_tile(classes, 2)
+        tile = tiles.loss_tile(classes)
         assert tile not in tune.loss_candidates(tile)
         assert all(t.programs > 0 and t.warps > 0 for t in tune.loss_candidates(tile))

@@ -58,7 +58,7 @@ def accesses(kernel, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("classes", CLASSES)
 def test_tiles(compiled, classes, dtype):
-    tile = loss_tile(classes, dtype.itemsize)
+    tile = loss_tile(classes)
     for kernel in main_kernels(compiled(forward, classes, dtype)):
         assert kernel.warps == tile.warps
         if tile.rows > 1:

@@ -23,8 +23,9 @@ nothing then cancels (docs/numerics.md)::
                - (target_coef_t + smooth_coef w_t) others) / sum_exp
 
 Bytes, 16-bit logits: 2 read and 2 written for each logit, and about 40 for each row. A row of up to
-16,384 classes stays in registers between its two uses. A longer one comes in blocks of 8 KB, three
-in flight, and comes again, backwards: the blocks read last are still in the caches. The last rows
+16,384 classes stays in registers between its two uses. A longer one comes in blocks of 2,048, three
+in flight, and comes again, backwards: the blocks read last are still in the caches. A thread keeps
+a maximum and a sum for each 16-byte vector of its own, and threads meet once a row. The last rows
 are taken first: the matrix product before has just written them.
 
 Tiles (tiles.py): 32 logits a thread. Its four 16-byte loads are in flight before the first is used;
@@ -52,17 +53,21 @@ from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.triton import num_sms
 from fastmp.backends.triton.kernels.loss_row import (
     Softmax,
+    add_rest,
     exp_block,
-    load_and_update,
     load_block,
     load_grad_output,
     load_targets,
     locate,
     log_sum_exp,
-    online_softmax_update,
     peeled,
+    softmax_of_block,
     store_gradient,
+    sums_of_rows,
     target_loss,
+    update_edges,
+    update_vectors,
+    vector_of,
 )
 from fastmp.backends.triton.tiles import loss_tile
 
@@ -122,10 +127,11 @@ def _forward_kernel(
     grad,  # (N, C), None: the loss alone
     N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr, ON_CHIP: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    WHOLE: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of each row; with grad also the gradient, for this grad_output."""
     PAIR: tl.constexpr = target_b is not None
+    WEIGHTED: tl.constexpr = weight is not None
     divisor_a, divisor_b = _divisors(partial, PAIR, PARTIALS)
     weight_total = 1.0 * C if weight is None else tl.load(weight_total)
     tiles = tl.cdiv(N, BLOCK_N)
@@ -133,26 +139,26 @@ def _forward_kernel(
         o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        lane = tl.arange(0, BLOCK_C)[None, :]
-        blocks = tl.cdiv(C, BLOCK_C)
-        block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
+        block = load_block(rows, weight, 0, BLOCK_C, WHOLE) if ON_CHIP else None
         t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
                                 rows, C, ignore_index)  # fmt: skip
-        lowest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        zeros = tl.zeros((BLOCK_N,), tl.float32)
-        s = Softmax(lowest, zeros, zeros, zeros)
         block_max = None
         if ON_CHIP:
-            s, block = online_softmax_update(s, block, rows.prologue[:, None] + lane, t, SMOOTH)
+            s, block = softmax_of_block(block, t, rows, VECTOR, SMOOTH, WEIGHTED, WHOLE)
             block_max = s.row_max
         else:
-            for i_c in tl.range(0, blocks, num_stages=3):
-                o_c = i_c * BLOCK_C + lane
-                s = load_and_update(s, rows.p_body + o_c, weight, rows.prologue[:, None] + o_c,
-                                    o_c < rows.body[:, None], t, SMOOTH)  # fmt: skip
+            lowest = tl.full((BLOCK_N, BLOCK_C // VECTOR), float("-inf"), tl.float32)
+            zeros = tl.zeros((BLOCK_N, BLOCK_C // VECTOR), tl.float32)
+            i_t = vector_of(t, rows, VECTOR)
+            vectors = Softmax(lowest, zeros, zeros, zeros)
+            for i_c in tl.range(0, tl.cdiv(C, BLOCK_C), num_stages=3):
+                loaded = load_block(rows, weight, i_c, BLOCK_C, WHOLE)
+                vectors = update_vectors(vectors, loaded, i_c, i_t, rows, VECTOR, SMOOTH, WEIGHTED,
+                                         WHOLE)  # fmt: skip
+            s = add_rest(sums_of_rows(vectors), t, i_t, rows, VECTOR)
         if PEEL:
             o_c, mask = peeled(rows, C, VECTOR)
-            s = load_and_update(s, rows.p_row[:, None] + o_c, weight, o_c, mask, t, SMOOTH)
+            s = update_edges(s, rows, weight, o_c, mask, t, SMOOTH)
         tl.store(stats + 2 * o_n, s.row_max, mask=m_n)
         tl.store(stats + 2 * o_n + 1, s.others, mask=m_n)
         lse = log_sum_exp(t, s.row_max, s.others)
@@ -165,7 +171,7 @@ def _forward_kernel(
             g = load_grad_output(grad_output, stride_grad_output, rows)
             store_gradient(grad, rows, block, block_max, weight, weight_total, t, other, g,
                            s.row_max, s.others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C,
-                           VECTOR, PEEL)  # fmt: skip
+                           VECTOR, PEEL, WHOLE)  # fmt: skip
 
 
 @triton.jit
@@ -183,7 +189,7 @@ def _backward_kernel(
     grad,  # (N, C)
     N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, CHECK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr,
-    ON_CHIP: tl.constexpr, PARTIALS: tl.constexpr,
+    ON_CHIP: tl.constexpr, WHOLE: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The gradient, from stats; with CHECK only if grad_output is not the assumed one."""
     PAIR: tl.constexpr = target_b is not None
@@ -198,7 +204,7 @@ def _backward_kernel(
         o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        block = load_block(rows, weight, BLOCK_C) if ON_CHIP else None
+        block = load_block(rows, weight, 0, BLOCK_C, WHOLE) if ON_CHIP else None
         t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
                                 rows, C, ignore_index)  # fmt: skip
         row_max = tl.load(stats + 2 * o_n, mask=m_n, other=0.0)
@@ -207,8 +213,8 @@ def _backward_kernel(
             block = exp_block(block, row_max)
         g = load_grad_output(grad_output, stride_grad_output, rows)
         store_gradient(grad, rows, block, row_max, weight, weight_total, t, other, g, row_max,
-                       others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR,
-                       PEEL)  # fmt: skip
+                       others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR, PEEL,
+                       WHOLE)  # fmt: skip
 
 
 def _vector(logits: Tensor) -> tuple[int, bool]:
@@ -223,7 +229,7 @@ def _vector(logits: Tensor) -> tuple[int, bool]:
     if classes % widest == 0 and stride % widest == 0:
         return widest, False
     # Short rows share warps, and side by side fill every 32-byte sector anyway.
-    if stride == classes and loss_tile(classes, logits.element_size()).rows == 1:
+    if stride == classes and loss_tile(classes).rows == 1:
         return widest, True
     return 1, False
 
@@ -256,7 +262,7 @@ def _launch(
             target_a, target_b, weight, partial, n, c, spec.ignore_index,
             PARTIALS=_PARTIALS, BLOCK_N=1024, num_warps=4,
         )  # fmt: skip
-    tile = loss_tile(c, logits.element_size())
+    tile = loss_tile(c)
     vector, peel = _vector(logits)
     programs = min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device))
     kernel[(programs,)](
@@ -264,7 +270,8 @@ def _launch(
         None if weight is None else weight.sum(dtype=torch.float32), *grad_output, partial,
         *outputs, n, c, spec.ignore_index, 1.0 - spec.smoothing, spec.smoothing / c,
         SMOOTH=spec.smoothing > 0, BLOCK_N=tile.rows, BLOCK_C=tile.block, VECTOR=vector, PEEL=peel,
-        ON_CHIP=tile.on_chip, PARTIALS=_PARTIALS, num_warps=tile.warps, **constants,
+        ON_CHIP=tile.on_chip, WHOLE=not peel and tile.rows == 1 and c % tile.block == 0,
+        PARTIALS=_PARTIALS, num_warps=tile.warps, maxnreg=tile.max_registers, **constants,
     )  # fmt: skip
 
 

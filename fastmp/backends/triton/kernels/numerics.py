@@ -19,16 +19,6 @@ def exp(x):
 
 
 @triton.jit
-def log_1_plus(x):
-    """log(1 + x), x >= 0, to rounding however small x is (W. Kahan).
-
-    What rounding makes of 1 + x cancels in the quotient.
-    """
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, x * (tl.log(u) / (u - 1.0)))
-
-
-@triton.jit
 def reciprocal(v):
     """1 / v to 1.2e-7 in one instruction, 0 where that is subnormal; a division takes 9."""
     if _INTERPRETED:  # it has no PTX
