@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmp.bench.results import folder
-from fastmp.doctor import environment
+from fastmp.report.environment import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 

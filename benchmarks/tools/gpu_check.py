@@ -222,7 +222,7 @@ def write_summary(results: Path, done: list[Done]) -> None:
     """summary.md: the goals and whether they were reached, the machine, the stages so far."""
     import torch
 
-    from fastmp.doctor import environment
+    from fastmp.report.environment import environment
 
     goals = results / measure.GOALS
     reached = goals.read_text() if goals.exists() else "The goals were not measured.\n"
