@@ -1,0 +1,23 @@
+"""benchmarks/ is no package that mypy checks: what it imports from fastmp exists."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
+def test_names_that_the_benchmarks_import_exist(path):
+    """Those imported inside functions too, which run at the end of an hour."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (
+            "fastmp",
+            "benchmarks",
+        ):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
