@@ -32,6 +32,30 @@ def _hint(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+def _optional(kind: type[int] | type[float]) -> Any:
+    """How a flag of a number or None is read: tyro's own message is about both types."""
+
+    def read(words: list[str]) -> int | float | None:
+        if words[0] == "None":
+            return None
+        try:
+            return kind(words[0])
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"expected {number}, got {words[0]!r}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT" if kind is int else "FLOAT",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+_INT, _FLOAT = _optional(int), _optional(float)
+
+
 @dataclass(frozen=True)
 class Range:
     """Limits of a setting, both included, in the annotation of its field.
@@ -70,7 +94,9 @@ class TrainConfig:
     data: str = "digits"
     """digits (1,797 images), fashion-mnist (70,000), a folder of train/CLASS/*.jpg, or hf:NAME."""
 
-    image_size: Annotated[int | None, SIDE, _hint("INT", "that of the images, at most 224")] = None
+    image_size: Annotated[
+        int | None, _INT, SIDE, _hint("INT", "that of the images, at most 224")
+    ] = None
     """Height and width that images from files are cut to."""
 
     workers: Annotated[int, PROCESSES] = 4
@@ -79,10 +105,12 @@ class TrainConfig:
     model: str = "convnet"
     """mlp, convnet, vit, or package.module:factory, called with (in_shape, classes)."""
 
-    epochs: Annotated[int | None, COUNT, _hint("INT", "15 for digits, else 8")] = None
+    epochs: Annotated[int | None, _INT, COUNT, _hint("INT", "15 for digits, else 8")] = None
     """Passes over the training set."""
 
-    batch_size: Annotated[int | None, COUNT, _hint("INT", "256; less for 20 steps an epoch")] = None
+    batch_size: Annotated[
+        int | None, _INT, COUNT, _hint("INT", "256; less for 20 steps an epoch")
+    ] = None
     """Samples per batch and device."""
 
     accumulate: Annotated[int, COUNT] = 1
@@ -93,12 +121,13 @@ class TrainConfig:
 
     base_lr: Annotated[
         float | None,
+        _FLOAT,
         NOT_NEGATIVE,
         _hint("FLOAT", "4e-3 for Adam, AdamW and Muon, 4e-4 for Lion, 0.1 for SGD"),
     ] = None
     """Peak learning rate at a global batch of 256, scaled to the real one; not SGD: its root."""
 
-    lr: Annotated[float | None, NOT_NEGATIVE, _hint("FLOAT", "base-lr, scaled")] = None
+    lr: Annotated[float | None, _FLOAT, NOT_NEGATIVE, _hint("FLOAT", "base-lr, scaled")] = None
     """Peak learning rate as it is, instead of base-lr."""
 
     schedule: Literal["one-cycle", "cosine", "cyclic", "constant"] = "one-cycle"

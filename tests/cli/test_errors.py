@@ -100,3 +100,13 @@ def test_help_and_bad_usage(capsys):
         code, shown = usage(capsys, *wrong)
         assert code == 2
         assert wrong[-1] in shown
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--epochs", "--image-size", "--lr", "--base-lr"])
+def test_a_number_that_is_none_is_named(capsys, flag):
+    with pytest.raises(SystemExit):
+        cli.main(["train", flag, "many"])
+    error = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    number = "a number" if flag.endswith("lr") else "a whole number"
+    assert f"expected {number}, got 'many'" in error
+    assert "None" not in error
