@@ -17,7 +17,13 @@ from fastmp.amp import convert
 from fastmp.optim import state
 from fastmp.optim.base import FusedOptimizer
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Weights and what completes them to fp32: name, dtype, ``master``.
+WEIGHTS = (
+    ("fp32", torch.float32, None),
+    ("fp16", torch.float16, None),
+    ("fp16 split", torch.float16, "split"),
+    ("bf16", torch.bfloat16, None),
+)
 KINDS: dict[str, torch.dtype | str] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -26,12 +32,12 @@ KINDS: dict[str, torch.dtype | str] = {
 
 
 class Memory(NamedTuple):
-    """Bytes of a model whose weights have ``dtype`` and whose moments are kept as ``state_dtype``.
+    """Bytes of a model with these ``WEIGHTS``, whose moments are kept as ``state_dtype``.
 
     Batch norms stay in fp32; ``average`` is what ``ema`` adds.
     """
 
-    dtype: str
+    name: str
     state_dtype: str
     weights: int
     gradients: int
@@ -48,28 +54,28 @@ class Memory(NamedTuple):
 def table(model: nn.Module, make: type[FusedOptimizer]) -> Iterator[Memory]:
     """Every choice of dtypes for a model and an optimizer with its default options."""
     model = copy.deepcopy(model).to("meta")
-    for dtype_name, dtype in DTYPES.items():
+    for name, dtype, master in WEIGHTS:
         converted = copy.deepcopy(model)
         if dtype != torch.float32:
             convert(converted, dtype)
         for kind_name, kind in KINDS.items():
             params = [p for p in converted.parameters() if p.requires_grad]
-            optimizer = make(params, ema=0.999, state_dtype=kind)
-            yield _memory(dtype_name, kind_name, optimizer, converted)
+            optimizer = make(params, ema=0.999, state_dtype=kind, master=master)
+            yield _memory(name, kind_name, optimizer, converted)
 
 
-def _memory(dtype: str, kind: str, optimizer: FusedOptimizer, model: nn.Module) -> Memory:
+def _memory(name: str, kind: str, optimizer: FusedOptimizer, model: nn.Module) -> Memory:
     (group,) = optimizer.param_groups
     params, states = group["params"], optimizer.state
     keys = optimizer._state_keys(group)
-    state.allocate(states, params, keys, optimizer._kind, average=True)
+    state.allocate(states, params, keys, optimizer._kind, average=True, split=optimizer._split)
 
     def of(*names: str) -> int:
         return sum(own[n].nbytes for own in states.values() for n in names if n in own)
 
     weights: list[Tensor] = [*model.parameters(), *model.buffers()]
     return Memory(
-        dtype,
+        name,
         kind,
         sum(t.nbytes for t in weights),
         sum(p.nbytes for p in params),

@@ -12,6 +12,7 @@ from torch import nn
 from fastmp import doctor, models
 from fastmp.bench import memory
 from fastmp.doctor import Finding
+from fastmp.models import ModelError
 from fastmp.optim import AdamW
 
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.model is not None:
         with torch.device("meta"):
             model = models.made_by(options.model)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError(f"--model {options.model}: expected parameters to train, found none")
         print(memory_page(model))
         return
     print(page(doctor.examine()))
@@ -42,14 +45,14 @@ def memory_page(model: nn.Module) -> str:
     lines = [
         f"{count:,} parameters, AdamW; MiB without activations",
         "",
-        f"{'weights':>8} {'moments':>8} | {'weights':>9} {'gradients':>9} {'masters':>9} "
+        f"{'weights':>10} {'moments':>8} | {'weights':>9} {'gradients':>9} {'masters':>9} "
         f"{'moments':>9} {'total':>9} | {'ema adds':>9}",
     ]
     for row in memory.table(model, AdamW):
         mib = (row.weights, row.gradients, row.masters, row.moments, row.total)
         shown = " ".join(f"{size / 2**20:9,.1f}" for size in mib)
         added = f"{row.average / 2**20:9,.1f}"
-        lines.append(f"{row.dtype:>8} {row.state_dtype:>8} | {shown} | {added}")
+        lines.append(f"{row.name:>10} {row.state_dtype:>8} | {shown} | {added}")
     return "\n".join(lines)
 
 

@@ -32,13 +32,8 @@ class FusedOptimizer(AveragedOptimizer):
 
     Subclasses define the state that a group keeps (``_state_keys``) and the hyperparameters that a
     group's options stand for (``_hyper``).
-
-    Attributes:
-        rounding_seed: of the random bits that round moments in bf16 and 8 bits; a run that goes on
-            needs the same.
     """
 
-    rounding_seed = 0
     #: Whether a step needs all of a parameter, not the rows that one rank has of it.
     needs_whole_parameters = False
 

@@ -32,6 +32,8 @@ class SavedOptimizer(ScheduledOptimizer):
     _loaded = LoadedState()
     _kind = torch.float32  # dtype of the moments
     _split = False  # fp16 weights have remainders, not fp32 masters
+    #: Of the random bits that round moments in bf16 and 8 bits; in their ``state_dict``.
+    rounding_seed = 0
 
     @property
     def state_dtype(self) -> torch.dtype | str:
@@ -100,7 +102,8 @@ class SavedOptimizer(ScheduledOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and ``counts``: applied and skipped steps, the clock of schedules.
 
-        With bf16 parameters also ``remainders``: checksums of the weights that they complete.
+        With bf16 parameters also ``remainders``: checksums of the weights that they complete. With
+        moments in bf16 or 8 bits also ``rounding_seed``.
         """
         self._require_own_weights()
         state.adopt_masters(self.state, self._params(), self._tables.remainders)
@@ -115,6 +118,8 @@ class SavedOptimizer(ScheduledOptimizer):
                 saved["state"][i] = state_kinds.with_stride(own)
         if any(state.master_key(p, self._split) in state.SPLIT_KEYS.values() for p in params):
             saved["remainders"] = remainders.state_dict(params)
+        if self._kind != torch.float32:
+            saved["rounding_seed"] = self.rounding_seed
         return saved
 
     def torch_state_dict(self) -> dict[str, Any]:
@@ -168,6 +173,7 @@ class SavedOptimizer(ScheduledOptimizer):
             handle.remove()
         for name, count in counts.items():
             self._read(name).copy_(torch.as_tensor(count))
+        self.rounding_seed = int(state_dict.get("rounding_seed", self.rounding_seed))
         self._loaded = LoadedState(self._loaded.number + 1, int(self.applied_steps))
         if "remainders" in state_dict:
             remainders = self._tables.remainders

@@ -78,16 +78,36 @@ def equals_one_rank_with_twice_the_batch(world):
     }
 
 
+def digests_of(trainer, world):
+    """Of the weights after each of six steps in bf16."""
+    digests = []
+    for batch in batches(6, 2 * BATCH, torch.bfloat16):
+        trainer.train_step([half(batch, world.rank)])
+        digests.append(digest(trainer.model))
+    return digests
+
+
 def muon(world):
     model = model_in(torch.bfloat16)
     groups = fastmp.optim.muon_groups(model)
     optimizer = fastmp.optim.Muon(groups, lr=0.02, max_grad_norm=0.5)
     trainer = Trainer(model, optimizer, CrossEntropyLoss(), progress=False)
-    digests = []
-    for batch in batches(6, 2 * BATCH, torch.bfloat16):
-        trainer.train_step([half(batch, world.rank)])
-        digests.append(digest(model))
-    return {"digests": digests, "rules": [group["rule"] for group in optimizer.param_groups]}
+    rules = [group["rule"] for group in optimizer.param_groups]
+    return {"digests": digests_of(trainer, world), "rules": rules}
+
+
+def narrow_moments(world, state_dtype):
+    """With averages; 8 bits from 4,096 elements on."""
+    torch.manual_seed(0)
+    wide = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(12, 512), torch.nn.ReLU(), torch.nn.Linear(512, 3)
+    )
+    optimizer = fastmp.optim.AdamW(
+        amp.convert(wide, torch.bfloat16).parameters(), lr=0.01, state_dtype=state_dtype, ema=0.9
+    )
+    trainer = Trainer(wide, optimizer, CrossEntropyLoss(), progress=False)
+    digests = digests_of(trainer, world)
+    return {"digests": digests, "averages": optimizer.averages(), "state": optimizer.state_dict()}
 
 
 def overflow_on_one_rank(world):
@@ -309,6 +329,8 @@ def main(folder):
             "world": world,
             "twice": equals_one_rank_with_twice_the_batch(world),
             "muon": muon(world),
+            "bf16 moments": narrow_moments(world, torch.bfloat16),
+            "8-bit moments": narrow_moments(world, "8bit"),
             "overflow": overflow_on_one_rank(world),
             "accumulation": accumulation(world),
             "evaluation": evaluation(world),

@@ -25,6 +25,17 @@ def test_muon_is_equal_on_both_ranks(results):
     assert one["rules"] == ["muon", "adamw", "adamw"]
 
 
+@pytest.mark.parametrize(("case", "dtype"), [("bf16", torch.bfloat16), ("8-bit", torch.uint8)])
+def test_narrow_moments_and_averages_are_equal_on_both_ranks(results, case, dtype):
+    one, two = (part[f"{case} moments"] for part in results[:2])
+    assert one["digests"] == two["digests"]
+    assert len(set(one["digests"])) == 6
+    torch.testing.assert_close(one["averages"], two["averages"], rtol=0, atol=0)
+    moments = [part["state"]["state"][0]["exp_avg_sq"] for part in (one, two)]
+    assert moments[0].dtype == dtype
+    assert torch.equal(*moments)
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_both(results):
     one, two = (part["overflow"] for part in results[:2])
     assert one == two

@@ -143,8 +143,9 @@ def test_a_second_moment_falls_to_the_truth(kind):
 def test_a_resumed_run_has_the_same_bits(dtype, kind, tmp_path):
     """Through a file, which stores tensors contiguously: blocks follow the order of memory."""
     whole, a = made(dtype, kind)
-    steps(a, whole, 6)
     half, b = made(dtype, kind)
+    a.rounding_seed = b.rounding_seed = 7
+    steps(a, whole, 6)
     steps(b, half, 3)
     checkpoint.save(tmp_path / "state", b.state_dict())
     resumed, c = made(dtype, kind)
