@@ -68,6 +68,22 @@ def side(diff, sign):
     return "\n".join(line[2:] for line in kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_swap_under_autocast(dtype):
+    """What the README says below its diff: fp32 inputs, the forward pass still under autocast."""
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    names = playground()
+    exec(side(diff, "+").replace("torch.float16", str(dtype)), names)
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    with torch.autocast("cpu", dtype):
+        loss = names["criterion"](names["model"](torch.randn(8, 1, 3, 4)), torch.randint(3, (8,)))
+    loss.backward()
+    names["optimizer"].step()
+    after = names["model"].parameters()
+    assert all(p.dtype == dtype for p in names["model"].parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("sign", ["-", "+"])
 def test_both_sides_of_the_swap_train(sign):
     """The README's diff in a training step."""

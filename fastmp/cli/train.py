@@ -199,7 +199,7 @@ def _summary(
     if batch < given:
         parts = f", all that the data has for the {given:,} of the settings"
     size = sum(parameter.numel() for parameter in model.parameters())
-    few = f"one step an epoch, {config.epochs} in all: a smaller batch_size than "
+    few = f"one step an epoch, {config.epochs} in all: a smaller --batch-size than "
     few = f"\n{few}{config.batch_size:,} gives more" if steps == 1 else ""
     return (
         f"{config.data}: {len(dataset.train):,} training and {len(dataset.test):,} "

@@ -23,7 +23,7 @@ def test_a_batch_larger_than_the_data(tmp_path, capsys):
     _, one = run(tmp_path, "--batch-size", "100000", name="one")
     shown = capsys.readouterr().out
     assert "global batch: 1,433, all that the data has for the 100,000 of the settings" in shown
-    assert "one step an epoch, 2 in all: a smaller batch_size than 100,000 gives more" in shown
+    assert "one step an epoch, 2 in all: a smaller --batch-size than 100,000 gives more" in shown
     _, two = run(tmp_path, "--batch-size", "1433", name="two")
     assert one == two  # the lr too
     assert "all that the data has" not in capsys.readouterr().out
