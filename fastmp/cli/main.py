@@ -34,13 +34,13 @@ TERMINATED = 128 + 15  # exit code of a process that SIGTERM ended, as shells re
 
 #: What every command does, by name; its module in ``fastmp.cli`` has the same one.
 COMMANDS: dict[str, str] = {
-    "train": "Train an image classifier with the whole recipe, on one device or many.",
+    "train": "Train an image classifier with the whole recipe, on any devices.",
     "predict": "Print the class of each picture, by the model of a run.",
     "evaluate": "Accuracy, each class and the confusion matrix of a run's model.",
     "export": "A run's model as safetensors, ONNX or torch.export, checked.",
     "lr-find": "Find a peak learning rate: raise it step by step and watch the loss.",
     "bench": "Time kernels, step and training against PyTorch, AMP and others.",
-    "verify": "Check every operation against fp64 and against torch, on this machine.",
+    "verify": "Check every operation against fp64 and torch, on this machine.",
     "doctor": "Show versions, devices and backends, and how to fix what is wrong.",
 }
 

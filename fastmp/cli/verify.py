@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check every operation against fp64 and against torch, on this machine."""
+    """Check every operation against fp64 and torch, on this machine."""
     run(parser().parse_args(arguments))
 
 

@@ -100,7 +100,7 @@ class Reading:
         if isinstance(error, Exception) and not isinstance(error, DataError):
             raise DataError(
                 f"{self._name} cannot be read: expected an image, got: "
-                f"{error or type(error).__name__}; replace or delete it"
+                f"{error or type(error).__name__}; replace it or leave it out"
             ) from error
 
 

@@ -92,6 +92,7 @@ def test_help_and_bad_usage(capsys):
     code, shown = usage(capsys)
     assert code == 0
     assert "  train " in shown
+    assert max(map(len, shown.splitlines())) <= 80  # a terminal's columns
     code, shown = usage(capsys, "train", "--help")
     assert code == 0
     for field in dataclasses.fields(TrainConfig):
