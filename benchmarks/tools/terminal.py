@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import re
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
@@ -66,23 +66,21 @@ def record(arguments: list[str]) -> list[tuple[str, float]]:
     screen, start = Screen(), time.perf_counter()
     root = str(Path(__file__).parents[2])
     with tempfile.TemporaryDirectory() as folder:
-        child, terminal = pty.fork()
-        if child == 0:
-            os.chdir(folder)
-            environment = {
-                **os.environ,
-                "PYTHONPATH": root,
-                "COLUMNS": str(COLUMNS),
-                "TERM": "xterm",
-            }
-            os.execve(sys.executable, [sys.executable, "-m", "fastmp", *arguments], environment)
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        terminal, end = os.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        run = subprocess.Popen(
+            [sys.executable, "-m", "fastmp", *arguments],
+            stdin=end, stdout=end, stderr=end, cwd=folder,
+            env={**os.environ, "PYTHONPATH": root, "COLUMNS": str(COLUMNS), "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(end)
         try:
             while output := os.read(terminal, 65536):
                 screen.write(output.decode(errors="replace"), time.perf_counter() - start)
         except OSError:
             pass  # the end of a terminal, on Linux
-        _, status = os.waitpid(child, 0)
+        status = run.wait()
+    os.close(terminal)
     lines = [(line.rstrip(), at) for line, at in screen.lines]
     if status:
         raise RuntimeError("\n".join(line for line, _ in lines))

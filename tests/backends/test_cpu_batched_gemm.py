@@ -26,7 +26,7 @@ def random(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
 
 
-def close(found, a, b, c=None, beta=0.0, alpha=1.0):
+def check(found, a, b, c=None, beta=0.0, alpha=1.0):
     """One rounding to bf16 away from fp64."""
     exact = alpha * (a.double() @ b.double()) + (0 if c is None else beta * c.double())
     size = abs(alpha) * (a.double().abs() @ b.double().abs()) + 1
@@ -40,8 +40,8 @@ def test_values_of_every_layout(m, n, k, batch):
     for a in (random(batch, m, k), random(batch, k, m).mT):
         for b in (random(batch, k, n), random(batch, n, k).mT):
             out = torch.full((batch, m, n), torch.nan).bfloat16()
-            close(product(a, b, out=out), a, b)
-            close(product(a, b, c, 2.5, -0.5, out=out), a, b, c, 2.5, -0.5)
+            check(product(a, b, out=out), a, b)
+            check(product(a, b, c, 2.5, -0.5, out=out), a, b, c, 2.5, -0.5)
 
 
 @pytest.mark.parametrize("n", [1, 13, 14, 15, 31, 33, 48, 97])
@@ -49,10 +49,10 @@ def test_values_of_every_layout(m, n, k, batch):
 def test_half_of_a_symmetric_product_is_the_whole(n, k):
     x = random(3, n, k)
     g = product(x, x.mT, out=torch.full((3, n, n), torch.nan).bfloat16(), symmetric=True)
-    close(g, x, x.mT)
+    check(g, x, x.mT)
     assert torch.equal(g, g.mT)
     squares = product(g, g, g, -2.0, 0.25, out=torch.empty_like(g), symmetric=True)
-    close(squares, g, g, g, -2.0, 0.25)
+    check(squares, g, g, g, -2.0, 0.25)
     assert torch.equal(squares, squares.mT)
 
 
