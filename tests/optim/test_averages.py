@@ -22,7 +22,9 @@ def steps(optimizer, params, count=5, first=0):
         optimizer.step()
 
 
-@pytest.mark.parametrize("ema", [0.99, 0.3, decay, [0.5, 0.7, 0.2]], ids=str)
+@pytest.mark.parametrize(
+    "ema", [0.99, 0.3, decay, [0.5, 0.7, 0.2]], ids=["high", "low", "function", "list"]
+)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_they_are_those_of_torchs_averaged_model(dtype, ema):
     ours = parameters(dtype)
