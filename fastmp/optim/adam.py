@@ -19,10 +19,19 @@ from fastmp.optim.base import FusedOptimizer
 class Adam(FusedOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` with fp32 masters and a fused step (Kingma & Ba, 2015).
 
+    ``AdamW`` has an example, and what to read after a step.
+
     Args:
         params: tensors, dicts or (name, tensor) pairs: fp32, fp16, bf16 or fp64.
-        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-            decoupled_weight_decay: as in torch.
+        lr: learning rate, a number or a tensor; schedules and torch's schedulers change it.
+        betas: decay of the averages of the gradient and of its square.
+        eps: added to the root of the second average.
+        weight_decay: times the weight, added to the gradient; see ``decoupled_weight_decay``.
+        amsgrad: divide by the largest second average so far.
+        maximize: ascend instead of descend.
+        foreach, fused, capturable: accepted as in torch; the step is always fused and capturable.
+        differentiable: False; True is refused.
+        decoupled_weight_decay: shrink the weight apart from the gradient, as ``AdamW`` does.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
         skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
@@ -41,9 +50,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             that overflows to inf stays there. bf16 weights always have a remainder.
 
     Raises:
-        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype`` or
-            ``master``, ``differentiable=True``, or a sparse, complex or
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1), an
+            unknown ``state_dtype`` or ``master``, ``differentiable=True``, or a sparse, complex or
             integer parameter.
     """
 

@@ -17,7 +17,10 @@ from fastmp.optim.base import FusedOptimizer
 class Lion(FusedOptimizer):
     """Lion with fp32 masters and a fused step (Chen et al. 2023, arXiv:2302.06675).
 
-    The sign of an average of the gradients, and half of Adam's state. The paper advises a third to
+        optimizer = fastmp.optim.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+
+    The sign of an average of the gradients, and half of Adam's state. What to read after a step:
+    see ``AdamW``. The paper advises a third to
     a tenth of AdamW's ``lr`` and three to ten times its ``weight_decay``. torch has no Lion; the
     arguments are those of the paper's own code.
 
@@ -33,9 +36,8 @@ class Lion(FusedOptimizer):
 
     Raises:
         ValueError: a negative ``lr`` or ``weight_decay``, a beta outside [0, 1), a
-            ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype`` or
-            ``master``, or a sparse, complex or integer parameter.
+            ``max_grad_norm`` that is not above 0, a decay outside [0, 1), an unknown
+            ``state_dtype`` or ``master``, or a sparse, complex or integer parameter.
     """
 
     def __init__(

@@ -16,23 +16,33 @@ from fastmp.optim.base import FusedOptimizer
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` with fp32 masters and a fused step.
+    """``torch.optim.SGD`` with fp32 masters and a fused step (Sutskever et al. 2013).
+
+        optimizer = fastmp.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    What to read after a step: see ``AdamW``.
 
     Args:
         params: tensors, dicts or (name, tensor) pairs: fp32, fp16, bf16 or fp64.
-        lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
-            as in torch.
+        lr: learning rate, a number or a tensor; schedules and torch's schedulers change it.
+        momentum: how much of the average of the gradients a step keeps; 0: no average, and no
+            state but the master.
+        dampening: share of the gradient that does not enter the average.
+        weight_decay: times the weight, added to the gradient.
+        nesterov: step along the gradient and the average as it will be.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted as in torch; the step is always fused.
+        differentiable: False; True is refused.
         max_grad_norm: clip the global norm of the unscaled gradients of all groups to this, as
             ``torch.nn.utils.clip_grad_norm_`` does, above 0; None: do not clip.
-        skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 28
-            bytes a parameter instead of 32 for fp32 weights; non-finite values then reach the
-            weights, as in torch.
+        skip_nonfinite: False: without a scaler and without clipping no scan of the gradients, 20
+            bytes a parameter instead of 24 for fp32 weights with momentum; non-finite values then
+            reach the weights, as in torch.
         ema, state_dtype, master: as in ``Adam``.
 
     Raises:
-        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1),
-            an unknown ``state_dtype`` or
-            ``master``, ``differentiable=True``, or a sparse, complex or
+        ValueError: as torch, a ``max_grad_norm`` that is not above 0, a decay outside [0, 1), an
+            unknown ``state_dtype`` or ``master``, ``differentiable=True``, or a sparse, complex or
             integer parameter.
     """
 

@@ -7,7 +7,8 @@
     any other                                  fp32
 
 Equal commands have to train equally, so the measurement is made once: the answer is kept in the
-cache folder, by processor, threads, versions, model, images and batch.
+cache folder, by processor, threads, versions, instruction set of the kernels, model, images and
+batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 import fastmp
 from fastmp import files
+from fastmp.backends import cpu
 from fastmp.backends.cpu import gemm_choice
 from fastmp.data import Dataset
 from fastmp.distributed.rendezvous import World
@@ -81,7 +83,7 @@ def _key(config: TrainConfig, dataset: Dataset, model: nn.Module, device: torch.
         (
             device_name(device),
             f"torch {torch.__version__}",
-            f"fastmp {fastmp.__version__}",
+            f"fastmp {fastmp.__version__}, {cpu.instruction_set(cpu.load()[0])}",
             f"{config.model} of {sum(p.numel() for p in model.parameters())} parameters",
             f"{config.batch_size} images of {'x'.join(map(str, dataset.shape))}",
         )

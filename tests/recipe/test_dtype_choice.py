@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastmp import data, files, recipe
+from fastmp.backends import cpu
 from fastmp.backends.cpu import gemm_choice
 from fastmp.distributed.rendezvous import World
 from fastmp.recipe import TrainConfig, dtype_choice
@@ -44,7 +45,8 @@ def test_one_measurement_is_kept_and_said(monkeypatch, cache, capsys, feature):
     assert f"kept in {cache}" in capsys.readouterr().out
     ((key, kept),) = json.loads(cache.read_text()).items()
     assert kept["dtype"] == first
-    for part in ("a processor", "threads", "torch", "fastmp", "mlp of 85002", "64 images of 1x8x8"):
+    kernels = cpu.instruction_set(cpu.load()[0])
+    for part in ("a processor", "threads", "torch", kernels, "mlp of 85002", "64 images of 1x8x8"):
         assert part in key
     other = {"fp32": "bf16", "bf16": "fp32"}[first]
     cache.write_text(json.dumps({key: {"dtype": other}}))
@@ -52,6 +54,9 @@ def test_one_measurement_is_kept_and_said(monkeypatch, cache, capsys, feature):
     assert capsys.readouterr().out == f"dtype: {other}, as measured before: {cache}\n"
     chosen(batch_size=8)
     assert len(json.loads(cache.read_text())) == 2
+    monkeypatch.setattr(cpu, "instruction_set", lambda library: "reference")
+    chosen()  # before a compiler was there
+    assert len(json.loads(cache.read_text())) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"[1]", b'{"a": 1}', b"{"])

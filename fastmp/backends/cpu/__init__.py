@@ -67,13 +67,18 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         library = _open(path)
     except (OSError, AttributeError) as error:
         reason = f"no usable native library: {error}"
-        fix = "Install a C++17 compiler (Debian: apt install g++) and reinstall fastmp."
+        fix = "With a C++17 compiler (Debian: apt install g++) reinstall fastmp: pip install ."
         registry.mark_unavailable("cpu", reason, fix=fix)
         return None, reason
     threads = use_torch_thread_pool(library)
-    reason = f"libfastmp_cpu, instruction set {library.fastmp_target().decode()}, {threads}"
+    reason = f"libfastmp_cpu, instruction set {instruction_set(library)}, {threads}"
     registry.mark_available("cpu", reason)
     return library, reason
+
+
+def instruction_set(library: ctypes.CDLL | None) -> str:
+    """Of the kernels: base, v3, v4 or v4bf16; "reference" without a library."""
+    return "reference" if library is None else library.fastmp_target().decode()
 
 
 def load_holding_gil() -> ctypes.PyDLL | None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastmp import files
+from fastmp.backends import cpu as native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FILE = "gemm-choice.json"  # in the cache folder
@@ -98,7 +99,8 @@ def prefers_own(dtype: torch.dtype) -> bool:
 
 
 def _remembered(dtype: torch.dtype) -> bool:
-    key = f"{processor().name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    key = f"{processor().name}, {threads}, {native.instruction_set(native.load()[0])}"
     kept = files.recall(_FILE, key)
     answers = kept if isinstance(kept, dict) else {}
     own = answers.get(str(dtype))
