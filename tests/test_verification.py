@@ -194,7 +194,7 @@ def test_doctor_counts_the_bytes_of_a_model(monkeypatch, tmp_path, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "|" in line]
     (bits,) = (row for row in rows if row[:2] == ["bf16", "8bit"])
     assert bits[-1] == f"{(64 * 128 + 3 * 128) * 4 / 2**20:.1f}"
-    memories = {(m.dtype, m.state_dtype): m for m in memory.table(given_model(), optim.AdamW)}
+    memories = {(m.name, m.state_dtype): m for m in memory.table(given_model(), optim.AdamW)}
     assert memories["bf16", "8bit"] == (
         "bf16", "8bit",
         2 * 64 * 128 + 2 * 128 + 4 * (4 * 128) + 8,  # the batch norm's buffers too

@@ -55,6 +55,11 @@ _library.fallback(_run)
 _aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
 
 
+@torch.library.impl(_aten, "logsumexp")
+def _logsumexp(tensor, dim, keepdim=False):  # torch's own resizes a handle
+    return _run(torch.ops.aten.logsumexp.default, tensor, dim, keepdim)
+
+
 @torch.library.impl(_aten, "_copy_from")
 def _copy_from(source, target, non_blocking=False):
     to_host(target).copy_(to_host(source))

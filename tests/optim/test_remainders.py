@@ -250,7 +250,9 @@ def test_a_pruned_layer_stays_pruned_through_the_trainer(dtype, tmp_path):
         optimizer = adam_w(model.parameters(), lr=1e-3)
         masked = model[0].weight
         optimizer.register_step_post_hook(lambda *_: in_place(masked, masked * kept))
-        return fastmp.Trainer(model, optimizer, fastmp.nn.CrossEntropyLoss(), progress=False)
+        scaler = fastmp.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        criterion = fastmp.nn.CrossEntropyLoss()
+        return fastmp.Trainer(model, optimizer, criterion, scaler=scaler, progress=False)
 
     kept = torch.arange(32).view(8, 4) % 2
     generator = torch.Generator().manual_seed(1)

@@ -67,19 +67,24 @@ def test_a_schedule_of_the_old_steps_is_gone_through_to_its_end(tmp_path, name, 
     assert seen[0] == pytest.approx(made(2 * before)[0], rel=0.2)
 
 
+class InterruptedOnce(list):
+    """Ctrl-C in the middle of the second pass."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for number, batch in enumerate(super().__iter__()):
+            if self.passes == 2 and number == len(self) // 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
 def test_an_interrupted_epoch_goes_on_at_its_share(tmp_path, before, after):
     trainer = trainer_for(small_model(), schedule=MAKERS["one-cycle"](2 * before), folder=tmp_path)
-    stop = trainer.train_step
-
-    def train_step(group):
-        if trainer.step == before + before // 2:
-            raise KeyboardInterrupt
-        stop(group)
-
-    trainer.train_step = train_step
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit(data(before), batches(1), 2)
+        trainer.fit(InterruptedOnce(data(before)), batches(1), 2)
     made = MAKERS["one-cycle"](2 * after)
     run(tmp_path, data(after), made, 1)
     expected = [made(k)[0] for k in range(after + after // 2, 2 * after)]

@@ -90,7 +90,7 @@ def test_what_fit_returns_shows_the_run_in_short():
     assert lines["val accuracy"].strip() == f"{results[-1].val_accuracy:.2%} after 3 epochs"
     assert lines["skipped steps"].strip() == "0 of 12"
     assert lines["parameters"].strip() == f"{sum(p.numel() for p in trainer.model.parameters())}"
-    assert lines["kernels"].strip() == "linear, loss, mix, update (cpu)"
+    assert lines["kernels"].strip() == "linear, loss, mix, orthogonalize, update (cpu)"
     assert "it/s" not in str(results)
     epochs = [
         EpochResult(n, 1.0, 1.0, accuracy, 1.0, 1.0) for n, accuracy in enumerate((2, 3, 3, 1))
