@@ -45,7 +45,8 @@ def loss_tile(classes: int) -> LossTile:
         return LossTile(1, _LONG_ROW_BLOCK, 4, _ONE_FOR_EACH_ROW, on_chip=False)
     block = max(1 << (classes - 1).bit_length(), 16)
     if block < _SHORTEST_ROW_OF_ITS_OWN:
-        return LossTile(_SHARED_LOGITS // block, block, 4, 6, on_chip=True, max_registers=_REGISTERS_OF_SHORT_ROWS)
+        rows = _SHARED_LOGITS // block
+        return LossTile(rows, block, 4, 6, on_chip=True, max_registers=_REGISTERS_OF_SHORT_ROWS)
     warps = max(block // _LOGITS_A_WARP, 1)
     registers = _REGISTERS_OF_8_WARPS if warps == 8 else None
     return LossTile(1, block, warps, 24 // warps, on_chip=True, max_registers=registers)
