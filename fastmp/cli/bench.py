@@ -15,7 +15,7 @@ from fastmp.bench import results
 from fastmp.bench.harness import Row, copy_bandwidth
 from fastmp.bench.subjects import SUBJECTS, run
 from fastmp.recipe import TrainConfig
-from fastmp.recipe.config import COUNT
+from fastmp.recipe.config import COUNT, OPTIONAL_INT, shown_default
 
 Subject = Literal["optimizer", "muon", "loss", "linear", "train", "scaling"]
 
@@ -45,8 +45,8 @@ class Bench:
     quick: bool = False
     """Small and unsaved, in a minute: does it run?"""
 
-    threads: int | None = None
-    """CPU threads; default: torch's."""
+    threads: Annotated[int | None, OPTIONAL_INT, shown_default("INT", "torch's")] = None
+    """CPU threads."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from fastmp.data.files import Images
 from fastmp.models import run as runs
 from fastmp.models.classifier import Classifier
 from fastmp.recipe import TrainConfig
+from fastmp.recipe.config import shown_default
 from fastmp.training import confusion
 from fastmp.training.confusion import Confusion
 
@@ -32,14 +33,14 @@ class Evaluate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run of fastmp train, or one of its checkpoints."""
 
-    data: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    data: Annotated[str | None, shown_default("NAME", "that of the run")] = None
     """Data set as of fastmp train, of which the part for validation is taken, or a folder of
-    CLASS/*.jpg, of which all images are; default: that of the run."""
+    CLASS/*.jpg, of which all images are."""
 
     json: bool = False
     """Print one JSON object, with the whole matrix."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    model: Annotated[str | None, shown_default("NAME", "as in the run")] = None
     """package.module:factory of the model, where it is not where the run had it."""
 
     device: str = "auto"

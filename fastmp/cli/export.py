@@ -13,6 +13,7 @@ from fastmp import recipe
 from fastmp.models import export as exports
 from fastmp.models import run as runs
 from fastmp.models.export import FILES, Format
+from fastmp.recipe.config import shown_default
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Export:
     ] = None
     """Where it goes."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    model: Annotated[str | None, shown_default("NAME", "as in the run")] = None
     """package.module:factory of the model, where it is not where the run had it."""
 
 

@@ -16,6 +16,7 @@ import tyro
 from fastmp import recipe
 from fastmp.distributed.rendezvous import World
 from fastmp.recipe import DTYPES, TrainConfig
+from fastmp.recipe.config import shown_default
 from fastmp.report.run import attempt
 from fastmp.training import lr_find
 
@@ -24,7 +25,7 @@ from fastmp.training import lr_find
 class LrFind:
     """Find a peak learning rate: raise it step by step and watch the loss."""
 
-    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    config: Annotated[Path | None, shown_default("PATH", "none")] = None
     """TOML file with any settings of fastmp train; flags override it."""
 
     low: float = 1e-6

@@ -18,7 +18,7 @@ from fastmp.data import DataError, folders
 from fastmp.models import run as runs
 from fastmp.models.classifier import Classifier, Prediction
 from fastmp.recipe import TrainConfig
-from fastmp.recipe.config import COUNT
+from fastmp.recipe.config import COUNT, shown_default
 
 _BATCH = 64
 
@@ -39,7 +39,7 @@ class Predict:
     json: bool = False
     """Print a JSON object a line."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    model: Annotated[str | None, shown_default("NAME", "as in the run")] = None
     """package.module:factory of the model, where it is not where the run had it."""
 
     device: str = "auto"

@@ -26,6 +26,7 @@ from fastmp.distributed.rendezvous import World
 from fastmp.models import run as models_run
 from fastmp.models.run import CONFIG
 from fastmp.recipe import DTYPES, ConfigError, TrainConfig, resume
+from fastmp.recipe.config import shown_default
 from fastmp.training import rng
 from fastmp.training.trainer import Trainer
 
@@ -34,7 +35,7 @@ from fastmp.training.trainer import Trainer
 class Train:
     """Train an image classifier with mixed precision, mixup, label smoothing and one-cycle."""
 
-    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    config: Annotated[Path | None, shown_default("PATH", "none")] = None
     """TOML file with any of these settings, such as the config.toml of a run; flags override it."""
 
     resume: bool = False

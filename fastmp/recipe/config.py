@@ -27,7 +27,7 @@ class ConfigError(ValueError):
     """A setting that is not valid: its name, what was expected, what came."""
 
 
-def _hint(metavar: str, default: str) -> Any:
+def shown_default(metavar: str, default: str) -> Any:
     """How --help shows a field with a default that depends on others."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
@@ -53,7 +53,7 @@ def _optional(kind: type[int] | type[float]) -> Any:
     )
 
 
-_INT, _FLOAT = _optional(int), _optional(float)
+OPTIONAL_INT, OPTIONAL_FLOAT = _optional(int), _optional(float)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class TrainConfig:
     """digits (1,797 images), fashion-mnist (70,000), a folder of train/CLASS/*.jpg, or hf:NAME."""
 
     image_size: Annotated[
-        int | None, _INT, SIDE, _hint("INT", "that of the images, at most 224")
+        int | None, OPTIONAL_INT, SIDE, shown_default("INT", "that of the images, at most 224")
     ] = None
     """Height and width that images from files are cut to."""
 
@@ -105,11 +105,13 @@ class TrainConfig:
     model: str = "convnet"
     """mlp, convnet, vit, or package.module:factory, called with (in_shape, classes)."""
 
-    epochs: Annotated[int | None, _INT, COUNT, _hint("INT", "15 for digits, else 8")] = None
+    epochs: Annotated[
+        int | None, OPTIONAL_INT, COUNT, shown_default("INT", "15 for digits, else 8")
+    ] = None
     """Passes over the training set."""
 
     batch_size: Annotated[
-        int | None, _INT, COUNT, _hint("INT", "256; less for 20 steps an epoch")
+        int | None, OPTIONAL_INT, COUNT, shown_default("INT", "256; less for 20 steps an epoch")
     ] = None
     """Samples per batch and device."""
 
@@ -121,13 +123,15 @@ class TrainConfig:
 
     base_lr: Annotated[
         float | None,
-        _FLOAT,
+        OPTIONAL_FLOAT,
         NOT_NEGATIVE,
-        _hint("FLOAT", "4e-3 for Adam, AdamW and Muon, 4e-4 for Lion, 0.1 for SGD"),
+        shown_default("FLOAT", "4e-3 for Adam, AdamW and Muon, 4e-4 for Lion, 0.1 for SGD"),
     ] = None
     """Peak learning rate at a global batch of 256, scaled to the real one; not SGD: its root."""
 
-    lr: Annotated[float | None, _FLOAT, NOT_NEGATIVE, _hint("FLOAT", "base-lr, scaled")] = None
+    lr: Annotated[
+        float | None, OPTIONAL_FLOAT, NOT_NEGATIVE, shown_default("FLOAT", "base-lr, scaled")
+    ] = None
     """Peak learning rate as it is, instead of base-lr."""
 
     schedule: Literal["one-cycle", "cosine", "cyclic", "constant"] = "one-cycle"
@@ -163,7 +167,7 @@ class TrainConfig:
     master: Literal["auto", "split"] = "auto"
     """Beside fp16 weights: an fp32 master, or the 16 bits that they lack (split)."""
 
-    init_from: Annotated[Path | None, _hint("PATH", "random weights")] = None
+    init_from: Annotated[Path | None, shown_default("PATH", "random weights")] = None
     """Pretrained weights: .safetensors, a state_dict or a run, whose best checkpoint it is."""
 
     freeze: tuple[str, ...] = ()
@@ -217,7 +221,7 @@ class TrainConfig:
     telemetry: bool = False
     """Count gradients that were flushed to zero and updates that were lost to rounding."""
 
-    out: Annotated[Path | None, _hint("PATH", "runs/<data>-<model>-<time>")] = None
+    out: Annotated[Path | None, shown_default("PATH", "runs/<data>-<model>-<time>")] = None
     """Folder for everything the run writes; must be new or empty, unless --resume is given."""
 
     def __post_init__(self) -> None:

@@ -103,6 +103,15 @@ def test_help_and_bad_usage(capsys):
         assert wrong[-1] in shown
 
 
+@pytest.mark.parametrize(
+    "command", ["train", "bench", "lr-find", "predict", "evaluate", "export", "doctor", "verify"]
+)
+def test_help_names_defaults_in_the_words_of_the_command_line(capsys, command):
+    code, shown = usage(capsys, command, "--help")
+    assert code == 0
+    assert "None" not in shown
+
+
 @pytest.mark.parametrize("flag", ["--batch-size", "--epochs", "--image-size", "--lr", "--base-lr"])
 def test_a_number_that_is_none_is_named(capsys, flag):
     with pytest.raises(SystemExit):
