@@ -43,7 +43,7 @@ class Log:
         self._folder = folder
         self._lines: TextIO | None = None  # open from the first line on: opening takes 0.1 ms
         self._events: SummaryWriter | None = None
-        self._resumed: int | None = None  # the step to go on from, until the first row
+        self._resumed: tuple[int, int] | None = None  # step and epochs to go on from, until a row
         self._purged = 0  # TensorBoard drops the events of an interrupted run from here on
 
     def write(self, kind: str, **row: Any) -> None:
@@ -51,8 +51,8 @@ class Log:
         if self._folder is None:
             return
         if self._resumed is not None:
-            step, self._resumed = self._resumed, None
-            self.rewind(step)
+            (step, epochs), self._resumed = self._resumed, None
+            self.rewind(step, epochs)
             self.write("resumed", step=step)
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -73,23 +73,28 @@ class Log:
                 if row[name] is not None:
                     events.add_scalar(tag, float(row[name]), row["step"])
 
-    def resume(self, step: int) -> None:
-        """Go on after ``step``: the next row first drops all rows after it, and notes it.
+    def resume(self, step: int, epochs: int) -> None:
+        """Go on after ``step`` and so many epochs: the next row drops all after them, and notes it.
 
         Raises:
             LogError: a line that is no row; nothing is written then.
         """
         if self._folder is not None and (self._folder / FILE).exists():
             read(self._folder / FILE)
-        self._resumed = step
+        self._resumed = step, epochs
 
-    def rewind(self, step: int) -> None:
-        """Drop all rows after ``step``: the run goes on from there."""
+    def rewind(self, step: int, epochs: int) -> None:
+        """Drop all rows after ``step``, and of an epoch that was validated, but not saved then."""
         if self._folder is None or not (self._folder / FILE).exists():
             return
         self.close()
         path = self._folder / FILE
-        kept = [row for row in read(path) if row.get("step", 0) <= step]
+        kept = [
+            row
+            for row in read(path)
+            if row.get("step", 0) <= step
+            and not (row["kind"] == "epoch" and row.get("epoch", 0) > epochs)
+        ]
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._purged = step + 1
 

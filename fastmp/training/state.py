@@ -288,10 +288,10 @@ class TrainState:
         newest = None if self.checkpoints is None else self.checkpoints.load_newest()
         state = self._settings.world.broadcast_object(newest)
         if state is None:
-            self.log.rewind(0)  # of a run that was killed before its first checkpoint
+            self.log.rewind(0, 0)  # of a run that was killed before its first checkpoint
             return False
         self.load_state_dict(state)
-        self.log.resume(self.progress.step)
+        self.log.resume(self.progress.step, self.progress.epoch)
         return True
 
     @contextmanager

@@ -61,13 +61,24 @@ def test_rewind_drops_what_came_after_and_a_torn_line(tmp_path):
         out.write('{"kind": "step", "st')
     assert [row["step"] for row in log.read(path, "step")] == list(range(1, 31))
     writer = log.Log(tmp_path)
-    writer.rewind(20)
+    writer.rewind(20, 0)
     assert [row["step"] for row in log.read(path, "step")] == list(range(1, 21))
     for step in range(21, 41):
         writer.write("step", **step_row(step))
     writer.close()
     assert [row["step"] for row in log.read(path, "step")] == list(range(1, 41))
     assert [step for step, _ in events_in(tmp_path)["train/lr"]] == [10, 20, 30, 40]
+
+
+def test_rewind_drops_an_epoch_that_was_not_saved_after_its_validation(tmp_path):
+    writer = log.Log(tmp_path)
+    measured = dict.fromkeys(("val_loss", "val_accuracy", "samples_per_second"), 1.0)
+    for epoch in (1, 2):
+        writer.write("epoch", step=10 * epoch, epoch=epoch, **measured)
+    writer.resume(20, 1)
+    writer.write("epoch", step=20, epoch=2, **measured)
+    writer.close()
+    assert [row["epoch"] for row in log.read(tmp_path / log.FILE, "epoch")] == [1, 2]
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
@@ -81,6 +92,6 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     writer = log.Log(None)
     writer.write("step", **step_row(1))
-    writer.rewind(0)
+    writer.rewind(0, 0)
     writer.close()
     assert list(tmp_path.iterdir()) == []
