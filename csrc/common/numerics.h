@@ -14,6 +14,18 @@
 
 namespace fastmp {
 
+template <class T>
+FASTMP_FN constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FASTMP_FN constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+FASTMP_FN constexpr int64_t ceil_div(int64_t n, int64_t d) {
+  return (n + d - 1) / d;
+}
+
 /* Storage types: 16 bits with a meaning, no arithmetic. */
 struct f16 {
   uint16_t bits;

@@ -97,18 +97,6 @@ static inline bool disjoint(const void* a, int64_t bytes_a, const void* b, int64
          second + static_cast<uintptr_t>(bytes_b) <= first;
 }
 
-template <class T>
-static inline T min_of(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-static inline T max_of(T a, T b) {
-  return a < b ? b : a;
-}
-static constexpr int64_t ceil_div(int64_t n, int64_t d) {
-  return (n + d - 1) / d;
-}
-
 }  // namespace FASTMP_TARGET
 }  // namespace fastmp
 #endif

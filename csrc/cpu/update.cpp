@@ -512,7 +512,7 @@ int update(const fastmp_update_args* args) {
   if (first_chunk.data == nullptr) return FASTMP_NO_MEMORY;
   first_chunk.data[0] = 0;
   for (int64_t i = 0; i < args->row_count; ++i) {
-    first_chunk.data[i + 1] = first_chunk.data[i] + (args->rows[i].numel + kChunk - 1) / kChunk;
+    first_chunk.data[i + 1] = first_chunk.data[i] + ceil_div(args->rows[i].numel, kChunk);
   }
   const Chunks chunks = {args->rows, args->row_count, first_chunk.data};
   const fastmp_request& request = args->request;

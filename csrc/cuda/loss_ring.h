@@ -33,11 +33,6 @@ struct Config {
   static_assert(threads_ >= 2 * vector, "a thread for each edge logit");
 };
 
-template <class T>
-FASTMP_DEVICE T smaller_of(T a, T b) {
-  return b < a ? b : a;
-}
-
 /* Where a chunk goes, and the parity of the phase that it takes there. */
 struct Cursor {
   int32_t slot;
@@ -101,11 +96,11 @@ FASTMP_DEVICE Slice<typename K::T> slice_of(const fastmp_ring_args& args, int32_
   const T* logits = static_cast<const T*>(args.logits) + row * args.row_stride;
   const int32_t past = static_cast<int32_t>(reinterpret_cast<uintptr_t>(logits) / sizeof(T) %
                                             static_cast<uint32_t>(n));
-  const int32_t prologue = smaller_of((n - past) % n, args.classes);
+  const int32_t prologue = min_of((n - past) % n, args.classes);
   const int32_t total = (args.classes - prologue) / n;
   const int32_t each = (total + K::cluster - 1) / K::cluster;
   const int32_t begin = rank * each;
-  const int32_t vectors = smaller_of(each, total - begin);
+  const int32_t vectors = min_of(each, total - begin);
   return {
       logits, prologue, prologue + begin * n, vectors, prologue + each * n, prologue + total * n};
 }
@@ -178,7 +173,7 @@ FASTMP_DEVICE void produce(const fastmp_ring_args& args, const Ring<K>& ring, in
     const int32_t vectors = targets.are_ignored() ? 0 : slice.vectors;
 #pragma unroll 1
     for (int32_t done = 0; done < vectors; done += K::threads) {
-      const int32_t bytes = 16 * smaller_of(K::threads, vectors - done);
+      const int32_t bytes = 16 * min_of(K::threads, vectors - done);
       wait(ring.empty(at.slot), at.parity ^ 1u);
       arrive_expecting(ring.full(at.slot), bytes);
       copy_bulk(ring.chunk(at), slice.logits + slice.first + done * K::vector, bytes,

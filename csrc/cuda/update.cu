@@ -60,15 +60,10 @@ struct Case {
   }
 };
 
-template <class T>
-FASTMP_DEVICE T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-
 /* n items in `parts` partitions of equal size, the first n % parts of them larger by one: the first
  * item of a partition. */
 FASTMP_DEVICE int32_t partition_begin(int32_t n, int32_t part, int32_t parts) {
-  return part * (n / parts) + smaller(part, n % parts);
+  return part * (n / parts) + min_of(part, n % parts);
 }
 
 /* Calls body(row, begin, end) on the chunks [first, last), from the last to the first, once for all
@@ -78,9 +73,9 @@ FASTMP_DEVICE void for_each_range(const fastmp_step_args& args, int32_t first, i
                                   const Body& body) {
   while (last > first) {
     const fastmp_chunk chunk = args.chunks[last - 1];
-    const int32_t count = smaller(last - first, chunk.chunk_index + 1);
+    const int32_t count = min_of(last - first, chunk.chunk_index + 1);
     const int64_t end = (chunk.chunk_index + int64_t{1}) * kChunk;
-    body(chunk.row, end - count * kChunk, smaller(end, args.rows[chunk.row].numel));
+    body(chunk.row, end - count * kChunk, min_of(end, args.rows[chunk.row].numel));
     last -= count;
   }
 }
@@ -145,7 +140,7 @@ FASTMP_DEVICE void sync_grid(uint32_t* barrier) {
 }
 
 FASTMP_DEVICE ScanResult sum_of(const ScanResult& a, const ScanResult& b) {
-  return {a.sum_of_squares + b.sum_of_squares, smaller(a.first_nonfinite, b.first_nonfinite)};
+  return {a.sum_of_squares + b.sum_of_squares, min_of(a.first_nonfinite, b.first_nonfinite)};
 }
 
 /* The sum over the block, for all its threads. */
@@ -218,7 +213,7 @@ FASTMP_DEVICE void scan_partials(const fastmp_step_args& args, float factor, Sha
        ++partial) {
     ScanResult mine = {0.0, kNoRow};
     const int32_t first = partial * args.chunks_per_partial;
-    for_each_range(args, first, smaller(first + args.chunks_per_partial, args.chunk_count),
+    for_each_range(args, first, min_of(first + args.chunks_per_partial, args.chunk_count),
                    [&](int32_t row, int64_t begin, int64_t end) {
                      mine = sum_of(mine, scan_row(args, row, begin, end, factor));
                    });
