@@ -1,0 +1,204 @@
+/* A block of elements of a row on its way through phase 2: gradient, master and states as fp32, in
+ * place where they are kept so, and back. */
+#ifndef FASTMP_UPDATE_BLOCK_H
+#define FASTMP_UPDATE_BLOCK_H
+
+#include "../common/rules.h"
+#include "vec.h"
+
+namespace fastmp {
+namespace FASTMP_TARGET {
+namespace {
+
+constexpr int64_t kBlock = 128; /* elements staged in L1 as fp32: 512 bytes a stream */
+
+/* n gradients from offset on as fp32: in place where they are fp32 already, else through buffer. */
+const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+  switch (row.grad_dtype) {
+    case FASTMP_F16:
+      widen(static_cast<const f16*>(row.grad) + offset, buffer, n);
+      return buffer;
+    case FASTMP_BF16:
+      widen(static_cast<const bf16*>(row.grad) + offset, buffer, n);
+      return buffer;
+    default:
+      return static_cast<const float*>(row.grad) + offset;
+  }
+}
+
+/* current_master() on n elements of fp32 masters, in place. */
+template <class T>
+void update_masters(const T* weight, float* master, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vec value = load(weight + i), m = load(master + i);
+    T rounded[kWidth];
+    save(m, rounded);
+    save(load(rounded) == value ? m : value, master + i);
+  }
+  for (; i < n; ++i) master[i] = current_master(weight[i], master[i]);
+}
+
+template <class T>
+void join_masters(const T* __restrict weight, const int16_t* __restrict remainder, int64_t n,
+                  float* __restrict master) {
+  for (int64_t i = 0; i < n; ++i) master[i] = join_master(weight[i], remainder[i]);
+}
+
+template <class T>
+void split_masters(const float* __restrict master, int64_t n, T* __restrict weight,
+                   int16_t* __restrict remainder) {
+  for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
+}
+
+float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
+  if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
+  if (row.master_kind == FASTMP_OUTPUT) return buffer;
+  if (row.master_kind == FASTMP_FULL) {
+    float* master = static_cast<float*>(row.master) + offset;
+    if (row.param_dtype == FASTMP_F16) {
+      update_masters(static_cast<const f16*>(row.param) + offset, master, n);
+    } else {
+      update_masters(static_cast<const bf16*>(row.param) + offset, master, n);
+    }
+    return master;
+  }
+  const int16_t* remainder = static_cast<const int16_t*>(row.master) + offset;
+  if (row.param_dtype == FASTMP_F16) {
+    join_masters(static_cast<const f16*>(row.param) + offset, remainder, n, buffer);
+  } else {
+    join_masters(static_cast<const bf16*>(row.param) + offset, remainder, n, buffer);
+  }
+  return buffer;
+}
+
+void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
+                  const float* __restrict master) {
+  if (row.master_kind == FASTMP_SELF) return;
+  if (row.master_kind == FASTMP_SPLIT) {
+    int16_t* remainder = static_cast<int16_t*>(row.master) + offset;
+    if (row.param_dtype == FASTMP_F16) {
+      split_masters(master, n, static_cast<f16*>(row.param) + offset, remainder);
+    } else {
+      split_masters(master, n, static_cast<bf16*>(row.param) + offset, remainder);
+    }
+  } else if (row.param_dtype == FASTMP_F16) {
+    narrow(master, static_cast<f16*>(row.param) + offset, n);
+  } else {
+    narrow(master, static_cast<bf16*>(row.param) + offset, n);
+  }
+}
+
+/* State s of a row: its items from an offset on, and the scales of their blocks. */
+template <class Kind>
+struct StateItems {
+  typename Kind::Item* items;
+  uint8_t* scales;
+
+  StateItems(const fastmp_row& row, int s, int64_t offset) : scales(nullptr) {
+    void* const states[3] = {row.state0, row.state1, row.state2};
+    items = static_cast<typename Kind::Item*>(states[s]) + offset;
+    if constexpr (Kind::block > 0) {
+      scales = row.scales + s * ceil_div(row.numel, Kind::block) + offset / Kind::block;
+    }
+  }
+};
+
+/* Calls body(first, count) on n elements in blocks of 8-bit states, whole ones with a constant
+ * count. */
+template <class Body>
+inline void for_each_block(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + State8Bit::block <= n; i += State8Bit::block) body(i, int64_t{State8Bit::block});
+  if (i < n) body(i, n - i);
+}
+
+/* n values of a state as fp32: in place where they are kept so, else in buffer. */
+template <class Kind, Quantity quantity>
+float* read_state(const StateItems<Kind>& state, int64_t n, float* __restrict buffer) {
+  const typename Kind::Item* __restrict items = state.items;
+  if constexpr (Kind::kind == FASTMP_STATE_F32) {
+    return state.items;
+  } else if constexpr (Kind::block > 0) {
+    /* Widened first: GCC would take the width of its vectors from the bytes. */
+    alignas(64) uint32_t codes[kBlock];
+    for (int64_t i = 0; i < n; ++i) codes[i] = items[i];
+    for_each_block(n, [&](int64_t first, int64_t count) {
+      const uint32_t scale = state.scales[first / Kind::block];
+      for (int64_t i = first; i < first + count; ++i) {
+        buffer[i] = Kind::template load<quantity>(codes[i], scale);
+      }
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::template load<quantity>(items[i], 0u);
+  }
+  return buffer;
+}
+
+template <class Kind, Quantity quantity>
+void write_state(const StateItems<Kind>& state, int64_t n, const float* __restrict values,
+                 const uint32_t* __restrict random, int s) {
+  typename Kind::Item* __restrict items = state.items;
+  if constexpr (Kind::block > 0) {
+    alignas(64) uint32_t codes[kBlock];
+    for_each_block(n, [&](int64_t first, int64_t count) {
+      uint32_t largest = 0u;
+      for (int64_t i = first; i < first + count; ++i) {
+        largest = max_of(largest, bits_of(values[i]) & 0x7fffffffu);
+      }
+      const uint32_t scale = Kind::template scale_of<quantity>(largest);
+      state.scales[first / Kind::block] = static_cast<uint8_t>(scale);
+      for (int64_t i = first; i < first + count; ++i) {
+        codes[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), scale);
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) items[i] = static_cast<uint8_t>(codes[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      items[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), 0u);
+    }
+  }
+}
+
+/* The elements of one block, with the states and the random bits that round them. */
+template <class Rule, class Kind>
+struct StateBlock {
+  alignas(64) float buffers[3][kBlock]; /* unused where the rule has no such state */
+  alignas(64) uint32_t random[kBlock];
+  float* values[3];
+
+  template <int s>
+  void read(const fastmp_row& row, int64_t offset, int64_t n) {
+    values[s] = buffers[s];
+    if constexpr (s < Rule::states) {
+      values[s] =
+          read_state<Kind, Rule::quantity(s)>(StateItems<Kind>(row, s, offset), n, buffers[s]);
+    }
+  }
+  void read(const fastmp_row& row, int64_t offset, int64_t n) {
+    read<0>(row, offset, n);
+    read<1>(row, offset, n);
+    read<2>(row, offset, n);
+  }
+
+  template <int s>
+  void write(const fastmp_row& row, int64_t offset, int64_t n) {
+    if constexpr (s < Rule::states) {
+      write_state<Kind, Rule::quantity(s)>(StateItems<Kind>(row, s, offset), n, values[s], random,
+                                           s);
+    }
+  }
+  void write(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key) {
+    if constexpr (Kind::kind == FASTMP_STATE_F32 || Rule::states == 0) return;
+    const uint32_t first = static_cast<uint32_t>(offset);
+    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, first + static_cast<uint32_t>(i));
+    write<0>(row, offset, n);
+    write<1>(row, offset, n);
+    write<2>(row, offset, n);
+  }
+};
+
+}  // namespace
+}  // namespace FASTMP_TARGET
+}  // namespace fastmp
+#endif

@@ -1,0 +1,75 @@
+/* What both phases of the step share: ranges of chunks, the memory of a block, vector accesses. */
+#ifndef FASTMP_UPDATE_CHUNKS_H
+#define FASTMP_UPDATE_CHUNKS_H
+
+#include "../common/step.h"
+#include "device.h"
+
+namespace fastmp {
+
+constexpr int64_t kChunk = FASTMP_CHUNK_SIZE; /* elements; from backends/cuda/nvrtc.py */
+constexpr int32_t kNoRow = 0x7fffffff;
+
+/* n items in `parts` partitions of equal size, the first n % parts of them larger by one: the first
+ * item of a partition. */
+FASTMP_DEVICE int32_t partition_begin(int32_t n, int32_t part, int32_t parts) {
+  return part * (n / parts) + min_of(part, n % parts);
+}
+
+/* Calls body(row, begin, end) on the chunks [first, last), from the last to the first, once for all
+ * chunks of one row. */
+template <class Body>
+FASTMP_DEVICE void for_each_range(const fastmp_step_args& args, int32_t first, int32_t last,
+                                  const Body& body) {
+  while (last > first) {
+    const fastmp_chunk chunk = args.chunks[last - 1];
+    const int32_t count = min_of(last - first, chunk.chunk_index + 1);
+    const int64_t end = (chunk.chunk_index + int64_t{1}) * kChunk;
+    body(chunk.row, end - count * kChunk, min_of(end, args.rows[chunk.row].numel));
+    last -= count;
+  }
+}
+
+struct ScanResult {
+  double sum_of_squares;
+  int32_t first_nonfinite; /* row; kNoRow: every gradient is finite */
+};
+
+/* The shared memory of a block. */
+struct Shared {
+  ScanResult warps[kThreads / kWarp];
+  StepDecision decision;
+  alignas(8) unsigned char coefficients[48]; /* of this group at this step */
+  int32_t group;
+  float step;
+  bool is_last;
+};
+
+template <class T, int n>
+union Packet {
+  T items[n];
+  typename Access<n * sizeof(T)>::Bits bits;
+};
+
+template <int n, class T>
+FASTMP_DEVICE bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % (n * sizeof(T)) == 0;
+}
+
+/* n consecutive elements in one access. */
+template <int n, class T>
+FASTMP_DEVICE void read(const T* from, T (&to)[n]) {
+  Packet<T, n> packet;
+  packet.bits = load(reinterpret_cast<const decltype(packet.bits)*>(from));
+  for (int i = 0; i < n; ++i) to[i] = packet.items[i];
+}
+
+template <int n, class T>
+FASTMP_DEVICE void write(const T (&from)[n], T* to) {
+  Packet<T, n> packet;
+  for (int i = 0; i < n; ++i) packet.items[i] = from[i];
+  store_bits(packet.bits, reinterpret_cast<decltype(packet.bits)*>(to));
+}
+
+}  // namespace fastmp
+#endif
