@@ -16,7 +16,7 @@ constexpr int32_t kDivisorParts = 64; /* of a divisor of the loss, each by one b
   __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1)
 
 /* An address in the shared memory of this block. Pointers to it have 64 bits, and the compiler
- * computes them anew at every use. */
+ * computes them again at every use. */
 typedef uint32_t SharedAddress;
 
 FASTMP_DEVICE SharedAddress shared_address(const void* pointer) {

@@ -16,6 +16,27 @@ from fastmp.optim.averages import Ema
 from fastmp.optim.base import FusedOptimizer
 
 
+def state_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    """Adam's states of a group's parameters."""
+    keys = ("exp_avg", "exp_avg_sq")
+    return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+
+
+def hyperparameters(group: dict[str, Any], lr: float) -> Hyperparameters:
+    """Of a group of Adam's or AdamW's."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        rule=1 if group["amsgrad"] else 0,
+        lr=lr,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+        decoupled=group["decoupled_weight_decay"],
+    )
+
+
 class Adam(FusedOptimizer, torch.optim.Adam):
     """``torch.optim.Adam`` with fp32 masters and a fused step (Kingma & Ba, 2015).
 
@@ -115,21 +136,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         return torch.addcdiv(p, m, denominator, value=-h.lr / (1 - h.beta1**step))
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        keys = ("exp_avg", "exp_avg_sq")
-        return (*keys, "max_exp_avg_sq") if group["amsgrad"] else keys
+        return state_keys(group)
 
     def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
-        beta1, beta2 = group["betas"]
-        return Hyperparameters(
-            rule=1 if group["amsgrad"] else 0,
-            lr=self._lr(group),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            decoupled=group["decoupled_weight_decay"],
-        )
+        return hyperparameters(group, self._lr(group))
 
 
 class AdamW(Adam, torch.optim.AdamW):

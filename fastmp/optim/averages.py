@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,14 +49,6 @@ def decay_table(ema: Ema) -> Tensor:
 class AveragedOptimizer(SavedOptimizer):
     """An optimizer with averages of its parameters."""
 
-    _ema: Tensor | None = None
-    rounding_seed: int
-    _averages_are_in = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_ema", "rounding_seed")}
-        return {**super().__getstate__(), **own}
-
     @property
     def ema(self) -> float | tuple[float, ...] | None:
         """The decay of the averages, or those of the applied steps; None: there are none.
@@ -79,9 +70,6 @@ class AveragedOptimizer(SavedOptimizer):
                 for own in self._own_state.values():
                     own.pop("average", None)
         self._ema = table
-
-    def _keeps_average(self) -> bool:
-        return self._ema is not None
 
     def _ema_on(self, device: torch.device) -> Tensor | None:
         if self._ema is not None and self._ema.device != device:
@@ -147,13 +135,6 @@ class AveragedOptimizer(SavedOptimizer):
     def _require_average(self) -> None:
         if self._ema is None:
             raise ValueError("this optimizer keeps no averages: expected it to be made with ema=")
-
-    def _require_own_weights(self) -> None:
-        if self._averages_are_in:
-            raise RuntimeError(
-                "the parameters are their averages in this block of averaged(): step, save and "
-                "load outside of it"
-            )
 
 
 @torch.no_grad()

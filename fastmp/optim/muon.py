@@ -15,8 +15,7 @@ from fastmp.backends.registry import on_host
 from fastmp.ops.update import Options, TensorRow
 from fastmp.ops.update.rules import rule
 from fastmp.ops.update.step_table import StepTable
-from fastmp.optim import muon_state
-from fastmp.optim.adam import AdamW
+from fastmp.optim import adam, muon_state
 from fastmp.optim.averages import Ema
 from fastmp.optim.base import FusedOptimizer
 from fastmp.optim.muon_batches import Directions, matrix_shape
@@ -32,6 +31,7 @@ _ADAMW_DEFAULTS = {
     "maximize": False,
     "decoupled_weight_decay": True,
 }
+_CHECKED_BY_ADAMW = ("lr", "betas", "eps", "weight_decay")
 _ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
@@ -159,17 +159,17 @@ class Muon(FusedOptimizer, _TorchMuon):
         known = not isinstance(own, Tensor) and not isinstance(group["lr"], Tensor)
         if known and own > 0 and group["lr"] != own:
             group.setdefault("lr_scale", group["lr"] / own)
-        torch.optim.AdamW([torch.empty(0)], **{k: group[k] for k in ("lr", "betas", "eps")})
+        torch.optim.AdamW([torch.empty(0)], **{k: group[k] for k in _CHECKED_BY_ADAMW})
         return group
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         if _is_adamw(group):
-            return AdamW._state_keys(self, group)  # type: ignore[arg-type]
+            return adam.state_keys(group)
         return ("momentum_buffer",)
 
     def _hyper(self, group: dict[str, Any]) -> Hyperparameters:
         if _is_adamw(group):
-            return AdamW._hyper(self, group)  # type: ignore[arg-type]
+            return adam.hyperparameters(group, self._lr(group))
         return Hyperparameters(
             rule=_MOMENTUM,
             lr=self._lr(group),

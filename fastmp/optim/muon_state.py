@@ -11,8 +11,8 @@ State = dict[str, Any]
 def split(state: Mapping[str, Any]) -> tuple[State, State]:
     """A ``state_dict`` of ``Muon`` as those of ``torch.optim.Muon`` and ``torch.optim.AdamW``.
 
-    Each has the groups of its rule in their order; parameters are counted anew, as in an optimizer
-    that was made of these groups.
+    Each has the groups of its rule in their order; its parameters are counted from 0, as in an
+    optimizer that was made of these groups.
     """
     found: dict[str, State] = {name: {"state": {}, "param_groups": []} for name in _RULES}
     for group in state["param_groups"]:

@@ -32,6 +32,8 @@ class SavedOptimizer(ScheduledOptimizer):
     _loaded = LoadedState()
     _kind = torch.float32  # dtype of the moments
     _split = False  # fp16 weights have remainders, not fp32 masters
+    _ema: Tensor | None = None  # decays of the averages by applied steps; None: none are kept
+    _averages_are_in = False  # the parameters are their averages: a block of averaged()
     #: Of the random bits that round moments in bf16 and 8 bits; in their ``state_dict``.
     rounding_seed = 0
 
@@ -57,11 +59,12 @@ class SavedOptimizer(ScheduledOptimizer):
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def _keeps_average(self) -> bool:
-        raise NotImplementedError
-
     def _require_own_weights(self) -> None:
-        raise NotImplementedError
+        if self._averages_are_in:
+            raise RuntimeError(
+                "the parameters are their averages in this block of averaged(): step, save and "
+                "load outside of it"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         names = (
@@ -72,6 +75,8 @@ class SavedOptimizer(ScheduledOptimizer):
             "_loaded",
             "_kind",
             "_split",
+            "_ema",
+            "rounding_seed",
         )
         own = {name: self.__dict__[name] for name in names if name in self.__dict__}
         remainders = self._tables.remainders
@@ -94,7 +99,7 @@ class SavedOptimizer(ScheduledOptimizer):
                 if param in self.state:
                     keys = self._state_keys(group)
                     state.to_own_state(param, self.state[param], keys, self._kind)
-                    if not self._keeps_average():
+                    if self._ema is None:
                         self.state[param].pop("average", None)
         self._state_is_shared = False
         self.accept_group_rates()

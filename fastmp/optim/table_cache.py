@@ -62,7 +62,7 @@ def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     for i, group in enumerate(optimizer.param_groups):
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
-        averaged = optimizer._keeps_average()
+        averaged = optimizer._ema is not None
         state.allocate(all_states, params, keys, optimizer._kind, split=split, average=averaged)
         for param in group["params"]:
             if param.grad is not None:
