@@ -20,7 +20,7 @@ import fastmp
 from fastmp.bench import networks
 from fastmp.bench.clocks import CLOCKS, Run, kernel_clock
 from fastmp.bench.harness import OURS, Case, Row, timed
-from fastmp.bench.optimizer import MAX_NORM, SCALE, SECONDS
+from fastmp.bench.optimizer import MAX_NORM, SCALE, SECONDS, TorchPipeline
 from fastmp.models import VisionTransformer
 
 LR = 0.02
@@ -97,47 +97,10 @@ def ours(named: Named, params: list[Tensor], max_norm: float | None) -> fastmp.o
     return fastmp.optim.Muon(groups, lr=LR, max_grad_norm=max_norm)
 
 
-class TorchPair:
+def torchs(named: Named, params: list[Tensor]) -> list[torch.optim.Optimizer]:
     """torch's two optimizers on fp32 parameters."""
-
-    def __init__(self, named: Named, params: list[Tensor]) -> None:
-        matrices, rest = _split(named, params)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=LR),
-            torch.optim.AdamW(rest, lr=1e-3, fused=True),
-        ]
-
-    def step(self) -> None:
-        """Both."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-class TorchPipeline:
-    """PyTorch's step of 16-bit weights with fp32 masters: cast, unscale, clip, update, cast."""
-
-    def __init__(self, named: Named, weights: list[Tensor]) -> None:
-        self.weights = weights
-        self.masters = [p.detach().float().requires_grad_() for p in weights]
-        self.grads = [torch.empty_like(p) for p in self.masters]
-        self.pair = TorchPair(named, self.masters)
-        device = weights[0].device
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
-        self.scaler.scale(torch.ones((), device=device))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """The whole step."""
-        torch._foreach_copy_(self.grads, [p.grad for p in self.weights if p.grad is not None])
-        for p, grad in zip(self.masters, self.grads, strict=True):
-            p.grad = grad
-        for optimizer in self.pair.optimizers:
-            self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.masters, MAX_NORM)
-        for optimizer in self.pair.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        torch._foreach_copy_(self.weights, self.masters)
+    matrices, rest = _split(named, params)
+    return [torch.optim.Muon(matrices, lr=LR), torch.optim.AdamW(rest, lr=1e-3, fused=True)]
 
 
 def check(found: list[Tensor], expected: list[Tensor], start: list[Tensor]) -> None:
@@ -153,9 +116,9 @@ def step_alone(
     """fp32 parameters, without clipping; ours checks for overflow."""
     mine = parameters(named, torch.float32, device, flat=False)
     theirs = parameters(named, torch.float32, device, flat=True)
-    optimizer, pair = ours(named, mine, None), TorchPair(named, theirs)
+    optimizer, pair = ours(named, mine, None), torchs(named, theirs)
     label = f"Muon, fp32, {label}"
-    runs: dict[str, Run] = {OURS: optimizer.step, TORCH: pair.step}
+    runs: dict[str, Run] = {OURS: optimizer.step, TORCH: lambda: [o.step() for o in pair]}
     timings = timed(runs, seconds, label, kernel_clock(device))
     start = parameters(named, torch.float32, device, flat=False)
     check([p.detach() for p in mine], theirs, start)
@@ -169,7 +132,9 @@ def whole_step(named: Named, label: str, device: str, seconds: float, goal: floa
     optimizer = ours(named, weights, MAX_NORM)
     scaler = fastmp.amp.GradScaler(device, init_scale=SCALE)
     scaler.scale(torch.ones((), device=device))
-    theirs = TorchPipeline(named, parameters(named, torch.float16, device, flat=True))
+    theirs = TorchPipeline(
+        parameters(named, torch.float16, device, flat=True), partial(torchs, named)
+    )
 
     def step() -> None:
         scaler.step(optimizer)

@@ -131,14 +131,21 @@ def clipped_step(
 
 
 class TorchPipeline:
-    """PyTorch's step of 16-bit weights with fp32 masters, each part in its fastest form."""
+    """PyTorch's step of 16-bit weights with fp32 masters, each part in its fastest form.
 
-    def __init__(self, weights: list[Tensor]):
+    ``make`` makes the optimizers of the masters.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        make: Callable[[list[Tensor]], list[torch.optim.Optimizer]],
+    ) -> None:
         self.weights = weights
         device = weights[0].device
         self.masters = [p.detach().float().requires_grad_() for p in self.weights]
         self.grads = [torch.empty_like(p) for p in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=LR, fused=True)
+        self.optimizers = make(self.masters)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=SCALE)
         self.scaler.scale(torch.ones((), device=device))
 
@@ -148,9 +155,11 @@ class TorchPipeline:
         torch._foreach_copy_(self.grads, [p.grad for p in self.weights if p.grad is not None])
         for p, grad in zip(self.masters, self.grads, strict=True):
             p.grad = grad
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(self.masters, MAX_NORM)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         torch._foreach_copy_(self.weights, self.masters)
 
@@ -182,7 +191,10 @@ def whole_step(
 ) -> list[Row]:
     """Unscale, overflow check, clip, AdamW, 16-bit weights."""
     ours = FastmpPipeline(parameters(shapes, dtype, device))
-    theirs = TorchPipeline(parameters(shapes, dtype, device))
+    theirs = TorchPipeline(
+        parameters(shapes, dtype, device),
+        lambda masters: [torch.optim.AdamW(masters, lr=LR, fused=True)],
+    )
     label = f"whole step, {dtype_name(dtype)}, {label}"
     runs: dict[str, Run] = {OURS: ours.step, "GradScaler + fused": theirs.step}
     timings = timed(runs, seconds, label, kernel_clock(device))

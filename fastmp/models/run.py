@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastmp import checkpoint, files
@@ -72,8 +73,8 @@ class Run:
         """
         path = self.folder / weights.FILE
         if self.checkpoint is None and path.exists():
-            with self._read(weights.FILE), safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with self._read(weights.FILE):
+                return load_file(path)
         if self.checkpoint is not None:
             return weights.fp32_weights(checkpoint.load(self.checkpoint))
         state = Checkpoints(self.folder / "checkpoints").load_newest()
