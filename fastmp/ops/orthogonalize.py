@@ -28,8 +28,7 @@ those with X are symmetric, and so is G; a backend may compute half of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +42,8 @@ GRAM_RATIO = 2.0
 #: 1 x 5 matrix was wrong by 19%, that of 24 x 120 by 1.1%.
 GRAM_SIZE = 16
 _FIRST, _LATER = 3, 2  # steps of a segment
+#: The matrix products of the iteration on a device, with the arguments of ``_torch_product``.
+Product = Callable[..., Tensor]
 _GRAMS = 4  # buffers of the size of G: G, Q, p(G), and one for what follows from them
 
 
@@ -148,23 +149,6 @@ def _polynomials(
     return q, diagonal
 
 
-class Product(Protocol):
-    """The matrix products of the iteration on a device."""
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor | None = None,
-        beta: float = 0.0,
-        alpha: float = 1.0,
-        *,
-        symmetric: bool = False,
-        out: Tensor,
-    ) -> Tensor:
-        """alpha a b + beta c of batches; ``symmetric``: the result is, up to rounding."""
-
-
 def _torch_product(
     a: Tensor,
     b: Tensor,
@@ -175,6 +159,7 @@ def _torch_product(
     symmetric: bool = False,
     out: Tensor,
 ) -> Tensor:
+    """alpha a b + beta c of batches; ``symmetric``: the result is, up to rounding."""
     if c is None:
         torch.bmm(a, b, out=out)
     else:

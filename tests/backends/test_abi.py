@@ -27,6 +27,7 @@ from fastmp.backends.abi import (
     StepArgs,
 )
 from fastmp.backends.cpu.structs import ABI_VERSION, ENTRY_POINTS, Status
+from tests.native import needs_native
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HEADERS = (CSRC / "common" / "table.h").read_text() + (CSRC / "fastmp.h").read_text()
@@ -122,7 +123,7 @@ def test_every_entry_point_takes_the_same_struct():
     assert {name: MIRRORS[struct] for name, struct in declared} == ENTRY_POINTS
 
 
-@pytest.mark.skipif(cpu.load()[0] is None, reason="there is no native library to refuse anything")
+@needs_native
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_struct_of_another_size_is_refused(name):
     entry, struct = getattr(cpu.load()[0], name), ENTRY_POINTS[name]

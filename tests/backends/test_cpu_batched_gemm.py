@@ -8,8 +8,9 @@ import torch
 from fastmp.backends import cpu
 from fastmp.backends.cpu.orthogonalize import product
 from fastmp.backends.cpu.structs import BatchedGemmArgs, Status
+from tests.native import needs_native
 
-pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="no native library")
+pytestmark = needs_native
 # around the tiles of 14 x 32, and more steps than one block of k has
 SHAPES = [
     (1, 1, 1),

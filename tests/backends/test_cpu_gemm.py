@@ -17,10 +17,9 @@ from fastmp.backends.abi import DTYPE_CODES, Activation
 from fastmp.backends.cpu import gemm_choice
 from fastmp.backends.cpu.structs import ActivationArgs, GemmArgs
 from fastmp.ops.linear import ACTIVATIONS, backward_reference, linear_reference, saves_preactivation
+from tests.native import NATIVE, needs_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NATIVE = cpu.load()[0] is not None
-needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 NAN = float("nan")
 
 

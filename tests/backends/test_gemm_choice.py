@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from fastmp.backends import cpu
 from fastmp.backends.cpu import gemm_choice
 from fastmp.backends.cpu.gemm_choice import Processor, from_table
+from tests.native import needs_native
 
 FP32, BF16, FP16 = gemm_choice.DTYPES
 AVX2 = "avx2 fma f16c"
@@ -90,9 +90,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(unknown_processor):
     assert measured == [FP16]
 
 
-@pytest.mark.skipif(
-    cpu.load()[0] is None, reason="there is no native library: it was built without a compiler"
-)
+@needs_native
 def test_both_products_are_measured():
     """A ratio of two times of the same product: more than a hundredth, less than a hundred."""
     for dtype in gemm_choice.DTYPES:

@@ -6,15 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmp.backends import cpu
 from fastmp.backends.abi import ROW, Hyperparameters, record_field
 from fastmp.ops import update
 from fastmp.ops.update import TensorRow
 from fastmp.ops.update.step_table import StepTable
-
-needs_library = pytest.mark.skipif(
-    cpu.load()[0] is None, reason="there is no native library: it was built without a compiler"
-)
+from tests.native import needs_native
 
 
 def sgd(row, grad, lr):
@@ -57,7 +53,7 @@ def as_split(values):
     return torch.where(values.abs() >= (2 - 2.0**-8) * 2.0**127, values * torch.inf, values)
 
 
-@needs_library
+@needs_native
 def test_kernel_rounds_to_fp16_as_torch_does():
     values = all_floats_of_interest()
     weight, master = through_kernel(values, torch.float16)
@@ -65,7 +61,7 @@ def test_kernel_rounds_to_fp16_as_torch_does():
     assert torch.equal(weight.view(torch.int16), values.half().view(torch.int16))
 
 
-@needs_library
+@needs_native
 def test_kernel_keeps_split_masters_to_the_bit():
     values = all_floats_of_interest()
     weight, remainder = through_kernel(values, torch.bfloat16)
@@ -95,7 +91,7 @@ def test_every_remainder_beside_every_weight_joins_to_a_master_of_that_weight():
         assert bool(joined[weight.isinf()].isinf().all())
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("remainder", REMAINDERS)
 def test_kernel_joins_every_weight_with_a_stale_remainder(remainder):
     param = every_weight(torch.bfloat16)
@@ -108,7 +104,7 @@ def test_kernel_joins_every_weight_with_a_stale_remainder(remainder):
     )
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernel_takes_every_weight_that_its_fp32_master_does_not_round_to(dtype):
     """Beside fp32 masters; the last elements are fewer than a vector."""
@@ -124,7 +120,7 @@ def test_kernel_takes_every_weight_that_its_fp32_master_does_not_round_to(dtype)
     torch.testing.assert_close(fine, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kernel_widens_every_16_bit_gradient_exactly(dtype):
     grads = every_weight(dtype)
@@ -158,7 +154,7 @@ def test_split_master_ties_go_away_from_zero():
     assert torch.equal(update.join_master(weight, remainder), tie)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize(
     ("field", "value"),
     [("param_dtype", 3), ("grad_dtype", 9), ("group", 1), ("master_kind", 2), ("numel", -1)]

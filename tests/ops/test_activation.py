@@ -17,6 +17,7 @@ from tests.functional.linear_cases import (
     torch_linear,
     value_and_grads,
 )
+from tests.native import needs_native
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -104,7 +105,7 @@ def bits(t):
     return torch.where(t.isnan(), 0, t.view(torch.int16))
 
 
-@pytest.mark.skipif(not NATIVE, reason="needs the native library")
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_looked_up_and_computed_are_the_same_bits(activation, dtype):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from fastmp.backends import cpu, layouts
+from fastmp.backends import layouts
+from tests.native import needs_native
 from tests.optim.optim_cases import adam_w, give_gradients, parameters
 
 
@@ -65,10 +66,8 @@ def test_grad_mode_is_as_before_after_a_step_and_an_error(enabled):
 
 # ---- addresses and layouts in one call ----
 
-needs_library = pytest.mark.skipif(cpu.load()[0] is None, reason="there is no native library")
 
-
-@needs_library
+@needs_native
 def test_tensors_are_read_in_one_call():
     """Here and wherever the suite runs: Python would do it too, ten times as slowly."""
     params = parameters()
@@ -81,7 +80,7 @@ def test_tensors_are_read_in_one_call():
     assert addresses.tolist() == [grad.data_ptr() for grad in grads]
 
 
-@needs_library
+@needs_native
 def test_other_tensors_are_told_apart(capfd):
     a, b, grad = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)
     known = layouts.Layouts([a], [grad])
@@ -105,7 +104,7 @@ def test_other_tensors_are_told_apart(capfd):
     assert capfd.readouterr().err == ""  # torch would report a failed call there
 
 
-@needs_library
+@needs_native
 def test_a_torch_whose_tensors_are_laid_out_differently_is_read_by_python(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "_cdata", property(lambda tensor: id(ctypes)))
     assert layouts.find_offsets() is None

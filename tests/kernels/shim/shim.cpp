@@ -27,24 +27,7 @@ struct Block {
   alignas(16) unsigned char shared[1024];
 };
 
-struct Here {
-  int32_t thread, index, blocks;
-  Block* block;
-};
-static thread_local Here here;
-
-FASTMP_DEVICE int32_t thread() {
-  return here.thread;
-}
-FASTMP_DEVICE int32_t block() {
-  return here.index;
-}
-FASTMP_DEVICE int32_t blocks() {
-  return here.blocks;
-}
-FASTMP_DEVICE void sync_block() {
-  here.block->all.arrive_and_wait();
-}
+#include "../grid.h"
 
 template <class T>
 FASTMP_DEVICE T shuffle_down(T value, int offset) {
@@ -144,7 +127,7 @@ struct Grid {
     for (int32_t b = 0; b < count; ++b) {
       for (int32_t t = 0; t < fastmp::kThreads; ++t) {
         std::thread([this, b, t] {
-          fastmp::here = {t, b, static_cast<int32_t>(blocks.size()), &blocks[b]};
+          fastmp::here = {t, b, static_cast<int32_t>(blocks.size()), 1, &blocks[b]};
           for (;;) {
             gate.arrive_and_wait();
             fastmp::launch(fastmp::Every(), *args);

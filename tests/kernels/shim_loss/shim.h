@@ -55,24 +55,7 @@ struct Block {
   }
 };
 
-struct Here {
-  int32_t thread, index, blocks, cluster;
-  Block* block;
-};
-static thread_local Here here;
-
-FASTMP_DEVICE int32_t thread() {
-  return here.thread;
-}
-FASTMP_DEVICE int32_t block() {
-  return here.index;
-}
-FASTMP_DEVICE int32_t blocks() {
-  return here.blocks;
-}
-FASTMP_DEVICE void sync_block() {
-  here.block->all.arrive_and_wait();
-}
+#include "../grid.h"
 FASTMP_DEVICE void sync_warp() {
   if (missing != Missing::warp) here.block->warps[here.thread / kWarp]->arrive_and_wait();
 }
