@@ -184,9 +184,13 @@ def test_layers_cover_every_parameter_once(name):
     assert len(found) > 2
 
 
-def test_layers_are_unfrozen_one_by_one():
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_layers_are_unfrozen_one_by_one(name):
     model = net()
-    optimizer = fastmp.optim.AdamW(layerwise_lr(model, 0.01, 0.5), lr=0.01)
+    groups = layerwise_lr(model, 0.01, 0.5)
+    if name == "Muon":
+        groups = fastmp.optim.muon_groups(model, groups=groups)
+    optimizer = getattr(fastmp.optim, name)(groups, lr=0.01)
     trainer = Trainer(
         model,
         optimizer,

@@ -6,14 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("tyro", reason="tyro is not installed: no command line")
 
 import fastmp
 from fastmp import backends, cli, doctor, functional, optim, verification
 from fastmp.backends import cpu
-from fastmp.bench import memory
 from fastmp.cli import doctor as doctor_command
 from fastmp.cli import verify as verify_command
 from fastmp.verification import Check
@@ -181,31 +179,3 @@ def test_doctor_creates_no_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTMP_CACHE", str(tmp_path / "file" / "kernels"))
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["compiled CUDA kernels"].fix == "export FASTMP_CACHE=/a/folder/of/yours"
-
-
-def test_doctor_counts_the_bytes_of_a_model(monkeypatch, tmp_path, capsys):
-    (tmp_path / "given.py").write_text(
-        "from torch import nn\n"
-        "def net():\n    return nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128))\n"
-        "def other(size):\n    return nn.Linear(size, size)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["doctor", "--model", "given:net"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "|" in line]
-    (bits,) = (row for row in rows if row[:2] == ["bf16", "8bit"])
-    assert bits[-1] == f"{(64 * 128 + 3 * 128) * 4 / 2**20:.1f}"
-    memories = {(m.name, m.state_dtype): m for m in memory.table(given_model(), optim.AdamW)}
-    assert memories["bf16", "8bit"] == (
-        "bf16", "8bit",
-        2 * 64 * 128 + 2 * 128 + 4 * (4 * 128) + 8,  # the batch norm's buffers too
-        2 * 64 * 128 + 2 * 128 + 4 * (2 * 128),
-        2 * 64 * 128 + 2 * 128,
-        2 * 64 * 128 + 2 * 256 + 8 * 3 * 128,  # one scale for 32; vectors in fp32
-        4 * (64 * 128 + 3 * 128),
-    )  # fmt: skip
-    assert cli.main(["doctor", "--model", "given:other"]) != 0
-    assert "to be a function of (), found one that takes other arguments" in capsys.readouterr().err
-
-
-def given_model():
-    return nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128))

@@ -18,9 +18,11 @@ def test_no_suggestion_is_an_error_and_no_nan(tmp_path, capsys, flags):
     assert picture.exists()
 
 
-def test_lr_find(tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
+def test_lr_find(tmp_path, capsys, optimizer):
     picture = tmp_path / "curve.png"
     flags = ["--model", "mlp", "--dtype", "fp32", "--steps", "60", "--picture", str(picture)]
+    flags += ["--optimizer", optimizer]
     assert cli.main(["lr-find", *flags]) == 0
     shown = capsys.readouterr().out
     suggestion = float(shown.split("--lr ")[1].split()[0])
