@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -126,8 +127,8 @@ def _exported(model: Classifier, path: Path, about: dict[str, str]) -> Callable[
 def _onnx(model: Classifier, path: Path, about: dict[str, str]) -> Callable[[Tensor], Tensor]:
     import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401 - torch.onnx needs it, and says so in a page
 
+    importlib.import_module("onnxscript")  # torch.onnx needs it, and says so in a page
     program = torch.onnx.export(
         model,
         (_images(model, 2),),
