@@ -128,7 +128,8 @@ def register(
         kernel: takes the arguments of the reference.
         backend: its name; ``mark_available`` or ``mark_unavailable`` has been called for it.
         supports: takes them too; None, or the reason why the kernel cannot serve this call.
-        detail: added to the backend's reason in the report; for a narrow kernel, its calls.
+        detail: added to the backend's reason in the report; for a narrow kernel, its calls,
+            or nothing if another entry point names them.
         narrow: the kernel serves some calls of a torch operation that another backend, registered
             after it, serves in general.
         policies: decisions of this device, by the names under which ``ask`` finds them.
@@ -262,6 +263,6 @@ def _row(operation: str, device: str) -> OpBackend:
         return OpBackend(operation, device, "reference", reason)
     reason = f"{reason}; {kernel.detail}" if kernel.detail else reason
     for narrow in filter(None, (_narrow_kernels.get((name, device)) for name in names)):
-        if narrow.call is not None and _backends[narrow.backend].available:
+        if narrow.detail and narrow.call is not None and _backends[narrow.backend].available:
             reason += f"; {narrow.detail}: {narrow.backend}"
     return OpBackend(operation, device, kernel.backend, reason)

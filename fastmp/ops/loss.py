@@ -153,6 +153,27 @@ def forward_reference(
     return loss, stats, backward_reference(assumed_grad_output, logits, stats, spec)
 
 
+def forward_in_place_reference(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::loss_forward_`` in plain PyTorch: the gradient takes the place of the logits.
+
+    Args:
+        logits: (N, C), floating; overwritten.
+        assumed_grad_output: (), what the gradient is computed for; None: 1.
+        spec: targets and options.
+
+    Returns:
+        loss and statistics, as ``loss_forward``.
+
+    Raises:
+        IndexError, ValueError: as ``loss_forward``.
+    """
+    loss, stats, grad = forward_reference(logits, assumed_grad_output, True, spec)
+    logits.copy_(grad)
+    return loss, stats
+
+
 def backward_reference(
     grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec
 ) -> Tensor:
@@ -250,6 +271,14 @@ registry.define(
         forward_reference,
         _forward_fake,
         lambda logits, assumed, compute, spec: check_lam(spec.lam),  # kernels check the targets
+        LossSpec,
+    ),
+    registry.TorchOp(
+        f"loss_forward_(Tensor(a!) logits, Tensor? assumed_grad_output, {_SPEC}) "
+        "-> (Tensor, Tensor)",
+        forward_in_place_reference,
+        lambda logits, assumed, spec: _forward_fake(logits, assumed, False, spec)[:2],
+        lambda logits, assumed, spec: check_lam(spec.lam),
         LossSpec,
     ),
     registry.TorchOp(

@@ -285,6 +285,7 @@ def test_opcheck(opcheck, dtype, reduction, with_b):
     scale = torch.tensor(2.0)
     for compute_grad in (False, True):
         opcheck(torch.ops.fastmp.loss_forward, (z, scale, compute_grad, *spec))
+    opcheck(torch.ops.fastmp.loss_forward_, (z.detach().clone(), scale, *spec))
     loss, stats, grad = torch.ops.fastmp.loss_forward(z, scale, True, *spec)
     opcheck(torch.ops.fastmp.loss_backward, (torch.ones_like(loss), z, stats, *spec))
     if reduction == Reduction.NONE:

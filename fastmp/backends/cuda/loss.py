@@ -143,14 +143,27 @@ def forward(
 
     A target out of range makes the loss of its row and the row's gradient NaN.
     """
+    grad = logits.new_empty(logits.shape)
+    return *_forward(logits, assumed_grad_output, spec, grad), grad
+
+
+def forward_in_place(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::loss_forward_``: a row is in shared memory before its gradient is written."""
+    return _forward(logits, assumed_grad_output, spec, logits)
+
+
+def _forward(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor
+) -> tuple[Tensor, Tensor]:
     n, c = logits.shape
     loss = logits.new_empty(n, dtype=torch.float32)
     stats = logits.new_empty((n, 2), dtype=torch.float32)
-    grad = logits.new_empty((n, c))
     ring = ring_for(c * logits.element_size(), sm_shared(logits.device))
     assert ring is not None
     run(logits, assumed_grad_output, spec, loss, stats, grad, ring)
-    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats, grad
+    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats
 
 
 def run(
@@ -205,6 +218,19 @@ def run(
     rows.launch(clusters * size.cluster, size.threads + WARP, args, shared=ring.shared)
 
 
+def supports_in_place(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> str | None:
+    """As ``supports``, of dense logits."""
+    if not logits.is_contiguous():
+        return "the gradient is dense, these logits are not"
+    return supports(logits, assumed_grad_output, True, spec)
+
+
+registry.register(
+    "loss_forward_", "cuda", forward_in_place, backend="cuda", supports=supports_in_place,
+    narrow=True,
+)  # fmt: skip
 registry.register(
     "loss_forward", "cuda", forward, backend="cuda", supports=supports, narrow=True,
     detail=f"rows of more than {CLASSES_IN_REGISTERS:,} classes, with their gradient, on GPUs of "

@@ -34,6 +34,22 @@ def forward(
         return loss.forward(logits, assumed_grad_output, compute_grad, spec)
 
 
+def forward_in_place(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::loss_forward_``."""
+    from fastmp.backends.triton.kernels import loss
+
+    with torch.cuda.device_of(logits):
+        return loss.forward_in_place(logits, assumed_grad_output, spec)
+
+
+def _supports_in_place(logits: Tensor, *_: object) -> str | None:
+    if not logits.is_contiguous():
+        return "the gradient is dense, these logits are not"
+    return _supports(logits)
+
+
 def backward(grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec) -> Tensor:
     """``fastmp::loss_backward``."""
     from fastmp.backends.triton.kernels import loss
@@ -64,6 +80,9 @@ registry.register(
     backend="triton",
     supports=lambda logits, *_: _supports(logits),
     precomputes_grad=precomputes_grad,
+)
+registry.register(
+    "loss_forward_", "cuda", forward_in_place, backend="triton", supports=_supports_in_place
 )
 registry.register(
     "loss_backward",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastmp import backends
 from fastmp.backends import triton
+from fastmp.backends.abi import Reduction
 from fastmp.backends.cuda import loss as ring_loss
 from fastmp.data.mixup import Mixup
 from fastmp.functional import MixedTarget, cross_entropy, linear, linear_cross_entropy, mix
@@ -289,6 +290,18 @@ def test_loss_at_any_address(classes, layout, dtype):
     lam, weight = lay_out(lam, layout), lay_out(weight, layout)
     problem = (z, a, b, lam, weight, -100, "mean", 0.1, 512.0)
     check_loss(problem, scales=(None, 512.0), device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("classes", [10, 1001, 4099, 16385, 50257, 120001, 300001])
+def test_the_gradient_takes_the_place_of_the_logits(classes, dtype):
+    torch.manual_seed(0)
+    z = torch.randn(300, classes, device=DEVICE).to(dtype)
+    a, b = torch.randint(classes, (2, 300), device=DEVICE)
+    spec = a, b, torch.tensor(0.25, device=DEVICE), None, -100, Reduction.MEAN, 0.1
+    expected = torch.ops.fastmp.loss_forward(z, None, True, *spec)
+    loss, stats = torch.ops.fastmp.loss_forward_(z, None, *spec)
+    assert all(map(torch.equal, (loss, stats, z), expected))
 
 
 def test_the_sum_of_a_loss_for_each_row():

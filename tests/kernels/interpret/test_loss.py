@@ -104,6 +104,14 @@ def test_forward_and_backward_write_the_same_gradient():
         assert difference <= 2**-10 * reference.abs().max()
 
 
+@pytest.mark.parametrize("classes", [10, 1001, 4099, 20011])
+def test_the_gradient_takes_the_place_of_the_logits(classes):
+    z, spec = problem(classes=classes)
+    expected = kernels.forward(z, None, True, spec)
+    loss, stats = kernels.forward_in_place(z, None, spec)
+    assert all(map(torch.equal, (loss, stats, z), expected))
+
+
 @pytest.mark.parametrize("value", [-1, 1001, 2**40])
 @pytest.mark.parametrize("which", ["target_a", "target_b"])
 def test_a_target_out_of_range_makes_its_row_nan(value, which):

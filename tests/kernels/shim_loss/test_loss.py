@@ -112,6 +112,14 @@ def test_neither_the_run_nor_the_grid_changes_a_bit(served, monkeypatch):
         assert all(map(torch.equal, results[0], again))
 
 
+@pytest.mark.parametrize("classes", [1000, 1001])
+def test_the_gradient_takes_the_place_of_the_logits(served, classes):
+    z, spec = problem(rows=13, classes=classes)
+    expected = loss.forward(z, None, True, spec)
+    row_loss, stats = loss.forward_in_place(z, None, spec)
+    assert all(map(torch.equal, (row_loss, stats, z), expected))
+
+
 def test_the_launches(served):
     z, spec = problem(reduction=Reduction.MEAN)
     loss.forward(z, None, True, spec)
@@ -136,6 +144,9 @@ def test_what_is_left_to_the_other_backend(monkeypatch):
     assert "9.0" in reason(32000, shared=0)
     assert "two multiprocessors" in reason(128256, torch.float32)
     assert "float64" in reason(32000, torch.float64)
+    sliced = torch.empty(2, 32001, dtype=torch.bfloat16)[:, 1:]
+    assert "dense" in loss.supports_in_place(sliced, None, problem()[1])
+    assert loss.supports_in_place(sliced.contiguous(), None, problem()[1]) is None
 
 
 def test_any_class_may_be_ignored(served):

@@ -124,7 +124,7 @@ def _forward_kernel(
     partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
     loss,  # (N)
     stats,  # (N, 2): row_max, others
-    grad,  # (N, C), None: the loss alone
+    grad,  # (N, C), None: the loss alone; may be the logits
     N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr, ON_CHIP: tl.constexpr,
     WHOLE: tl.constexpr, PARTIALS: tl.constexpr,
@@ -282,14 +282,27 @@ def forward(
 
     A target out of range makes the loss of its row and the row's gradient NaN.
     """
-    n, c = logits.shape
+    grad = logits.new_empty(logits.shape if compute_grad else 0)
+    written = grad if compute_grad else None
+    return *_forward(logits, assumed_grad_output, spec, written), grad
+
+
+def forward_in_place(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::loss_forward_`` of dense logits that are not empty."""
+    return _forward(logits, assumed_grad_output, spec, logits)
+
+
+def _forward(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    n = len(logits)
     loss = logits.new_empty(n, dtype=torch.float32)
     stats = logits.new_empty((n, 2), dtype=torch.float32)
-    grad = logits.new_empty((n, c) if compute_grad else 0)
-    outputs = loss, stats, grad if compute_grad else None
-    _launch(_forward_kernel, logits, spec, (assumed_grad_output, 0), outputs)
+    _launch(_forward_kernel, logits, spec, (assumed_grad_output, 0), (loss, stats, grad))
     # torch adds up in a fixed order too, at half the host time of another kernel of ours.
-    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats, grad
+    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats
 
 
 def backward(grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec) -> Tensor:

@@ -366,6 +366,10 @@ def store_gradient(
     softmax_coef = (target_coef + other_coef + smooth_coef * weight_total) / sum_exp
     m_n = t.m
     out = locate(grad, C, rows.o_n, rows.m_n, C, VECTOR, PEEL)
+    if block is None or PEEL:
+        # Where the gradient takes the place of the logits: every thread has read the target's
+        # vector and the edges before one of them is overwritten.
+        tl.debug_barrier()
     lane = tl.arange(0, BLOCK_C)[None, :]
     if block is not None:
         coef = softmax_coef * exp(block_max - row_max)
