@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends.abi import LossSpec, Reduction
-from fastmp.backends.torch_matmul import rows_of_product
+from fastmp.backends.torch_matmul import rows_at_once, scaled
 from fastmp.functional.cross_entropy import FirstOrderOnly, cross_entropy, loss_spec, unpack
 from fastmp.functional.linear import autocast_operands, check_operands
 from fastmp.ops.checks import transformed, wide_dtype
@@ -54,16 +54,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     input, weight, bias, grad_output, chunk, needs, *tensors[:4], *options
                 )
                 factor = grad_output.new_ones(())
-            scaled = [
-                (grad * factor).to(input.dtype) if need else None
+            results = [
+                scaled(grad, factor, input.dtype) if need else None
                 for grad, need in zip(grads, needs, strict=True)
             ]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            scaled = [
-                None if grad is None else FirstOrderOnly.apply(grad, input, weight)  # type: ignore[no-untyped-call]
-                for grad in scaled
-            ]
-        return (*scaled, *[None] * 9)
+        return (*_first_order_only(results, input, weight), *[None] * 9)
+
+
+class _AllRows(torch.autograd.Function):
+    """All rows at once: the forward keeps the gradient of the logits, the backward multiplies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        assumed_grad_output: Tensor | None,
+        *spec: Any,
+    ) -> Tensor:
+        loss, grad = torch.ops.fastmp.linear_loss_all_rows(
+            input, weight, bias, assumed_grad_output, *spec
+        )
+        ctx.save_for_backward(grad, input, weight, assumed_grad_output)
+        ctx.needs = list(ctx.needs_input_grad[:3])
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad, input, weight, assumed_grad_output = ctx.saved_tensors
+        with torch.no_grad():
+            factor = grad_output
+            if assumed_grad_output is not None:
+                factor = grad_output / assumed_grad_output
+            grads = torch.ops.fastmp.linear_loss_products(grad, input, weight, factor, ctx.needs)
+            results = [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+        return (*_first_order_only(results, input, weight), *[None] * 8)
+
+
+def _first_order_only(
+    grads: list[Tensor | None], input: Tensor, weight: Tensor
+) -> list[Tensor | None]:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    return [  # create_graph=True
+        None if grad is None else FirstOrderOnly.apply(grad, input, weight)  # type: ignore[no-untyped-call]
+        for grad in grads
+    ]
 
 
 def linear_cross_entropy(
@@ -135,8 +172,11 @@ def linear_cross_entropy(
             target_b=target_b, lam=lam,
         )  # fmt: skip
     rows = input if input.dim() == 2 else input.unsqueeze(0)
-    chunk = chunk or rows_of_product(input.device, classes * input.element_size())
+    needs_sum = torch.is_grad_enabled() and linear_weight.requires_grad
+    chunk = chunk or rows_at_once(len(rows), linear_weight, needs_sum)
     operands = (rows, linear_weight, linear_bias)
+    if needs_sum and chunk >= len(rows) and reduction != "none":
+        return cast(Tensor, _AllRows.apply(*operands, _assumed_grad_output(rows, spec), *spec))  # type: ignore[no-untyped-call]
     if reduction == "none":
         loss: Tensor = _apply(*operands, None, chunk, spec)
         return loss.reshape(input.shape[:-1])
@@ -157,6 +197,26 @@ def _apply(
         input, linear_weight, linear_bias, row_weight, chunk, *spec
     )
     return loss
+
+
+def _assumed_grad_output(input: Tensor, spec: LossSpec) -> Tensor | None:
+    """What keeps the logits' gradients of fp16 in its range: they are at most 2^14 then.
+
+    On a CPU at most 1, where torch's product rounds to fp16 before ``grad_output`` is known. None
+    for the other dtypes: 1.
+    """
+    if input.dtype != torch.float16:
+        return None
+    largest = torch.full((), 2.0**14 if input.is_cuda else 1.0, device=input.device)
+    if spec.weight is not None:
+        largest = largest / spec.weight.float().abs().amax().clamp(min=1e-4)
+    if spec.reduction == Reduction.SUM:
+        return largest
+    divisor = _divisor(spec.target_a, input, spec)
+    if spec.target_b is not None:
+        divisor_b = _divisor(spec.target_b, input, spec)
+        divisor = torch.where(divisor > 0, torch.minimum(divisor, divisor_b), divisor_b)
+    return torch.where(divisor > 0, largest * divisor, largest)
 
 
 def _mean(

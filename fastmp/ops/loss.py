@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.ops.checks import check_lam, check_values, transformed, wide_dtype
-from fastmp.ops.linear_loss import LINEAR_LOSS
+from fastmp.ops.linear_loss import LINEAR_LOSS, SPEC_SCHEMA
 
 
 class MixedTarget(NamedTuple):
@@ -259,22 +259,18 @@ def _backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-_SPEC = (
-    "Tensor target_a, Tensor? target_b, Tensor? lam, Tensor? weight, int ignore_index, "
-    "int reduction, float smoothing"
-)
 registry.define(
     "loss",
     registry.TorchOp(
         "loss_forward(Tensor logits, Tensor? assumed_grad_output, bool compute_grad, "
-        f"{_SPEC}) -> (Tensor, Tensor, Tensor)",
+        f"{SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor)",
         forward_reference,
         _forward_fake,
         lambda logits, assumed, compute, spec: check_lam(spec.lam),  # kernels check the targets
         LossSpec,
     ),
     registry.TorchOp(
-        f"loss_forward_(Tensor(a!) logits, Tensor? assumed_grad_output, {_SPEC}) "
+        f"loss_forward_(Tensor(a!) logits, Tensor? assumed_grad_output, {SPEC_SCHEMA}) "
         "-> (Tensor, Tensor)",
         forward_in_place_reference,
         lambda logits, assumed, spec: _forward_fake(logits, assumed, False, spec)[:2],
@@ -282,17 +278,17 @@ registry.define(
         LossSpec,
     ),
     registry.TorchOp(
-        f"loss_backward(Tensor grad_output, Tensor logits, Tensor stats, {_SPEC}) -> Tensor",
+        f"loss_backward(Tensor grad_output, Tensor logits, Tensor stats, {SPEC_SCHEMA}) -> Tensor",
         backward_reference,
         _backward_fake,
         spec=LossSpec,
     ),
     registry.TorchOp(
         "loss_ensure_grad_(Tensor(a!) grad, Tensor? assumed_grad_output, Tensor grad_output, "
-        f"Tensor logits, Tensor stats, {_SPEC}) -> ()",
+        f"Tensor logits, Tensor stats, {SPEC_SCHEMA}) -> ()",
         ensure_grad_reference,
         lambda *_: None,
         spec=LossSpec,
     ),
-    LINEAR_LOSS,
+    *LINEAR_LOSS,
 )

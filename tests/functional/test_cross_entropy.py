@@ -300,6 +300,19 @@ def test_opcheck(opcheck, dtype, reduction, with_b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 10, 4099])
+def test_the_gradient_takes_the_place_of_the_logits(dtype, classes):
+    z = torch.randn(7, classes).to(dtype)
+    spec = torch.randint(classes, (7,)), None, None, None, -100, Reduction.MEAN, 0.1
+    expected = torch.ops.fastmp.loss_forward(z, None, True, *spec)
+    sliced = torch.cat([z, z], 1)[:, :classes]  # the reference serves what is not dense
+    results = torch.ops.fastmp.loss_forward_(z, None, *spec)
+    assert all(map(torch.equal, (*results, z), expected))
+    torch.ops.fastmp.loss_forward_(sliced, None, *spec)
+    torch.testing.assert_close(sliced, z)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", list(Reduction))
 def test_the_reference_is_the_kernel(dtype, reduction):
     z, spec = op_arguments(dtype, reduction, True)

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastmp.backends.torch_matmul import rows_at_once
 from fastmp.functional import cross_entropy, linear_cross_entropy
 from fastmp.nn import LinearCrossEntropyLoss
+from fastmp.ops import linear_loss
 from fastmp.ops.loss import MixedTarget
 
 N, H, C = 77, 24, 53
@@ -218,6 +220,67 @@ def test_the_operation_is_a_good_citizen():
     )
 
 
+def test_the_operations_of_all_rows_are_good_citizens():
+    x, w, b, a, _, _ = problem(torch.float32)
+    x, w, b = (t.detach() for t in (x, w, b))
+    operations, spec = torch.ops.fastmp, (a, None, None, None, -100, 1, 0.0)
+    torch.library.opcheck(operations.linear_loss_all_rows, (x, w, b, torch.tensor(8.0), *spec))
+    _, grad = operations.linear_loss_all_rows(x, w, b, None, *spec)
+    arguments = (grad, x, w, torch.tensor(8.0), [True, True, True])
+    torch.library.opcheck(operations.linear_loss_products, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_power_of_two_as_grad_output_changes_no_digit(dtype):
+    x, w, b, a, _, _ = problem(dtype, rows=64)
+    loss = linear_cross_entropy(x, w, a, linear_bias=b)
+    one, many = (
+        torch.autograd.grad(loss, (x, w, b), torch.tensor(g), retain_graph=True) for g in (1, 1024)
+    )
+    for small, large in zip(one, many, strict=True):
+        normal = small.abs() >= torch.finfo(dtype).smallest_normal
+        assert torch.equal((small * 1024)[normal], large[normal])
+
+
+def test_the_weights_gradient_in_parts(monkeypatch):
+    """fp16, 5 classes at a time."""
+    x, w, b, a, _, _ = problem(torch.float16)
+    whole, parts = [], []
+    for grads, rows in ((whole, C), (parts, 5)):
+        monkeypatch.setattr(linear_loss, "_SLAB_BYTES", 4 * H * rows)
+        loss = linear_cross_entropy(x, w, a, linear_bias=b)
+        grads += torch.autograd.grad(loss, (x, w, b), torch.tensor(512.0))
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_heavy_classes_overflow_no_fp16(reduction):
+    """Class weights of 3e4 would make logit gradients of 3e4 a row; ignored rows leave one row."""
+    x, w, b, a, _, _ = problem(torch.float16)
+    a[1:] = -100
+    weight = torch.full((C,), 3e4)
+    loss = linear_cross_entropy(x, w, a, linear_bias=b, weight=weight, reduction=reduction)
+    ours = torch.autograd.grad(loss, (x, w, b), torch.tensor(0.5))
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    expected = F.cross_entropy(F.linear(*wide), a, weight=weight.double(), reduction=reduction)
+    theirs = torch.autograd.grad(expected, wide, torch.tensor(0.5, dtype=torch.float64))
+    for own, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            own.double(), exact, rtol=1e-2, atol=1e-3 * float(exact.abs().max())
+        )
+
+
+def test_rows_at_once_on_a_device_that_sums_the_weights_gradient():
+    """H 4096, C 128256: all up to 2 H + 4096 rows of 16 bits, then equal chunks of at most 4096."""
+    half = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    assert [rows_at_once(n, half, True) for n in (0, 1, 8192, 12288)] == [1, 1, 8192, 12288]
+    assert [rows_at_once(n, half, True) for n in (12289, 16384, 20000)] == [3073, 4096, 4000]
+    assert rows_at_once(8192, half, False) == 512
+    assert rows_at_once(8192, half.float(), True) == 8192
+    assert rows_at_once(8193, half.float(), True) == 2731
+
+
 @given(
     rows=st.integers(1, 70), chunk=st.integers(1, 80), seed=st.integers(0, 2**16),
     smoothing=st.floats(0, 1), lam=st.floats(0, 1),
@@ -251,8 +314,11 @@ def test_peak_memory_is_that_of_a_chunk():
         return most
 
     whole = peak(lambda: F.cross_entropy(F.linear(x, w), a).backward())
-    chunked = peak(lambda: linear_cross_entropy(x, w, a, chunk=128).backward())
-    assert chunked < 0.1 * whole
+    chunked, at_once = (
+        peak(lambda n=n: linear_cross_entropy(x, w, a, chunk=n).backward()) for n in (128, rows)
+    )
+    assert chunked < 0.05 * whole
+    assert at_once < 0.4 * whole
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,27 @@ def forward(
     logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::loss_forward``; raises IndexError where a target is out of range."""
-    rows, classes = logits.shape
+    grad = torch.empty(logits.shape if compute_grad else 0, dtype=logits.dtype)
+    return *_forward(logits, assumed_grad_output, spec, grad), grad
+
+
+def forward_in_place(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """``fastmp::loss_forward_``: a row is exp(z) in scratch before its gradient is written.
+
+    Raises:
+        IndexError: a target is out of range.
+    """
+    return _forward(logits, assumed_grad_output, spec, logits)
+
+
+def _forward(
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows = len(logits)
     loss = torch.empty(rows if spec.reduction == Reduction.NONE else (), dtype=torch.float32)
     stats = torch.empty((rows, 2), dtype=torch.float32)
-    grad = torch.empty((rows, classes) if compute_grad else 0, dtype=logits.dtype)
     _call(
         "fastmp_loss_forward",
         assumed_grad_output,
@@ -81,7 +98,7 @@ def forward(
         stats=stats.data_ptr(),
         grad=grad.data_ptr() if grad.numel() else None,
     )
-    return loss, stats, grad
+    return loss, stats
 
 
 def backward(grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec) -> Tensor:
@@ -103,6 +120,12 @@ def _supports_forward(logits: Tensor, *_: Any) -> str | None:
     return unsupported_dtype(logits.dtype)
 
 
+def _supports_in_place(logits: Tensor, *_: Any) -> str | None:
+    if not logits.is_contiguous():
+        return "the gradient is dense, these logits are not"
+    return unsupported_dtype(logits.dtype)
+
+
 def _supports_backward(grad_output: Tensor, logits: Tensor, *_: Any) -> str | None:
     return unsupported_dtype(logits.dtype)
 
@@ -114,5 +137,8 @@ registry.register(
     backend="cpu",
     supports=_supports_forward,
     precomputes_grad=lambda *_: True,
+)
+registry.register(
+    "loss_forward_", "cpu", forward_in_place, backend="cpu", supports=_supports_in_place
 )
 registry.register("loss_backward", "cpu", backward, backend="cpu", supports=_supports_backward)

@@ -94,15 +94,15 @@ def loss_case(kind, dtype, seed):
     return Case(forward, 1, [t.to(DEVICE) for t in (z, a, b, lam, scale, grad_output)])
 
 
-def linear_loss_case(dtype, seed):
-    """Chunks of 128 and a last one of 44 rows."""
+def linear_loss_case(chunk, dtype, seed):
+    """Chunks of 128 and a last one of 44 rows, or all at once."""
     torch.manual_seed(seed)
     x, w = torch.randn(300, 264), torch.randn(1001, 264) / 16
     a, b = torch.randint(1001, (2, 300))
     a[1] = -100
 
     def forward(x, w, a, b, lam):
-        return linear_cross_entropy(x, w, MixedTarget(a, b, lam), label_smoothing=0.1, chunk=128)
+        return linear_cross_entropy(x, w, MixedTarget(a, b, lam), label_smoothing=0.1, chunk=chunk)
 
     tensors = [x.to(dtype), w.to(dtype), a, b, torch.rand(300), torch.tensor(1024.0)]
     return Case(forward, 2, [t.to(DEVICE) for t in tensors], 4 * torch.finfo(dtype).eps)
@@ -140,7 +140,9 @@ CASES = {f"loss {a} {d}": partial(loss_case, a, d) for d in HALVES
          for a in ("nothing", "number", "tensor", "each row")}  # fmt: skip
 CASES["loss long"] = partial(loss_case, "long", torch.bfloat16)
 CASES |= {f"{a} {d}": partial(linear_case, a, d) for d in HALVES for a in ("gelu", "relu")}
-CASES |= {f"linear loss {d}": partial(linear_loss_case, d) for d in HALVES}
+CASES |= {
+    f"linear loss {n} {d}": partial(linear_loss_case, n, d) for d in HALVES for n in (128, 300)
+}
 CASES |= {kind: partial(mix_case, kind) for kind in ("mixup", "cutmix")}
 every_case = pytest.mark.parametrize("build", CASES.values(), ids=CASES.keys())
 
@@ -367,6 +369,27 @@ def test_mixup_is_that_of_the_cpu(alphas, per_sample):
     assert ours.dtype == torch.float16
     torch.testing.assert_close(ours.cpu().double(), theirs, rtol=2**-11 * 1.01, atol=4e-6)
     assert all(map(torch.equal, [t.cpu() for t in our_target], their_target))
+
+
+@pytest.mark.parametrize("chunk", [128, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_linear_loss_is_within_twice_torchs_error(dtype, chunk):
+    """3 times for the weight's gradient; a grad_output that is no power of two."""
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 264, device=DEVICE), torch.randn(5001, 264, device=DEVICE) / 16
+    y = torch.randint(5001, (300,), device=DEVICE)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+
+    def grads(loss, tensors):
+        return torch.autograd.grad(loss, tensors, torch.full_like(loss, 300.0))
+
+    exact = grads(F.cross_entropy(F.linear(*wide), y), wide)
+    theirs = grads(F.cross_entropy(F.linear(*leaves), y), leaves)
+    ours = grads(linear_cross_entropy(*leaves, y, chunk=chunk), leaves)
+    for own, other, right, factor in zip(ours, theirs, exact, (2, 3), strict=True):
+        error, allowed = ((g.double() - right).abs().max() for g in (own, other))
+        assert error <= factor * allowed + torch.finfo(dtype).eps / 16 * right.abs().max()
 
 
 # ---- what cannot be refused without waiting ----
