@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmp.backends.abi import LossSpec, Reduction
-from fastmp.backends.torch_matmul import rows_at_once, scaled
+from fastmp.backends.torch_matmul import (
+    computes_logits_twice,
+    largest_in_fp16,
+    rows_at_once,
+    scaled,
+)
 from fastmp.functional.cross_entropy import FirstOrderOnly, cross_entropy, loss_spec, unpack
 from fastmp.functional.linear import autocast_operands, check_operands
 from fastmp.ops.checks import transformed, wide_dtype
@@ -92,6 +98,39 @@ class _AllRows(torch.autograd.Function):
         return (*_first_order_only(results, input, weight), *[None] * 8)
 
 
+class _TwoSweeps(torch.autograd.Function):
+    """Chunks of rows for the loss, chunks of classes for the gradients: the logits twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_weight: Tensor | None,
+        chunk: int,
+        *spec: Any,
+    ) -> Tensor:
+        loss, stats = torch.ops.fastmp.linear_loss_first_sweep(input, weight, bias, chunk, *spec)
+        ctx.save_for_backward(input, weight, bias, stats, row_weight, *spec[:4])
+        ctx.options = chunk, list(ctx.needs_input_grad[:3]), spec[4:]
+        if row_weight is not None:
+            loss = (row_weight * loss).sum()
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, stats, row_weight, *tensors = ctx.saved_tensors
+        chunk, needs, options = ctx.options
+        with torch.no_grad():
+            row_grad = grad_output if row_weight is None else grad_output * row_weight
+            grads = torch.ops.fastmp.linear_loss_second_sweep(
+                input, weight, bias, stats, row_grad, chunk, needs, *tensors, *options
+            )
+            results = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (*_first_order_only(results, input, weight), *[None] * 9)
+
+
 def _first_order_only(
     grads: list[Tensor | None], input: Tensor, weight: Tensor
 ) -> list[Tensor | None]:
@@ -119,11 +158,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
 
-    ``torch.nn.functional.linear_cross_entropy``, also of mixed pairs of targets: rows go through
-    layer and loss in chunks, whose logits and their gradients are all that is there of them. The
-    gradients of the layer are computed with the loss and kept in fp32 until the backward multiplies
-    them by its ``grad_output`` and rounds once; a loss scale need not be known ahead. Follows
-    ``torch.autocast``. Under ``torch.func`` and in forward mode the logits are whole.
+    ``torch.nn.functional.linear_cross_entropy``, also of mixed pairs of targets. Rows go through
+    layer and loss in chunks, whose logits give way to their gradients; or all at once, which on a
+    GPU is the default while that costs no more memory (``fastmp.backends.torch_matmul``). What is
+    kept for the backward is multiplied by its ``grad_output`` before it is rounded, or by a power
+    of two after it; a loss scale need not be known ahead. Follows ``torch.autocast``. Under
+    ``torch.func`` and in forward mode the logits are whole.
+
+    Bytes beside inputs and gradients, for N rows, H features, C classes and n = ``chunk``: 2 N C
+    for all rows in 16 bits (eager about 6 N C). On a GPU a ``chunk`` of less makes it 2 n C + 4 N H
+    and the logits are computed twice, four products instead of three. Of fp32, on a CPU and where
+    the weight is frozen chunks cost no fourth product.
 
     Args:
         input: (in_features) or (N, in_features), fp32, bf16, fp16 or fp64.
@@ -132,11 +177,13 @@ def linear_cross_entropy(
         linear_bias: (C) or None.
         weight: class weights (C), in the dtype of ``input`` or fp32.
         ignore_index: rows with this target add nothing; their gradient is 0.
-        reduction: "none", "mean" or "sum". With "none" the backward computes the logits again.
+        reduction: "none", "mean" or "sum". With "none" the logits are computed twice.
         label_smoothing: ε in [0, 1].
         target_b: the second target, shaped as the first.
         lam: weight of the first target in [0, 1]: a number, a 0-d tensor or (N).
-        chunk: rows at a time, at least 1. None: logits of 32 MB on a CPU, 128 MB on a GPU.
+        chunk: rows at a time, at least 1. None: logits of 32 MB on a CPU; on a GPU all rows, from
+            2 H + 4,096 in 16 bits on chunks of 4,096 and a sum of 4 C H bytes; 128 MB if the
+            weight needs no gradient.
 
     Returns:
         The loss in fp32 (fp64 for fp64): a scalar, or for "none" () or (N).
@@ -173,41 +220,27 @@ def linear_cross_entropy(
         )  # fmt: skip
     rows = input if input.dim() == 2 else input.unsqueeze(0)
     needs_sum = torch.is_grad_enabled() and linear_weight.requires_grad
-    chunk = chunk or rows_at_once(len(rows), linear_weight, needs_sum)
+    twice = needs_sum and (chunk is not None or reduction == "none")
+    twice = twice and computes_logits_twice(linear_weight)
+    chunk = chunk or rows_at_once(len(rows), linear_weight, needs_sum and not twice)
     operands = (rows, linear_weight, linear_bias)
     if needs_sum and chunk >= len(rows) and reduction != "none":
         return cast(Tensor, _AllRows.apply(*operands, _assumed_grad_output(rows, spec), *spec))  # type: ignore[no-untyped-call]
+    apply = cast(Callable[..., Tensor], (_TwoSweeps if twice else _LinearCrossEntropy).apply)
     if reduction == "none":
-        loss: Tensor = _apply(*operands, None, chunk, spec)
-        return loss.reshape(input.shape[:-1])
+        return apply(*operands, None, chunk, *spec).reshape(input.shape[:-1])
     if reduction == "sum":
-        return _apply(*operands, None, chunk, spec)
-    return _mean(*operands, chunk, spec)
-
-
-def _apply(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    row_weight: Tensor | None,
-    chunk: int,
-    spec: LossSpec,
-) -> Tensor:
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        input, linear_weight, linear_bias, row_weight, chunk, *spec
-    )
-    return loss
+        return apply(*operands, None, chunk, *spec)
+    undefined, scale, row_weight, spec = _mean_as_sum(rows, spec)
+    loss = apply(*operands, row_weight, chunk, *spec) * scale
+    return torch.where(undefined, torch.nan, loss)
 
 
 def _assumed_grad_output(input: Tensor, spec: LossSpec) -> Tensor | None:
-    """What keeps the logits' gradients of fp16 in its range: they are at most 2^14 then.
-
-    On a CPU at most 1, where torch's product rounds to fp16 before ``grad_output`` is known. None
-    for the other dtypes: 1.
-    """
+    """What keeps the logits' gradients of fp16 in its range; None for the other dtypes: 1."""
     if input.dtype != torch.float16:
         return None
-    largest = torch.full((), 2.0**14 if input.is_cuda else 1.0, device=input.device)
+    largest = torch.full((), largest_in_fp16(input), device=input.device)
     if spec.weight is not None:
         largest = largest / spec.weight.float().abs().amax().clamp(min=1e-4)
     if spec.reduction == Reduction.SUM:
@@ -219,13 +252,14 @@ def _assumed_grad_output(input: Tensor, spec: LossSpec) -> Tensor | None:
     return torch.where(divisor > 0, largest * divisor, largest)
 
 
-def _mean(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, chunk: int, spec: LossSpec
-) -> Tensor:
+def _mean_as_sum(input: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None, LossSpec]:
     """A mean as a sum: gradients in 16 bits are then near 1, whatever the number of rows.
 
     The two targets of a pair have divisors of their own: λ/A and (1-λ)/B are r λ' and r (1-λ') with
     a weight r of the row, taken relative to the largest one.
+
+    Returns:
+        whether a divisor is 0; the factor of the sum; r (N) or None; targets and options.
     """
     divisor = _divisor(spec.target_a, input, spec)
     undefined, row_weight = divisor == 0, None
@@ -243,8 +277,7 @@ def _mean(
         lam = torch.where(total > 0, share_a / total, 0)
         row_weight = torch.where(total > 0, total / scale, 0)
         spec = spec._replace(reduction=Reduction.NONE, lam=lam)
-    loss = _apply(input, linear_weight, linear_bias, row_weight, chunk, spec) * scale
-    return torch.where(undefined, torch.nan, loss)
+    return undefined, scale, row_weight, spec
 
 
 def _divisor(target: Tensor, input: Tensor, spec: LossSpec) -> Tensor:

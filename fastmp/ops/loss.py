@@ -30,6 +30,7 @@ from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.ops.checks import check_lam, check_values, transformed, wide_dtype
 from fastmp.ops.linear_loss import LINEAR_LOSS, SPEC_SCHEMA
+from fastmp.ops.linear_loss_columns import LINEAR_LOSS_COLUMNS
 
 
 class MixedTarget(NamedTuple):
@@ -291,4 +292,5 @@ registry.define(
         spec=LossSpec,
     ),
     *LINEAR_LOSS,
+    *LINEAR_LOSS_COLUMNS,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,13 +11,22 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastmp.backends import torch_matmul
+from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.torch_matmul import rows_at_once
 from fastmp.functional import cross_entropy, linear_cross_entropy
 from fastmp.nn import LinearCrossEntropyLoss
-from fastmp.ops import linear_loss
+from fastmp.ops.linear_loss_columns import gradient_of_rows
 from fastmp.ops.loss import MixedTarget
 
 N, H, C = 77, 24, 53
+
+
+@pytest.fixture(params=[False, True], ids=["logits once", "logits twice"])
+def _sweeps(request, monkeypatch):
+    """Chunks as on a CPU, and as on a GPU in 16 bits."""
+    module = sys.modules["fastmp.functional.linear_cross_entropy"]
+    monkeypatch.setattr(module, "computes_logits_twice", lambda weight: request.param)
 
 
 def problem(dtype=torch.float64, rows=N, *, ignored=False, weighted=False, seed=0):
@@ -47,6 +58,7 @@ def value_and_grads(loss, tensors, grad_output=3.0):
     return (loss.detach(), *grads)
 
 
+@pytest.mark.usefixtures("_sweeps")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(
@@ -77,25 +89,30 @@ def test_values_and_gradients_are_torchs(chunk, reduction, lam, ignored, weighte
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("_sweeps")
 def test_a_mean_of_pairs_with_lam_per_row_is_cross_entropys():
     x, w, b, a, other, weight = problem(ignored=True, weighted=True)
     lam = torch.linspace(0, 1, N, dtype=torch.float64)
     loss = cross_entropy(F.linear(x, w, b), MixedTarget(a, other, lam), weight)
     expected = value_and_grads(loss, (x, w, b))
-    loss = linear_cross_entropy(x, w, MixedTarget(a, other, lam), linear_bias=b, weight=weight)
+    loss = linear_cross_entropy(
+        x, w, MixedTarget(a, other, lam), linear_bias=b, weight=weight, chunk=16
+    )
     for ours, theirs in zip(value_and_grads(loss, (x, w, b)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("_sweeps")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("grad_output", [1.0, 1024.0])
-def test_error_is_within_twice_torchs(dtype, grad_output):
+@pytest.mark.parametrize("grad_output", [1.0, 1024.0, 300.0])
+@pytest.mark.parametrize("chunk", [64, 300])
+def test_error_is_within_twice_torchs(dtype, grad_output, chunk):
     """3 times for the weight's gradient, a sum over the batch; a loss scale is not known ahead."""
     x, w, b, a, _, _ = problem(dtype, rows=300)
     exact = [t.detach().double().requires_grad_() for t in (x, w, b)]
     expected = value_and_grads(reference(*exact, a), exact, grad_output)
     theirs = value_and_grads(reference(x, w, b, a), (x, w, b), grad_output)
-    loss = linear_cross_entropy(x, w, a, linear_bias=b, chunk=64)
+    loss = linear_cross_entropy(x, w, a, linear_bias=b, chunk=chunk)
     ours = value_and_grads(loss, (x, w, b), grad_output)
     assert ours[0].dtype == torch.float32
     for i, (own, torchs, exact_value) in enumerate(zip(ours, theirs, expected, strict=True)):
@@ -117,11 +134,13 @@ def test_small_gradients_survive_in_fp16():
     assert torchs > 5 * error
 
 
-def test_every_target_ignored():
-    """The mean is NaN and the gradients are 0, as in torch."""
+@pytest.mark.usefixtures("_sweeps")
+@pytest.mark.parametrize("chunk", [32, N])
+def test_every_target_ignored(chunk):
+    """The mean is NaN and the gradients are 0, as in torch; rows may hold anything."""
     x, w, b, a, _, _ = problem()
     ignored = torch.full_like(a, -100)
-    loss = linear_cross_entropy(x, w, ignored, linear_bias=b)
+    loss = linear_cross_entropy(x, w, ignored, linear_bias=b, chunk=chunk)
     value, *grads = value_and_grads(loss, (x, w, b))
     assert value.isnan()
     assert all((grad == 0).all() for grad in grads)
@@ -137,12 +156,15 @@ def test_rows_of_other_shapes():
     assert linear_cross_entropy(x[:0], w, a[:0]).isnan()
 
 
+@pytest.mark.usefixtures("_sweeps")
+@pytest.mark.parametrize("chunk", [32, N])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_what_needs_no_gradient_gets_none(frozen):
+def test_what_needs_no_gradient_gets_none(frozen, chunk):
     x, w, b, a, _, _ = problem()
     tensors = [x, w, b]
     tensors[frozen] = tensors[frozen].detach()
-    linear_cross_entropy(tensors[0], tensors[1], a, linear_bias=tensors[2]).backward()
+    loss = linear_cross_entropy(tensors[0], tensors[1], a, linear_bias=tensors[2], chunk=chunk)
+    loss.backward()
     assert [t.grad is not None for t in tensors] == [i != frozen for i in range(3)]
 
 
@@ -167,24 +189,28 @@ def test_under_autocast():
     assert x.grad.dtype == w.grad.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("_sweeps")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_checkpoint(use_reentrant):
     x, w, b, a, _, _ = problem()
-    expected = value_and_grads(linear_cross_entropy(x, w, a, linear_bias=b), (x, w, b), 1.0)
+    options = {"linear_bias": b, "chunk": 32}
+    expected = value_and_grads(linear_cross_entropy(x, w, a, **options), (x, w, b), 1.0)
     loss = checkpoint(
-        lambda x: linear_cross_entropy(x, w, a, linear_bias=b), x, use_reentrant=use_reentrant
+        lambda x: linear_cross_entropy(x, w, a, **options), x, use_reentrant=use_reentrant
     )
     loss.backward()
     for t, grad in zip((x, w, b), expected[1:], strict=True):
         torch.testing.assert_close(t.grad, grad)
 
 
+@pytest.mark.usefixtures("_sweeps")
 @pytest.mark.slow
-def test_compiled_it_is_one_operation():
+@pytest.mark.parametrize("chunk", [32, N])
+def test_compiled_it_is_one_operation(chunk):
     x, w, b, a, _, _ = problem(torch.float32)
 
     def loss_of(x, w, b):
-        return linear_cross_entropy(x * 2, w, a, linear_bias=b)
+        return linear_cross_entropy(x * 2, w, a, linear_bias=b, chunk=chunk)
 
     expected = value_and_grads(loss_of(x, w, b), (x, w, b))
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
@@ -203,9 +229,11 @@ def test_in_torch_func_and_twice_differentiated():
         first.sum().backward()
 
 
-def test_a_graph_kept_gives_the_same_twice():
+@pytest.mark.usefixtures("_sweeps")
+@pytest.mark.parametrize("chunk", [32, N])
+def test_a_graph_kept_gives_the_same_twice(chunk):
     x, w, b, a, _, _ = problem()
-    loss = linear_cross_entropy(x, w, a, linear_bias=b)
+    loss = linear_cross_entropy(x, w, a, linear_bias=b, chunk=chunk)
     one, two = (torch.autograd.grad(loss, (x, w, b), retain_graph=True) for _ in range(2))
     assert all(torch.equal(i, j) for i, j in zip(one, two, strict=True))
 
@@ -230,6 +258,33 @@ def test_the_operations_of_all_rows_are_good_citizens():
     torch.library.opcheck(operations.linear_loss_products, arguments)
 
 
+def test_the_operations_of_two_sweeps_are_good_citizens():
+    x, w, b, a, _, _ = problem(torch.float32)
+    x, w, b = (t.detach() for t in (x, w, b))
+    operations, spec = torch.ops.fastmp, (a, None, None, None, -100, 2, 0.0)
+    torch.library.opcheck(operations.linear_loss_first_sweep, (x, w, b, 32, *spec))
+    _, stats = operations.linear_loss_first_sweep(x, w, b, 32, *spec)
+    arguments = (x, w, b, stats, torch.tensor(8.0), 32, [True, True, True], *spec)
+    torch.library.opcheck(operations.linear_loss_second_sweep, arguments)
+    rows, _ = gradient_of_rows(torch.tensor(8.0), stats, C, LossSpec(*spec))
+    arguments = (F.linear(x, w[8:24], b[8:24]), rows, 8, a, None, None, -100)
+    torch.library.opcheck(operations.loss_columns_, arguments)
+
+
+@pytest.mark.parametrize("bad", [-1, C, 2**40])
+def test_a_target_out_of_range_makes_its_row_nan_in_the_second_sweep(bad):
+    """As on a GPU, which cannot refuse it; an ignored row full of NaN stays 0."""
+    spec = LossSpec(torch.tensor([3, bad, -100]), None, None, None, -100, Reduction.SUM, 0.1)
+    stats = torch.tensor([[0.0, 5.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0], [torch.nan] * 4])
+    rows, _ = gradient_of_rows(torch.ones(()), stats, C, spec)
+    z = torch.zeros(3, 8)
+    z[2] = torch.nan
+    torch.ops.fastmp.loss_columns_(z, rows, 0, *spec[:2], None, -100)
+    assert z[0].isfinite().all()
+    assert z[1].isnan().all()
+    assert (z[2] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_power_of_two_as_grad_output_changes_no_digit(dtype):
     x, w, b, a, _, _ = problem(dtype, rows=64)
@@ -247,7 +302,7 @@ def test_the_weights_gradient_in_parts(monkeypatch):
     x, w, b, a, _, _ = problem(torch.float16)
     whole, parts = [], []
     for grads, rows in ((whole, C), (parts, 5)):
-        monkeypatch.setattr(linear_loss, "_SLAB_BYTES", 4 * H * rows)
+        monkeypatch.setattr(torch_matmul, "PART_BYTES", 4 * H * rows)
         loss = linear_cross_entropy(x, w, a, linear_bias=b)
         grads += torch.autograd.grad(loss, (x, w, b), torch.tensor(512.0))
     for one, other in zip(parts, whole, strict=True):

@@ -73,6 +73,22 @@ def ensure_grad(
         loss.ensure_grad(grad, assumed_grad_output, grad_output, logits, stats, spec)
 
 
+def columns(
+    logits: Tensor,
+    rows: Tensor,
+    first: int,
+    target_a: Tensor,
+    target_b: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """``fastmp::loss_columns_``."""
+    from fastmp.backends.triton.kernels import loss_columns
+
+    with torch.cuda.device_of(logits):
+        loss_columns.columns(logits, rows, first, target_a, target_b, weight, ignore_index)
+
+
 registry.register(
     "loss_forward",
     "cuda",
@@ -95,3 +111,4 @@ registry.register(
     "loss_ensure_grad_", "cuda", ensure_grad, backend="triton",
     supports=lambda grad, *_: _supports(grad),
 )  # fmt: skip
+registry.register("loss_columns_", "cuda", columns, backend="triton", supports=_supports_in_place)

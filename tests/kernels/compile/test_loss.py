@@ -46,6 +46,13 @@ def ensure_grad(classes, dtype):
     loss.ensure_grad(logits, one, one, logits, torch.ones(64, 2), spec)
 
 
+def columns(width, dtype):
+    from fastmp.backends.triton.kernels import loss_columns
+
+    logits, target = torch.empty(64, width, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    loss_columns.columns(logits, torch.empty(64, 5), 4096, target, target, None, -100)
+
+
 def main_kernels(kernels):
     return [kernel for kernel in kernels if kernel.name != "_divisor_kernel"]
 
@@ -101,3 +108,9 @@ def test_rows_that_are_aligned_nowhere_are_not_read_as_if_they_were(compiled, of
 def test_one_exponential_a_logit_where_the_row_is_kept(compiled):
     for kernel in main_kernels(compiled(forward, 4096, torch.float16)):
         assert kernel.count(r"MUFU\.EX2") <= 32 + 6  # 32 logits a thread, a few for the row
+
+
+@pytest.mark.parametrize(("width", "vectors"), [(8016, 2), (8017, 0)])
+def test_columns(compiled, width, vectors):
+    for kernel in compiled(columns, width, torch.bfloat16):
+        assert accesses(kernel, 128) == (vectors, vectors)

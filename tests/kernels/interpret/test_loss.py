@@ -10,7 +10,9 @@ from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.triton import loss as backend
 from fastmp.backends.triton.kernels import loss as kernels
+from fastmp.backends.triton.kernels import loss_columns
 from fastmp.functional import cross_entropy
+from fastmp.ops.linear_loss_columns import columns_reference
 from fastmp.ops.loss import forward_reference
 from tests.functional.confident_cases import GRAD_OUTPUT, check_confident_rows, gradient_on
 from tests.functional.loss_cases import DTYPES, check, problems
@@ -110,6 +112,28 @@ def test_the_gradient_takes_the_place_of_the_logits(classes):
     expected = kernels.forward(z, None, True, spec)
     loss, stats = kernels.forward_in_place(z, None, spec)
     assert all(map(torch.equal, (loss, stats, z), expected))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("columns", [2056, 2051, 1])
+def test_columns(columns, pair, weighted):
+    """Of 5,000 classes, targets inside and outside; an ignored row may hold anything."""
+    first, dtype = 1024, torch.float16
+    z = torch.randn(5, columns, device=DEVICE).to(dtype)
+    a, b = torch.randint(first, first + columns, (2, 5), device=DEVICE)
+    a[1], b[2] = 0, 4999
+    a[3] = b[3] = -100
+    weight = torch.rand(5000, device=DEVICE) if weighted else None
+    rows = torch.rand(5, 5, device=DEVICE)
+    z[3], rows[3] = float("nan"), 0
+    rows[4] = float("nan")
+    arguments = rows, first, a, b if pair else None, weight, -100
+    expected = z.clone()
+    columns_reference(expected, *arguments)
+    loss_columns.columns(z, *arguments)
+    torch.testing.assert_close(z, expected, rtol=2e-3, atol=1e-6, equal_nan=True)
+    assert (z[3] == 0).all()
 
 
 @pytest.mark.parametrize("value", [-1, 1001, 2**40])
