@@ -28,18 +28,21 @@ CPU = torch.device("cpu")
 CONSTANT_LR = 1e-3
 
 
-def accuracies(config: TrainConfig, dataset: Dataset) -> list[float]:
+def accuracies(
+    config: TrainConfig, dataset: Dataset, device: torch.device = CPU, progress: bool = True
+) -> list[float]:
     """Test accuracy after each epoch, as ``fastmp train`` would train."""
     config = config.resolved()
     assert config.epochs is not None
-    train, test = recipe.loaders(config, dataset, CPU, World())
+    train, test = recipe.loaders(config, dataset, device, World())
     trainer = recipe.build_trainer(
         config,
         dataset,
         recipe.build_model(config, dataset),
         torch.bfloat16,
-        CPU,
+        device,
         total_steps=config.epochs * len(train),
+        progress=progress,
     )
     torch.manual_seed(config.seed)
     return [result.val_accuracy for result in trainer.fit(train, test, config.epochs)]

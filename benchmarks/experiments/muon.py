@@ -1,65 +1,72 @@
 """Muon against AdamW: steps and seconds to an accuracy.
 
-    python -m benchmarks.experiments.muon [convnet] [vit] [--seeds 3] [--quick]
+    python -m benchmarks.experiments.muon [convnet] [vit] [--device cuda] [--processes 15]
+    python -m benchmarks.experiments.muon --time-only FILE [--device cpu]
 
-Fashion-MNIST, bf16 weights, batches of 256, one-cycle, cross-entropy, clip at 1; accuracy on all
-test images. AdamW runs with five learning rates at the reference length, all seeds; the best mean
-counts, and is then run at other lengths. Muon runs with one learning rate, that of
-``fastmp train --optimizer muon``, at the same lengths. A length is a whole schedule of its own: no
-run ends at a high rate. Steps to the target: where the mean final accuracy, straight between the
-lengths, crosses it. Target: 91.5% for the convnet, AdamW's own accuracy at the reference length for
-the vit. The seconds are those of the steps alone, without reading data and testing. Fashion-MNIST
-comes from ``$FASTMP_DATA``.
+Fashion-MNIST, bf16 weights, batches of 256, the optimizers and the one-cycle schedule of
+``fastmp train``, cross-entropy, clip at 1; accuracy on all test images. AdamW runs with five
+learning rates and Muon with three at the reference length, all seeds; the best mean of each counts,
+and is then run at other lengths. A length is a whole schedule of its own: no run ends at a high
+rate. Steps to the target: where the mean final accuracy, straight between the lengths, crosses it.
+Target: 91.5% for the convnet, AdamW's own accuracy at the reference length for the vit.
+
+The runs share the device when there are several processes; a step is timed afterwards, alone, the
+optimizers in turn, without reading data. ``--time-only`` does only that, for the steps to the
+target in FILE, a muon-convergence.json of any device. Fashion-MNIST comes from ``$FASTMP_DATA``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastmp
-from benchmarks.experiments import RESULTS, save
+from benchmarks import experiments
+from benchmarks.experiments import RunAll, fashion_mnist
 from fastmp import data, models, optim
 from fastmp.bench.results import folder
-from fastmp.data import Dataset
 from fastmp.optim.base import FusedOptimizer
 from fastmp.schedule import OneCycle
 
-MUON_LR = 4e-3
 DECAY = 0.02
 BATCH = 256
 FRACTIONS = (0.3, 0.45, 0.6, 0.75, 1.0)  # of the reference length
+LABELS = {"adamw": "AdamW", "muon": "Muon"}
+ROUNDS, STEPS_A_ROUND = 15, 5  # of the timing
 
 
 class Plan(NamedTuple):
-    """Of one model: AdamW's rates, the reference length in steps, and the target."""
+    """Of one model: the rates of either optimizer, the reference length in steps, the target."""
 
-    lrs: tuple[float, ...]
+    lrs: dict[str, tuple[float, ...]]
     steps: int
     target: float | None  # None: AdamW's accuracy at the reference length
 
 
+_MUON_LRS = (2e-3, 4e-3, 8e-3)
 PLANS = {
-    "convnet": Plan((1e-3, 2e-3, 4e-3, 8e-3, 16e-3), 800, 0.915),
-    "vit": Plan((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 960, None),
+    "convnet": Plan({"adamw": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "muon": _MUON_LRS}, 960, 0.915),
+    "vit": Plan({"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": _MUON_LRS}, 800, None),
 }
 
 
 class Run(NamedTuple):
     """One training."""
 
+    model: str
     optimizer: str
     lr: float
     steps: int
     seed: int
-    seconds: float  # of the steps
     accuracy: float  # at the end
 
 
@@ -72,48 +79,78 @@ def make_optimizer(kind: str, model: nn.Module, lr: float) -> FusedOptimizer:
     return optim.Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw", max_grad_norm=1.0)
 
 
-def train(name: str, kind: str, lr: float, steps: int, seed: int, dataset: Dataset) -> Run:
-    """Train for ``steps``, then test."""
+def make_step(
+    name: str, kind: str, lr: float, steps: int, seed: int, device: str
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """A model, and a function of images (uint8) and labels that trains it one step."""
     torch.manual_seed(seed)
-    model = fastmp.convert(models.build(name, dataset.shape, len(dataset.classes)), torch.bfloat16)
+    dataset = fashion_mnist()
+    model = models.build(name, dataset.shape, len(dataset.classes)).to(device)
+    fastmp.convert(model, torch.bfloat16)
     optimizer = make_optimizer(kind, model, lr)
     OneCycle(lr, steps, pct_start=0.25).bind(optimizer)
     criterion = fastmp.nn.CrossEntropyLoss()
-    loader = data.loader(dataset.train, BATCH, shuffle=True, seed=seed)
-    seconds, done, epoch = 0.0, 0, 0
-    while done < steps:
-        loader.set_epoch(epoch)
-        for images, labels in loader:
-            if done == steps:
-                break
-            x = normalised(dataset, images)
-            begin = time.perf_counter()
-            optimizer.zero_grad()
-            criterion(model(x), labels).backward()
-            optimizer.step()
-            seconds += time.perf_counter() - begin
-            done += 1
-        epoch += 1
-    return Run(kind, lr, steps, seed, seconds, accuracy(model, dataset))
+    normalise = normaliser(device)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = criterion(model(normalise(images)), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return model, step
 
 
-def normalised(dataset: Dataset, images: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (dataset.mean, dataset.std))
-    return ((images.float() / 255 - mean) / std).bfloat16()
+def normaliser(device: str) -> Callable[[Tensor], Tensor]:
+    dataset = fashion_mnist()
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    return lambda images: ((images.float() / 255 - mean) / std).bfloat16()
+
+
+def train(name: str, kind: str, lr: float, steps: int, seed: int, device: str) -> Run:
+    """Train for ``steps``, then test."""
+    model, step = make_step(name, kind, lr, steps, seed, device)
+    train, on = fashion_mnist().train, torch.device(device)
+    loader = data.loader(train, BATCH, shuffle=True, seed=seed, device=on)
+    for i in range(0, steps, len(loader)):
+        loader.set_epoch(i // len(loader))
+        for _, batch in zip(range(steps - i), loader, strict=False):
+            step(*batch)
+    return Run(name, kind, lr, steps, seed, accuracy(model, device))
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: Dataset) -> float:
+def accuracy(model: nn.Module, device: str) -> float:
     model.eval()
-    right = 0
-    for images, labels in data.loader(dataset.test, 1000, shuffle=False):
-        right += int((model(normalised(dataset, images)).argmax(1) == labels).sum())
-    model.train()
-    return right / len(dataset.test)
+    normalise, test = normaliser(device), fashion_mnist().test
+    loader = data.loader(test, 1000, shuffle=False, device=torch.device(device))
+    right = sum((model(normalise(x)).argmax(1) == labels).sum() for x, labels in loader)
+    return int(right) / len(test)
 
 
-def final(runs: Sequence[Run]) -> float:
-    return statistics.mean(run.accuracy for run in runs)
+def ms_per_step(name: str, device: str, graph: bool = False) -> dict[str, float]:
+    """Milliseconds of a step of either optimizer: medians, in turn, alone on the device.
+
+    ``graph``: the steps are replayed as CUDA graphs.
+    """
+    loader = data.loader(fashion_mnist().train, BATCH, shuffle=True, device=torch.device(device))
+    batch = next(iter(loader))
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    steps = {kind: make_step(name, kind, 1e-3, 1000, 0, device)[1] for kind in LABELS}
+    if graph:
+        steps = {kind: fastmp.graphed(step) for kind, step in steps.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for i in range(ROUNDS + 1):  # the first one loads code and allocates
+        for kind, step in steps.items():
+            synchronise()
+            begin = time.perf_counter()
+            for _ in range(STEPS_A_ROUND):
+                step(*batch)
+            synchronise()
+            if i > 0:
+                times[kind].append(1e3 * (time.perf_counter() - begin) / STEPS_A_ROUND)
+    return {kind: statistics.median(found) for kind, found in times.items()}
 
 
 def crossing(lengths: Sequence[int], accuracies: Sequence[float], target: float) -> float | None:
@@ -129,37 +166,42 @@ def crossing(lengths: Sequence[int], accuracies: Sequence[float], target: float)
     return None
 
 
-def compare(name: str, plan: Plan, seeds: int, dataset: Dataset) -> dict[str, Any]:
-    runs: list[Run] = []
+def compare(name: str, plan: Plan, seeds: int, device: str, run_all: RunAll) -> dict[str, Any]:
+    """Everything but the seconds."""
 
-    def mean_of(kind: str, lr: float, steps: int) -> float:
-        made = [train(name, kind, lr, steps, seed, dataset) for seed in range(seeds)]
+    def means(cases: list[tuple[str, float, int]]) -> list[float]:
+        """Mean final accuracy of each (optimizer, lr, steps)."""
+        jobs = [(name, *case, seed, device) for case in cases for seed in range(seeds)]
+        made: list[Run] = run_all(train, jobs)
         runs.extend(made)
-        print(f"{name} {kind} lr {lr:g}, {steps} steps: {final(made):.2%}", flush=True)
-        return final(made)
+        groups = [made[i : i + seeds] for i in range(0, len(made), seeds)]
+        return [statistics.mean(run.accuracy for run in group) for group in groups]
 
-    by_lr = {lr: mean_of("adamw", lr, plan.steps) for lr in plan.lrs}
-    best = max(by_lr, key=lambda lr: by_lr[lr])
-    target = by_lr[best] if plan.target is None else plan.target
-    lengths = [round(plan.steps * fraction) for fraction in FRACTIONS]
-    reached: dict[str, list[float]] = {"adamw": [], "muon": []}
-    for steps in lengths:
-        known = by_lr[best] if steps == plan.steps else mean_of("adamw", best, steps)
-        reached["adamw"].append(known)
-        reached["muon"].append(mean_of("muon", MUON_LR, steps))
+    runs: list[Run] = []
+    rates = [(kind, lr) for kind, lrs in plan.lrs.items() for lr in lrs]
+    by_rate = dict(zip(rates, means([(*rate, plan.steps) for rate in rates]), strict=True))
+    best = {
+        kind: max(((kind, lr) for lr in lrs), key=by_rate.__getitem__)[1]
+        for kind, lrs in plan.lrs.items()
+    }
+    lengths = [round(plan.steps * fraction) for fraction in FRACTIONS[:-1]]
+    cases = [(kind, lr, steps) for kind, lr in best.items() for steps in lengths]
+    shorter = dict(zip(cases, means(cases), strict=True))
+    final = {
+        kind: [*(shorter[kind, lr, steps] for steps in lengths), by_rate[kind, lr]]
+        for kind, lr in best.items()
+    }
+    lengths.append(plan.steps)
+    target = final["adamw"][-1] if plan.target is None else plan.target
     return {
         "model": name,
+        "seeds": seeds,
         "target": target,
-        "adamw_lrs": {f"{lr:g}": value for lr, value in by_lr.items()},
+        "by_lr": {k: {f"{lr:g}": by_rate[k, lr] for lr in lrs} for k, lrs in plan.lrs.items()},
         "best_lr": best,
         "lengths": lengths,
-        "final": reached,
-        "steps": {kind: crossing(lengths, values, target) for kind, values in reached.items()},
-        "ms_per_step": {
-            kind: 1e3 * statistics.median(run.seconds / run.steps for run in of_kind)
-            for kind in reached
-            if (of_kind := [run for run in runs if run.optimizer == kind])
-        },
+        "final": final,
+        "steps": {kind: crossing(lengths, values, target) for kind, values in final.items()},
         "runs": [run._asdict() for run in runs],
     }
 
@@ -168,70 +210,104 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(PLANS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, one seed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, two rates")
+    parser.add_argument("--time-only", type=Path, metavar="FILE")
     options = parser.parse_args()
-    dataset = data.load("fashion-mnist")
+    if options.time_only is not None:
+        write_seconds(json.loads(options.time_only.read_text()), options.device)
+        return
     found = []
-    for name in options.models:
-        plan = PLANS[name]
-        if options.quick:
-            plan = plan._replace(steps=plan.steps // 10, lrs=plan.lrs[2:3], target=None)
-        found.append(compare(name, plan, 1 if options.quick else options.seeds, dataset))
-        write(found)
+    with experiments.pool(options.processes) as run_all:
+        for name in options.models:
+            plan = PLANS[name]
+            if options.quick:
+                lrs = {kind: rates[1:3] for kind, rates in plan.lrs.items()}
+                plan = Plan(lrs, plan.steps // 10, None)
+            found.append(compare(name, plan, options.seeds, options.device, run_all))
+    for result in found:
+        result["ms_per_step"] = ms_per_step(result["model"], options.device)
+        if options.device == "cuda":
+            result["ms_per_replay"] = ms_per_step(result["model"], options.device, graph=True)
+    write(found, options.device)
 
 
-def write(found: Sequence[dict[str, Any]]) -> None:
+def write(found: Sequence[dict[str, Any]], device: str) -> None:
     lines = [
-        f"\nFashion-MNIST, bf16, batches of {BATCH}, one-cycle; mean final test accuracy.",
+        f"\nFashion-MNIST, bf16, batches of {BATCH}, one-cycle; final test accuracy on {device}, "
+        f"mean of {found[0]['seeds']} seeds; a step was timed alone, on the same device.",
     ]
     for result in found:
-        rates = ", ".join(f"{lr}: {value:.2%}" for lr, value in result["adamw_lrs"].items())
+        rates = (
+            f"{LABELS[kind]} " + ", ".join(f"{lr}: {value:.2%}" for lr, value in values.items())
+            for kind, values in result["by_lr"].items()
+        )
         lines += [
             f"\n## {result['model']}\n",
-            f"AdamW's rates at {result['lengths'][-1]} steps: {rates}; Muon's {MUON_LR:g}.\n",
+            f"Learning rates at {result['lengths'][-1]} steps: {'; '.join(rates)}.\n",
             f"| steps | {' | '.join(map(str, result['lengths']))} |",
             "| --- |" + " --- |" * len(result["lengths"]),
             *(
-                f"| {kind} | {' | '.join(f'{value:.2%}' for value in values)} |"
+                f"| {LABELS[kind]}, {result['best_lr'][kind]:g} | "
+                f"{' | '.join(f'{value:.2%}' for value in values)} |"
                 for kind, values in result["final"].items()
             ),
-            f"\n{_verdict(result)}",
+            f"\n{verdict(result, result['ms_per_step'])}",
         ]
-        draw(result)
-    save("muon", {"results": list(found)}, lines)
+        if "ms_per_replay" in result:
+            lines.append(f"\nThe same as CUDA graphs. {verdict(result, result['ms_per_replay'])}")
+        draw(result, device)
+    experiments.save("muon-convergence", {"results": list(found)}, lines, device)
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    steps, ms = result["steps"], result["ms_per_step"]
+def write_seconds(convergence: dict[str, Any], device: str) -> None:
+    """The steps of another file, in the seconds of this device."""
+    lines = [f"\nSteps to the target: {convergence['device']}, {convergence['date']}. Timed here:"]
+    rows = {}
+    for result in convergence["results"]:
+        name = result["model"]
+        rows[name] = ms_per_step(name, device)
+        lines.append(f"\n{name}. {verdict(result, rows[name])}")
+    content = {"steps_of": convergence["device"], "ms_per_step": rows}
+    experiments.save("muon-seconds", content, lines, device)
+
+
+def verdict(result: dict[str, Any], ms: dict[str, float]) -> str:
+    """Steps and seconds to the target, against the goals."""
+    steps = result["steps"]
     head = f"To {result['target']:.2%}: "
     if steps["adamw"] is None or steps["muon"] is None:
         return head + f"not reached within these lengths ({steps})."
     ratio = steps["muon"] / steps["adamw"]
     seconds = ratio * ms["muon"] / ms["adamw"]
-    reached = "reached" if ratio <= 0.75 and seconds <= 0.8 else "**missed**"
+    verdicts = ["reached" if ok else "**missed**" for ok in (ratio <= 0.75, seconds <= 0.8)]
     return head + (
-        f"AdamW {steps['adamw']:.0f} steps, Muon {steps['muon']:.0f}: {ratio:.2f}x the steps, "
-        f"{seconds:.2f}x the seconds ({ms['muon']:.0f} against {ms['adamw']:.0f} ms a step; goal: "
-        f"0.75x and 0.80x, {reached})."
+        f"AdamW {steps['adamw']:.0f} steps, Muon {steps['muon']:.0f}: {ratio:.2f}x the steps "
+        f"(goal 0.75x: {verdicts[0]}), {seconds:.2f}x the seconds (goal 0.80x: {verdicts[1]}); "
+        f"{ms['muon']:.3g} against {ms['adamw']:.3g} ms a step."
     )
 
 
-def draw(result: dict[str, Any]) -> None:
+def draw(result: dict[str, Any], device: str) -> None:
     """Accuracy at the end of runs of several lengths, against steps and against seconds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for kind, label in (("adamw", "AdamW, best of 5 rates"), ("muon", "Muon")):
-        values = [100 * value for value in result["final"][kind]]
+    for kind, values in result["final"].items():
+        label = f"{LABELS[kind]}, best of {len(result['by_lr'][kind])} learning rates"
+        percent = [100 * value for value in values]
         seconds = [n * result["ms_per_step"][kind] / 1e3 for n in result["lengths"]]
-        axes[0].plot(result["lengths"], values, marker="o", label=label)
-        axes[1].plot(seconds, values, marker="o", label=label)
-    for axis, unit in zip(axes, ("steps", "seconds of training"), strict=True):
+        axes[0].plot(result["lengths"], percent, marker="o", label=label)
+        axes[1].plot(seconds, percent, marker="o", label=label)
+    units = ("steps", f"seconds of its steps ({device})")
+    for axis, unit in zip(axes, units, strict=True):
         axis.axhline(100 * result["target"], color="gray", linewidth=0.8, linestyle="--")
         axis.set_xlabel(f"length of the run, {unit}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy at the end, %")
     axes[0].legend(loc="lower right")
-    figure.suptitle(f"Fashion-MNIST, {result['model']}: mean of the seeds")
-    figure.savefig(folder(RESULTS) / f"muon-{result['model']}.svg", metadata={"Date": None})
+    figure.suptitle(f"Fashion-MNIST, {result['model']}: mean of {result['seeds']} seeds")
+    name = f"muon-{result['model']}.svg"
+    figure.savefig(folder(experiments.RESULTS, device) / name, metadata={"Date": None})
     plt.close(figure)
 
 

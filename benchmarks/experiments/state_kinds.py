@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.state_kinds [--epochs 4] [--seeds 3] [--models convnet vit]
     python -m benchmarks.experiments.state_kinds --text [--steps 300] [--seeds 5]
+    ... [--device cuda] [--processes 15]
 
 Fashion-MNIST (from ``$FASTMP_DATA``), the recipe of ``fastmp train`` in bf16: test accuracy after
 the last epoch, within 0.3 points of fp32 moments. ``--text``: a GPT-2 of 10 M parameters on a
@@ -12,7 +13,6 @@ of each kind lies within the spread of the seeds with fp32 moments.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastmp
-from benchmarks.experiments import save
+from benchmarks import experiments
+from benchmarks.experiments import RunAll, fashion_mnist
 from benchmarks.experiments.convergence import accuracies
-from fastmp import data
 from fastmp.recipe import TrainConfig
 
 KINDS: dict[str, Any] = {"fp32": None, "bf16": torch.bfloat16, "8bit": "8bit"}
@@ -75,35 +75,47 @@ def text(batch: int, successors: Tensor, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def final_loss(kind: Any, seed: int, steps: int, batch: int = 16) -> float:
-    """The mean loss of the last tenth of the steps."""
+def final_loss(name: str, seed: int, steps: int, device: str, batch: int = 16) -> float:
+    """The mean loss of the last tenth of the steps, with moments of ``KINDS[name]``."""
     generator = torch.Generator().manual_seed(0)
     successors = torch.randint(VOCABULARY, (2048, 4), generator=generator)
     torch.manual_seed(seed)
-    model = fastmp.convert(Gpt(), torch.bfloat16)
+    model = fastmp.convert(Gpt().to(device), torch.bfloat16)
     optimizer = fastmp.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1, max_grad_norm=1.0,
-        state_dtype=kind,
+        state_dtype=KINDS[name],
     )  # fmt: skip
     losses = []
     samples = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 30)
-        ids = text(batch, successors, samples)
+        ids = text(batch, successors, samples).to(device)
         loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return statistics.mean(losses[-max(1, steps // 10) :])
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
-def on_text(seeds: int, steps: int) -> None:
-    runs = [
-        {"seed": seed, **{name: final_loss(kind, seed, steps) for name, kind in KINDS.items()}}
-        for seed in range(seeds)
-    ]
+def final_accuracy(name: str, seed: int, epochs: int, device: str, model: str) -> float:
+    """Test accuracy after the last epoch, with moments of ``KINDS[name]``."""
+    config = TrainConfig(
+        data="fashion-mnist", model=model, epochs=epochs, seed=seed, state_dtype=name
+    )
+    return accuracies(config, fashion_mnist(), torch.device(device), progress=False)[-1]
+
+
+def by_kind(run_all: RunAll, function: Any, seeds: int, *rest: Any) -> list[dict[str, Any]]:
+    """A run for each seed: the seed, and the result for each kind of moments."""
+    jobs = [(name, seed, *rest) for seed in range(seeds) for name in KINDS]
+    results = iter(run_all(function, jobs))
+    return [{"seed": seed, **{name: next(results) for name in KINDS}} for seed in range(seeds)]
+
+
+def on_text(seeds: int, steps: int, device: str, run_all: RunAll) -> None:
+    runs = by_kind(run_all, final_loss, seeds, steps, device)
     base = [run["fp32"] for run in runs]
     lines = [
         f"\nGPT-2, 10 M parameters, bf16, {steps} steps of synthetic text; loss at the end.\n",
@@ -117,32 +129,28 @@ def on_text(seeds: int, steps: int) -> None:
     for name in list(KINDS)[1:]:
         inside = min(base) <= statistics.mean(run[name] for run in runs) <= max(base)
         lines.append(f"\n{name}: {'within' if inside else '**outside**'} the spread of the seeds.")
-    save("state_kinds_text", {"steps": steps, "runs": runs}, lines)
+    experiments.save("state_kinds_text", {"steps": steps, "runs": runs}, lines, device)
 
 
-def on_images(seeds: int, epochs: int, models: list[str]) -> None:
-    dataset = data.load("fashion-mnist")
-    runs = []
-    for model in models:
-        for seed in range(seeds):
-            config = TrainConfig(data="fashion-mnist", model=model, epochs=epochs, seed=seed)
-            reached = {
-                name: accuracies(dataclasses.replace(config, state_dtype=name), dataset)[-1]
-                for name in KINDS
-            }
-            runs.append({"model": model, "seed": seed, **reached})
-            print(runs[-1], flush=True)
+def on_images(seeds: int, epochs: int, models: list[str], device: str, run_all: RunAll) -> None:
+    runs = [
+        {"model": model, **run}
+        for model in models
+        for run in by_kind(run_all, final_accuracy, seeds, epochs, device, model)
+    ]
     lines = [
         f"\nFashion-MNIST, bf16, {epochs} epochs; mean test accuracy after the last one.\n",
         "| model | " + " | ".join(f"{name} moments" for name in KINDS) + " |",
         "| --- " * (len(KINDS) + 1) + "|",
     ]
+    verdicts = []
     for model in models:
         means = [statistics.mean(r[name] for r in runs if r["model"] == model) for name in KINDS]
         lines.append(f"| {model} | " + " | ".join(f"{mean:.2%}" for mean in means) + " |")
         within = all(abs(mean - means[0]) <= 0.003 for mean in means)
-        lines.append(f"\n{model}: {'within' if within else '**not within**'} 0.3 points.")
-    save("state_kinds", {"epochs": epochs, "runs": runs}, lines)
+        verdicts.append(f"\n{model}: {'within' if within else '**not within**'} 0.3 points.")
+    content = {"epochs": epochs, "runs": runs}
+    experiments.save("state_kinds", content, [*lines, *verdicts], device)
 
 
 def main() -> None:
@@ -152,11 +160,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["convnet", "vit"])
     parser.add_argument("--text", action="store_true")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    if options.text:
-        on_text(options.seeds, options.steps)
-    else:
-        on_images(options.seeds, options.epochs, options.models)
+    with experiments.pool(options.processes) as run_all:
+        if options.text:
+            on_text(options.seeds, options.steps, options.device, run_all)
+        else:
+            on_images(options.seeds, options.epochs, options.models, options.device, run_all)
 
 
 if __name__ == "__main__":
