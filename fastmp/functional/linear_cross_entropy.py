@@ -166,9 +166,9 @@ def linear_cross_entropy(
     ``torch.func`` and in forward mode the logits are whole.
 
     Bytes beside inputs and gradients, for N rows, H features, C classes and n = ``chunk``: 2 N C
-    for all rows in 16 bits (eager about 6 N C). On a GPU a ``chunk`` of less makes it 2 n C + 4 N H
-    and the logits are computed twice, four products instead of three. Of fp32, on a CPU and where
-    the weight is frozen chunks cost no fourth product.
+    for all rows in 16 bits, of which eager PyTorch has 6 N C before there are gradients. On a GPU a
+    ``chunk`` of less makes it 2 n C + 4 N H and the logits are computed twice, four products
+    instead of three. In fp32, on a CPU and where the weight is frozen there is no fourth product.
 
     Args:
         input: (in_features) or (N, in_features), fp32, bf16, fp16 or fp64.

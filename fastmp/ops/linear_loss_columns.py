@@ -101,7 +101,9 @@ def gradient_of_rows(
     mixes: tuple[Tensor | float, Tensor | float] = (1.0, 0.0)
     if spec.lam is not None:
         mixes = spec.lam, 1 - spec.lam
-    total = stats.new_full((), classes) if spec.weight is None else spec.weight.sum()
+    total = stats.new_full((), classes)
+    if spec.weight is not None:
+        total = spec.weight.sum(dtype=stats.dtype)
     valid, w, coef = [], [], []
     even = torch.zeros_like(row_max)
     for y, mix in zip((a, b), mixes, strict=True):

@@ -271,6 +271,15 @@ def test_the_operations_of_two_sweeps_are_good_citizens():
     torch.library.opcheck(operations.loss_columns_, arguments)
 
 
+def test_class_weights_of_16_bits_are_summed_in_fp32():
+    """53.6; in bf16 the sum would be 53.5."""
+    weight = torch.full((C,), 1.0, dtype=torch.bfloat16)
+    weight[0] = 1.6
+    spec = LossSpec(torch.tensor([3]), None, None, weight, -100, Reduction.SUM, 1.0)
+    _, q = gradient_of_rows(torch.ones(()), torch.ones(1, 4), C, spec)
+    torch.testing.assert_close(q * C, weight.double().sum().float()[None], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [-1, C, 2**40])
 def test_a_target_out_of_range_makes_its_row_nan_in_the_second_sweep(bad):
     """As on a GPU, which cannot refuse it; an ignored row full of NaN stays 0."""

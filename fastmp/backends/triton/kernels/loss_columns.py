@@ -19,7 +19,7 @@ from fastmp.backends.triton.kernels.numerics import exp
 _BLOCK, _WARPS = 2048, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first"])  # the last part has other sizes: one binary for all
 def _columns_kernel(
     logits,  # (N, n)
     rows,  # (N, 5): row_max, scale, even, gradients at both targets
