@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastmp
+from fastmp.backends.abi import Reduction
 from fastmp.bench import third_party
 from fastmp.bench.clocks import CLOCKS, Run, kernel_clock
 from fastmp.bench.harness import OURS, Case, Row, Timing, dtype_name, timed
@@ -31,6 +32,7 @@ COPY_FRACTIONS = {
     (4096, 128256): 0.77,
 }
 PRODUCTS = "three products alone"
+SMALL = "fastmp, chunk=512"
 LAST = 64  # rows, of those checked in fp64
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -138,8 +140,8 @@ def linear_case(
 ) -> list[Row]:
     """(rows, features, classes): layer and loss both ways, against torch's with and without logits.
 
-    And against its three products alone. The notes have the peak of memory above the inputs on a
-    GPU.
+    And against its three products alone, of the same operands. On a GPU also in chunks of 512
+    rows, which computes the logits twice; the notes have the peak of memory above the inputs.
     """
     rows, features, classes = shape
     torch.manual_seed(0)
@@ -160,10 +162,14 @@ def linear_case(
         value = loss()
         return value.detach().float(), *torch.autograd.grad(value, (x, w))
 
+    with torch.no_grad():
+        spec = y, None, None, None, -100, Reduction.MEAN, 0.0
+        _, dz = torch.ops.fastmp.linear_loss_all_rows(x, w, None, None, *spec)
+
     def products() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            z = F.linear(x, w)
-            return z @ w, z.t() @ x
+            F.linear(x, w)
+            return dz @ w, dz.t() @ x
 
     runs: dict[str, Run] = {name: partial(both, loss) for name, loss in candidates.items()}
     ours, theirs = (both(candidates[name]) for name in (OURS, "F.linear, F.cross_entropy"))
@@ -173,6 +179,10 @@ def linear_case(
         assert error <= tolerance, (error, tolerance)
     label = f"linear + loss, {dtype_name(dtype)}, {rows} x {features} x {classes}"
     runs[PRODUCTS] = products
+    if device == "cuda":
+        runs[SMALL] = partial(
+            both, lambda: fastmp.functional.linear_cross_entropy(x, w, y, chunk=512)
+        )
     timings = timed(runs, seconds, label, kernel_clock(device))
     notes = "" if device == "cpu" else _peaks(runs)
     goals = {"F.linear, F.cross_entropy": 1.0}
@@ -183,7 +193,7 @@ def linear_case(
     return [
         Row(
             "loss", label, timings, goals=goals, notes=notes, clock=CLOCKS[device],
-            not_comparable=[PRODUCTS],
+            not_comparable=[PRODUCTS, SMALL],
         )
     ]  # fmt: skip
 
