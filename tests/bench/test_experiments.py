@@ -51,7 +51,7 @@ def test_muon_is_compared_at_the_best_rate_of_each():
     result = muon.compare("vit", muon.Plan(lrs, 100, None), 2, "cpu", run_all)
     assert result["best_lr"] == best
     assert result["steps"] == pytest.approx({"adamw": 100, "muon": 50})
-    assert len(result["runs"]) == 2 * (4 + 2 * 4)
+    assert len(result["runs"]) == 2 * (4 + 2 * 5)
     verdict = muon.verdict(result, {"adamw": 1.0, "muon": 2.0})
     assert (
         "0.50x the steps (goal 0.75x: reached), 1.00x the seconds (goal 0.80x: **missed**)"
