@@ -53,6 +53,9 @@ class Recorder(Protocol):
     def capture(self, step: Step, leaves: list[Any], spec: TreeSpec) -> Replay:
         """The step as a graph, not run yet. Raises ``Unsupported``; nothing has changed then."""
 
+    def new_pool(self) -> None:
+        """No graph is in use: the next one begins a pool of its own, those after it share that."""
+
 
 class Outside(Protocol):
     """What a graph holds besides its inputs, as it was when it was captured."""
@@ -99,6 +102,7 @@ class Graphed:
     def _drop(self) -> None:
         self._runs: Counter[Signature] = Counter()
         self._captured: dict[Signature, Replay] = {}
+        self._recorder.new_pool()
 
     def __call__(self, inputs: Any) -> Any:
         """The step on these inputs.
@@ -199,7 +203,15 @@ class CudaRecorder:
         self.device = device
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()
+        self.new_pool()
+
+    def new_pool(self) -> None:
+        """No graph is in use: the next one begins a pool of its own, those after it share that.
+
+        torch forbids a capture into a pool whose graphs are all gone, and keeps that pool as long
+        as a tensor of it lives, such as a loss that the user holds.
+        """
+        self._pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -245,8 +257,8 @@ class CudaRecorder:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # the pool is apart from the memory of eager steps
         before, graph = rng.state(self.device), torch.cuda.CUDAGraph()
-        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
+            inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             with self.stream():
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -274,16 +286,21 @@ class CudaRecorder:
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """Undo what a failed capture leaves behind (torch 2.11 to 2.13).
 
-        ``capture_end`` raises before it closes the allocator's pool and before the random generator
-        leaves its capturing state: every later draw on this GPU would raise. An empty capture that
-        succeeds takes the same generator through its end.
+        ``capture_end`` of a capture that the device has given up raises before it closes the
+        allocator's pool and before the random generator leaves its capturing state: every later
+        draw on this GPU would raise. An empty capture that succeeds takes the same generator
+        through its end. Where ``capture_begin`` took no share of the pool, or ``capture_end`` has
+        closed it (Python raised, or no graph could be made of what was captured), it is not open
+        any more: then the graph gives back what is its own, and a second release would make every
+        later ``empty_cache`` raise.
         """
         _failed.append(graph)
         index = torch.cuda._utils._get_device_index(self.device)
-        for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):  # it got as far as that by itself
-                undo(index, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError):  # it is not open
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        graph.reset()
+        self.new_pool()
         torch.cuda.synchronize(self.device)
         empty = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):

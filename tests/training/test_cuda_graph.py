@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -21,12 +22,16 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW", "Lion")
 class Recorder:
     """Writes down what each call was; a replay runs the step, and fails if a constant has changed.
 
-    ``read`` gives what a recorded launch would hold.
+    ``read`` gives what a recorded launch would hold. A pool whose graphs are all gone is refused,
+    as torch does.
     """
 
     def __init__(self, read, refusal=""):
         self.read, self.refusal, self.log = read, refusal, []
         self.after_replay = lambda: None
+
+    def new_pool(self):
+        self.graphs = []
 
     def run(self, step, inputs):
         self.log.append("run")
@@ -39,6 +44,7 @@ class Recorder:
     def capture(self, step, leaves, spec):
         self.log.append("capture")
         held = self.read()
+        assert not self.graphs or any(graph() for graph in self.graphs), "a pool without a graph"
 
         def replay(leaves):
             self.log.append("replay")
@@ -47,6 +53,7 @@ class Recorder:
             self.after_replay()
             return outputs
 
+        self.graphs.append(weakref.ref(replay))
         return replay
 
 

@@ -140,6 +140,9 @@ class Recorder:
     def __init__(self, device):
         self.calls, self.captures = 0, 0
 
+    def new_pool(self):
+        pass
+
     def stream(self):
         return contextlib.nullcontext()
 
