@@ -17,8 +17,8 @@ import fastmp
 from fastmp.bench import networks, optimizer_state, third_party
 from fastmp.bench.clocks import CLOCKS, Prepared, Run, kernel_clock
 from fastmp.bench.harness import OURS, Case, Row, dtype_name, timed
+from fastmp.bench.rounding import LR, check
 
-LR = 1e-3
 MAX_NORM = 1.0
 SCALE = 2.0**10
 SECONDS = {"cpu": 4.0, "cuda": 1.0}
@@ -54,14 +54,6 @@ def parameters(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
     return params
 
 
-def check(results: dict[str, list[Tensor]]) -> None:
-    """Every candidate took as many steps from the same start: their weights must agree."""
-    for name, weights in results.items():
-        message = partial("{}: {}".format, name)
-        for ours, theirs in zip(results[OURS], weights, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=message)
-
-
 def update_alone(
     shapes: Shapes,
     label: str,
@@ -79,14 +71,18 @@ def update_alone(
         "AdamW(foreach=True)": lambda p: torch.optim.AdamW(p, lr=LR, foreach=True),
     }
     models = {name: parameters(shapes, torch.float32, device) for name in kinds}
-    steps: dict[str, Run] = {name: kinds[name](params).step for name, params in models.items()}
+    made = {name: kinds[name](params) for name, params in models.items()}
+    steps: dict[str, Run] = {name: optimizer.step for name, optimizer in made.items()}
     if compiled:
         models["torch.compile"] = parameters(shapes, torch.float32, device)
         lr = torch.tensor(LR)  # a number would be a constant of the compiled code
         steps["torch.compile"] = torch.compile(torch.optim.AdamW(models["torch.compile"], lr).step)
     label = f"update alone, fp32, {label}" + (", overflow check" if checked else "")
     timings = timed(steps, seconds, label, kernel_clock(device))
-    check({name: [p.detach() for p in params] for name, params in models.items()})
+    weights = {name: [p.detach() for p in params] for name, params in models.items()}
+    ours = made[OURS]
+    assert isinstance(ours, fastmp.optim.AdamW)
+    check(weights, int(ours.applied_steps))
     moved = (32 if checked else 28) * size_of(shapes)
     notes = "torch's optimizers do not check" if checked else ""
     return [
@@ -119,7 +115,8 @@ def clipped_step(
     goals = {"FlashOptim, fp32 state": 1.0} if master and "FlashOptim, fp32 state" in others else {}
     moved = 28 if master else BYTES[dtype]
     timings = timed(runs | others, seconds, label, kernel_clock(device))
-    check({OURS: optimizer.masters(), "torch": [p.detach() for p in exact]})
+    found = {OURS: optimizer.masters(), "torch": [p.detach() for p in exact]}
+    check(found, int(optimizer.applied_steps))
     return [
         Row(
             "optimizer", label, timings, moved * size_of(shapes), goals,
@@ -199,7 +196,8 @@ def whole_step(
     runs: dict[str, Run] = {OURS: ours.step, "GradScaler + fused": theirs.step}
     timings = timed(runs, seconds, label, kernel_clock(device))
     expected = [p.detach() for p in theirs.masters]
-    check({OURS: ours.optimizer.masters(), "GradScaler + fused": expected})
+    found = {OURS: ours.optimizer.masters(), "GradScaler + fused": expected}
+    check(found, int(ours.optimizer.applied_steps))
     goals = {} if goal is None else {"best": goal}
     series = SERIES if dtype == torch.float16 else ""
     moved = BYTES[dtype] * size_of(shapes)

@@ -18,6 +18,7 @@ from fastmp.bench import (
     optimizer,
     pictures,
     results,
+    rounding,
     scaling,
     subjects,
     third_party,
@@ -153,6 +154,20 @@ def test_wrong_results_are_not_timed(monkeypatch):
     work = train.images("mlp", models.mlp, (1, 8, 8), 10, 32)
     with pytest.raises(AssertionError, match="AMP"):
         train.step_case(work, "cpu", torch.bfloat16, 0.1, compiled=False)
+
+
+def test_weights_may_differ_by_the_rounding_of_every_step_and_not_by_a_rate():
+    """A step of a last place in each of 130 steps; an update that is 0.1% larger."""
+    weights = torch.tensor([1.0, -0.3, 1e-3])
+
+    def check(steps, difference):
+        other = weights + difference
+        rounding.check({"fastmp": [weights], "torch": [other]}, steps)
+
+    check(130, 130 * 2.0**-23 * weights)
+    for steps, difference in ((10, 130 * 2.0**-23 * weights), (130, 130 * rounding.LR * 1e-3)):
+        with pytest.raises(AssertionError, match="torch: Tensor-likes are not close"):
+            check(steps, difference)
 
 
 def test_a_case_that_fails_does_not_stop_the_others(capsys):
