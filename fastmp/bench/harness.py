@@ -118,7 +118,7 @@ class Row:
         if self.limit:
             median = self.timings[OURS].median
             text = f"at most {self.limit:g} ms"
-            results.append(GoalResult(text, f"{median:.2f} ms", median <= self.limit))
+            results.append(GoalResult(text, f"{median:.3g} ms", median <= self.limit))
         if self.copy_fraction:
             reached = self.gigabytes_per_second / copy
             text = f"{self.copy_fraction:.0%} of a copy"

@@ -185,8 +185,9 @@ def whole_step(
     seconds: float,
     *,
     goal: float | None = None,
+    copy_fraction: float = 0.0,
 ) -> list[Row]:
-    """Unscale, overflow check, clip, AdamW, 16-bit weights."""
+    """Unscale, overflow check, clip, AdamW, 16-bit weights; torch's parts move 60 bytes."""
     ours = FastmpPipeline(parameters(shapes, dtype, device))
     theirs = TorchPipeline(
         parameters(shapes, dtype, device),
@@ -201,7 +202,12 @@ def whole_step(
     goals = {} if goal is None else {"best": goal}
     series = SERIES if dtype == torch.float16 else ""
     moved = BYTES[dtype] * size_of(shapes)
-    return [Row("optimizer", label, timings, moved, goals, series=series, clock=CLOCKS[device])]
+    return [
+        Row(
+            "optimizer", label, timings, moved, goals,
+            copy_fraction=copy_fraction, series=series, clock=CLOCKS[device],
+        )
+    ]  # fmt: skip
 
 
 def on_the_host(tensors: int, changed: bool, limit: float = 0.0) -> list[Row]:
@@ -262,12 +268,14 @@ def cases(device: str, quick: bool) -> list[Case]:
         for dtype in BYTES:
             add(f"step with clip {dtype}", clipped_step, LARGE, dtype)
         add("step with clip, fp16 split", clipped_step, LARGE, fp16, master="split")
-        for name, shapes, goal in (
-            ("105 M", LARGE, 2.0),
-            ("ResNet-50", resnet50(), 5.0),
-            ("1000 x 1,024", MANY, 5.0),
+        # where bytes are the bound, the rate of a copy; 1,000 launches are the bound of the last
+        for name, shapes, goal, fraction in (
+            ("105 M", LARGE, 2.0, 0.9),
+            ("ResNet-50", resnet50(), None, 0.85),
+            ("1000 x 1,024", MANY, 5.0, 0.0),
         ):
-            add(f"whole step {name}", whole_step, shapes, name, fp16, goal=goal)
+            goals = {"goal": goal, "copy_fraction": fraction}
+            add(f"whole step {name}", whole_step, shapes, name, fp16, **goals)
         add_states(LARGE, "105 M", torch.bfloat16, torch.float32)
         for count, changed, limit in ((500, True, 0.0), (500, False, 0.0), (161, True, 0.12)):
             name = f"host, {count}, changed: {changed}"
