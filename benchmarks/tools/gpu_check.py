@@ -35,7 +35,7 @@ Run = Callable[[Path, float], tuple[bool, str]]  # (log, seconds) -> whether it 
 
 
 class Stage(NamedTuple):
-    """A stage, and the seconds that it may take."""
+    """A stage, and the seconds that it may take, with those that earlier stages left over."""
 
     seconds: float
     run: Run
@@ -196,12 +196,16 @@ def main() -> None:
 
 
 def run(stages: dict[str, Stage], results: Path, limit: float = LIMIT) -> list[Done]:
-    """Every stage in turn, whether or not the one before passed, until the time is up."""
+    """Every stage in turn, whether or not the one before passed, until the time is up.
+
+    A stage may also use what those before it have left over.
+    """
     done: list[Done] = []
     log = results / "stages.log"
     log.unlink(missing_ok=True)
     (results / measure.GOALS).unlink(missing_ok=True)
     end = time.perf_counter() + limit
+    spare = 0.0
     for name, stage in stages.items():
         with log.open("a") as out:
             out.write(f"\n==== {name} ====\n")
@@ -209,8 +213,9 @@ def run(stages: dict[str, Stage], results: Path, limit: float = LIMIT) -> list[D
         left = end - start
         passed, line = False, "cut: time was up"
         if left > 0:
-            passed, line = stage.run(log, min(stage.seconds, left))
+            passed, line = stage.run(log, min(stage.seconds + spare, left))
         done.append(Done(name, passed, time.perf_counter() - start, line))
+        spare += stage.seconds - done[-1].seconds
         print(
             f"{name}: {'pass' if passed else 'FAIL'}, {done[-1].seconds:.0f} s: {line}", flush=True
         )

@@ -1,18 +1,24 @@
 """The stage of ``make gpu-check`` that measures: every case of fastmp.bench on this device.
 
 A case is a process. As many as there are cores, at most 16, compile their kernels side by side;
-then each waits for its turn and is timed alone. The results are written after every case: a run
-that is cut short keeps its rows. goals.md lists the goals and whether they were reached.
+then each waits for its turn and is timed alone: those that are not compiled yet are stopped until
+all turns are over, and go on beside the next cases. (Compiling in 16 processes doubled host times.)
+The results are written after every case: a run that is cut short keeps its rows, those of the goals
+that matter first. goals.md lists the goals and whether they were reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +33,14 @@ from fastmp.bench.subjects import SUBJECTS, run_case
 
 GOALS = "goals.md"
 PROCESSES = min(os.cpu_count() or 1, 16)  # each has a context of 0.5 GB on the device
-COMPILE_SECONDS = 60.0  # for those of one round; a case that takes longer has failed
+COMPILE_SECONDS = 25.0  # of a round, unless all are compiled before
+ROUNDS = 6  # a case that is not compiled after so many has failed
+TURN_SECONDS = 60.0  # likewise of its turn
+#: Parts of names: the first that fits a case says when it begins; the others come last.
+ORDER = (
+    "train: ResNet", "train: ViT", "train: GPT", "muon:", "loss:", "optimizer:", "activated_case",
+    "gelu_case", "mlp_case", " step float", "linear:",
+)  # fmt: skip
 Make = Callable[[], Case]  # picklable
 
 
@@ -53,18 +66,47 @@ class CaseProcess(NamedTuple):
         except (EOFError, OSError):  # the process has ended
             return "done", None
 
+    def signal(self, number: int) -> None:
+        """To the process and those that compile for it."""
+        assert self.process.pid
+        with suppress(ProcessLookupError):  # it has ended, or does not lead a group yet
+            os.killpg(self.process.pid, number)
+
     def stop(self) -> None:
+        """End it, with its memory and its load."""
         self.process.kill()
         self.process.join()
+        self.signal(signal.SIGKILL)
+
+
+@contextmanager
+def paused(cases: Sequence[CaseProcess]) -> Iterator[None]:
+    """In the block they leave cores and device alone."""
+    for case in cases:
+        case.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for case in cases:
+            case.signal(signal.SIGCONT)
+
+
+def _lead_group() -> None:
+    """A group of its own, to be paused as one, which still ends with the parent."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _serve(make: Make, connection: Connection) -> None:
     def wait_for_turn() -> None:
         if torch.cuda.is_available():
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()  # for the others
         connection.send(("compiled", None))
         connection.recv()
 
+    _lead_group()
     ON_COMPILED.append(wait_for_turn)
     connection.send(("done", run_case(make())))
 
@@ -83,28 +125,39 @@ def side_by_side(
     seconds: float,
     processes: int = PROCESSES,
     compile_seconds: float = COMPILE_SECONDS,
+    rounds: int = ROUNDS,
 ) -> Iterator[tuple[str, list[Row] | None]]:
     """(name, rows) of each case as it ends, None if it failed; until the seconds are over."""
     end = time.perf_counter() + seconds
     waiting = list(makes.items())
-    while waiting:
-        started = [start(*item) for item in waiting[:processes]]
-        waiting = waiting[processes:]
-        try:
+    running: list[CaseProcess] = []
+    times_late: Counter[str] = Counter()
+    try:
+        while (waiting or running) and time.perf_counter() < end:
+            free = processes - len(running)
+            running += [start(*item) for item in waiting[:free]]
+            waiting = waiting[free:]
             compiled_by = min(end, time.perf_counter() + compile_seconds)
-            answers = [case.receive(compiled_by) for case in started]
-            for case, (state, rows) in zip(started, answers, strict=True):
-                if state == "compiled":
-                    state, rows = case.receive(end, "go")
-                if time.perf_counter() > end:
-                    return
-                if state == "late":
-                    print(f"{case.name}: not compiled in {compile_seconds:.0f} s", file=sys.stderr)
-                case.stop()  # with its memory and its load, before the next one is timed
-                yield case.name, rows
-        finally:
-            for case in started:
-                case.stop()
+            answers = [(case, *case.receive(compiled_by)) for case in running]
+            late = [case for case, state, _ in answers if state == "late"]
+            times_late.update(case.name for case in late)
+            with paused(late):
+                for case, state, rows in answers:
+                    if state == "late" and times_late[case.name] < rounds:
+                        continue
+                    if state == "compiled":
+                        turn = min(end, time.perf_counter() + TURN_SECONDS)
+                        state, rows = case.receive(turn, "go")
+                    if time.perf_counter() > end:
+                        return
+                    if state == "late":
+                        print(f"{case.name}: it takes too long", file=sys.stderr)
+                    case.stop()  # before the next one is timed
+                    running.remove(case)
+                    yield case.name, rows
+    finally:
+        for case in running:
+            case.stop()
 
 
 # ---- results and goals ----
@@ -167,6 +220,11 @@ def _case(subject: str, device: str, number: int) -> Case:
     return SUBJECTS[subject](device, device == "cpu")[number]
 
 
+def place(name: str) -> int:
+    """Of a case among all: whole networks compile for minutes beside the others, so they begin."""
+    return next((i for i, part in enumerate(ORDER) if part in name), len(ORDER))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.tools.measure", description=__doc__)
     parser.add_argument("results", type=Path, help="folder for goals.md, gpu.md, gpu.json, *.png")
@@ -181,6 +239,7 @@ def main() -> None:
             make(device, device == "cpu")[: 1 if device == "cpu" else None]
         )
     }
+    makes = dict(sorted(makes.items(), key=lambda item: place(item[0])))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of 16 processes
     # of semaphores of tqdm's, when a process is killed
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

@@ -24,14 +24,14 @@ def python(code, seconds=60):
 
 def test_every_stage_runs_and_is_reported(tmp_path):
     plan = {
-        "broken": python("print('started'); raise SystemExit('something broke')"),
         "endless": python("print('waits', flush=True); import time; time.sleep(60)", 2),
+        "broken": python("print('started'); raise SystemExit('something broke')"),
         "missing": gpu_check.Stage(2, partial(gpu_check.command, ["/no/such/program"])),
         "sound": python("print('all is well')"),
     }
     stages = gpu_check.run(plan, tmp_path)
     assert [stage.passed for stage in stages] == [False, False, False, True]
-    assert [stage.line for stage in stages[:2]] == ["something broke", "stopped after 2 s"]
+    assert [stage.line for stage in stages[:2]] == ["stopped after 2 s", "something broke"]
     assert stages[3].line == "all is well"
     assert "==== endless ====\nwaits\n" in (tmp_path / "stages.log").read_text()
     summary = (tmp_path / "summary.md").read_text()
@@ -44,6 +44,14 @@ def test_a_stage_without_time_is_cut(tmp_path):
     long, late = gpu_check.run(plan, tmp_path, limit=0.5)
     assert long.line == "stopped after 0 s"
     assert (late.passed, late.line) == (False, "cut: time was up")
+
+
+def test_a_stage_uses_what_others_left_over(tmp_path):
+    plan = {
+        "quick": python("print('ran')", 60),
+        "long": python("import time; time.sleep(0.5)", 0.1),
+    }
+    assert [stage.passed for stage in gpu_check.run(plan, tmp_path)] == [True, True]
 
 
 def is_running(pid):
@@ -61,6 +69,26 @@ def test_a_stages_processes_end_with_it(tmp_path, ending):
         f"print(child.pid, flush=True)\n{ending}"
     )
     gpu_check.run({"stage": python(code, 3)}, tmp_path)
+    pid = int((tmp_path / "stages.log").read_text().split()[-1])
+    end = time.perf_counter() + 10
+    while is_running(pid) and time.perf_counter() < end:
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def test_cases_end_with_the_stage_that_measures(tmp_path):
+    """They lead groups of their own, which a signal to the stage's group does not reach."""
+    code = (
+        "import os, pathlib, time\n"
+        "from functools import partial\n"
+        "from benchmarks.tools import measure\n"
+        "from tests.bench.measure_cases import case\n"
+        f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        "print(measure.start('it', partial(case, log, 'it', 'hang')).process.pid, flush=True)\n"
+        "while not log.exists(): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    gpu_check.run({"stage": python(code)}, tmp_path)
     pid = int((tmp_path / "stages.log").read_text().split()[-1])
     end = time.perf_counter() + 10
     while is_running(pid) and time.perf_counter() < end:
