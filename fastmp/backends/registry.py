@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,12 +81,13 @@ _backends: dict[str, _Availability] = {}
 # ---- operations ----
 
 
-def define(operation: str, *torch_ops: TorchOp) -> None:
+def define(operation: str, *torch_ops: TorchOp, kernels: Sequence[str] = ()) -> None:
     """Define an operation and import its kernels.
 
     Args:
         operation: its name in the report and that of its files, ``backends/*/<operation>.py``.
         torch_ops: its entry points. None: it is no torch operation, and calls ``select``.
+        kernels: names for ``select``, if there are several; a device has kernels of some.
     """
     for op in torch_ops:
         name = op.schema.partition("(")[0]
@@ -95,7 +96,7 @@ def define(operation: str, *torch_ops: TorchOp) -> None:
         torch.library.register_fake(f"fastmp::{name}", op.packed(op.fake), lib=_library)
         _torch_ops[name] = op
     names = tuple(op.schema.partition("(")[0] for op in torch_ops)
-    _operations[operation] = names or (operation,)
+    _operations[operation] = names or tuple(kernels) or (operation,)
     for backend in BACKENDS:
         module = f"fastmp.backends.{backend}.{operation}"
         if importlib.util.find_spec(module) is not None:

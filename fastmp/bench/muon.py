@@ -3,7 +3,7 @@
 The baseline is ``torch.optim.Muon`` for matrices and kernels, flattened to (out, rest), and
 ``torch.optim.AdamW(fused=True)`` for the rest; both sides run five steps of the iteration in bf16.
 Operations of an n x r n matrix, in units of 2 n³: torch's 5 (2 r + 1), ours 4 r + 14 from r = 2 on,
-and half of the symmetric ones on CPUs (``fastmp/ops/orthogonalize.py``).
+half of the symmetric ones left out (``fastmp/ops/orthogonalize.py``).
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmp.ops.orthogonalize import orthogonalize_, workspace_size
+from fastmp.backends.newton_schulz import Batch
+from fastmp.ops.orthogonalize import Iteration, instructions, iteration
 from fastmp.ops.update import TensorRow
 
 
-class _Batch(NamedTuple):
+class _Kind(NamedTuple):
     """What the matrices of a batch have in common."""
 
     options: tuple[Any, ...]  # coefficients, steps, eps, adjust_lr_fn of their groups
@@ -28,7 +29,9 @@ class Directions:
 
     Attributes:
         options: of the groups, None for others; rows of groups with equal ones share batches.
-        tensors: of the rows of these groups, in their order, each of its parameter's shape.
+        sources: of the rows of these groups, in their order, each of its parameter's shape:
+            written before ``orthogonalize``.
+        results: the same, after it.
     """
 
     def __init__(self, rows: Sequence[TensorRow], options: list[tuple[Any, ...] | None]) -> None:
@@ -38,36 +41,41 @@ class Directions:
             ValueError: a weight that is no matrix in memory.
         """
         self.options = options
-        members: dict[_Batch, list[int]] = defaultdict(list)
+        members: dict[torch.dtype, dict[_Kind, list[int]]] = defaultdict(lambda: defaultdict(list))
         own = [(row.param, options[row.group]) for row in rows]
         chosen = [(param, option) for param, option in own if option is not None]
         for i, (param, option) in enumerate(chosen):
             fp64 = param.dtype == torch.float64
             dtype = torch.float64 if fp64 else torch.bfloat16
             scale = adjustment(option[-1], param.shape)
-            members[_Batch(option, scale, matrix_shape(param), dtype)].append(i)
-        self._batches: list[tuple[_Batch, Tensor]] = []
-        found: dict[int, Tensor] = {}
-        for batch, indices in members.items():
-            device = chosen[indices[0]][0].device
-            # zeros: a first step that is skipped is still orthogonalised on a GPU
-            memory = torch.zeros(len(indices), *batch.shape, dtype=batch.dtype, device=device)
-            self._batches.append((batch, memory))
-            for i, matrix in zip(indices, memory, strict=True):
-                found[i] = _like(chosen[i][0], matrix)
-        self.tensors = [found[i] for i in range(len(chosen))]
-        self._workspaces: dict[torch.dtype, Tensor] = {}
-        for batch, memory in self._batches:
-            size = workspace_size(memory.shape)
-            if batch.dtype not in self._workspaces or self._workspaces[batch.dtype].numel() < size:
-                self._workspaces[batch.dtype] = memory.new_empty(size)
+            kind = _Kind(option, scale, matrix_shape(param), dtype)
+            members[dtype][kind].append(i)
+        self._iterations: list[Iteration] = []
+        sources: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
+        for dtype, kinds in members.items():
+            batches = [_batch(kind, len(indices)) for kind, indices in kinds.items()]
+            made = iteration(batches, dtype, chosen[0][0].device)
+            self._iterations.append(made)
+            for indices, source, result in zip(
+                kinds.values(), made.sources, made.results, strict=True
+            ):
+                for i, before, after in zip(indices, source, result, strict=True):
+                    sources[i] = _like(chosen[i][0], before)
+                    results[i] = _like(chosen[i][0], after)
+        self.sources = [sources[i] for i in range(len(chosen))]
+        self.results = [results[i] for i in range(len(chosen))]
 
     def orthogonalize(self) -> None:
-        """Replace the directions by their polar factors, times what the lr is adjusted by."""
-        for batch, memory in self._batches:
-            coefficients, steps, eps, _ = batch.options
-            workspace = self._workspaces[batch.dtype]
-            orthogonalize_(memory, coefficients, steps, eps, batch.scale, workspace)
+        """Make the polar factors of the sources, times what the lr is adjusted by."""
+        for made in self._iterations:
+            made.run()
+
+
+def _batch(kind: _Kind, count: int) -> Batch:
+    coefficients, steps, eps, _ = kind.options
+    code = instructions(*kind.shape, coefficients, steps)
+    return Batch(count, *kind.shape, kind.scale, eps, code)
 
 
 def adjustment(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:

@@ -202,3 +202,42 @@ def mix_tile(plane: int, itemsize: int, vector: int) -> MixTile:
     while block > _MIX_SHORTEST and 3 * -(-plane // block) * block > 4 * plane:
         block //= 2
     return MixTile(tile // block, block, _MIX_WARPS)
+
+
+class ProductTile(NamedTuple):
+    """The tile of one program of the products of a Newton-Schulz iteration."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    max_registers: int | None = None  # of a thread; None: the compiler's choice
+
+
+# Large tiles, two programs a multiprocessor, where there are enough of them; else small ones, so
+# that more multiprocessors take part. All products of a step on an H200 (2026-11-27), ms, with this
+# rule, only large, only small tiles: ViT-B 1.83, 1.84, 2.58; ViT-S 0.45, 0.47, 0.53; ResNet-18
+# 0.21, 0.26, 0.24. Large ones of 4 warps: 1.85, 0.48, 0.27; with 4 stages, one program, 1.99, 0.50,
+# 0.25.
+# On sm_80 the large one has a program alone: two would spill. Its warps, and those of sm_100 and
+# sm_120, are what compiles without spills; no time was measured there.
+_PRODUCT_TILES = {
+    80: (ProductTile(128, 128, 32, 8, 4), ProductTile(64, 64, 64, 4, 3)),
+    90: (ProductTile(128, 128, 64, 8, 3, 128), ProductTile(64, 64, 64, 4, 4)),
+    100: (ProductTile(128, 128, 64, 4, 3), ProductTile(64, 64, 64, 4, 4)),
+    120: (ProductTile(128, 128, 32, 4, 3), ProductTile(64, 64, 64, 4, 3)),
+}
+
+
+def product_tile(
+    sizes: list[list[int]], symmetric: bool, sms: int, architecture: int
+) -> ProductTile:
+    """The tile for results of these sizes (M, N), of symmetric ones half.
+
+    Large from one tile a multiprocessor on; of symmetric products, which need more than half of
+    these tiles, from two.
+    """
+    large, small = _PRODUCT_TILES[max(known for known in _PRODUCT_TILES if known <= architecture)]
+    tiles = sum(-(-m // large.block_m) * -(-n // large.block_n) for m, n in sizes)
+    return small if tiles < (2 if symmetric else 1) * sms else large
