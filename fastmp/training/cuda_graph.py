@@ -200,7 +200,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise Unsupported(f"CUDA graphs need a CUDA device, the model is on {device}")
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)
         self.new_pool()
@@ -295,10 +296,9 @@ class CudaRecorder:
         later ``empty_cache`` raise.
         """
         _failed.append(graph)
-        index = torch.cuda._utils._get_device_index(self.device)
         with suppress(RuntimeError):  # it is not open
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-            torch._C._cuda_releasePool(index, self._pool)
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_releasePool(self.device.index, self._pool)
         graph.reset()
         self.new_pool()
         torch.cuda.synchronize(self.device)
