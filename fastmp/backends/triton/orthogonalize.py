@@ -96,8 +96,9 @@ class GroupedIteration:
         with torch.cuda.device_of(self._memory):
             for flat, source, _ in self._copies:
                 source.copy_(flat)
+            stream = torch.cuda.current_stream().cuda_stream if self._memory.is_cuda else 0
             for launch in self.launches:
-                launch()
+                launch(stream)
             for flat, _, result in self._copies:
                 flat.copy_(result)
 
@@ -142,7 +143,11 @@ def _square_memory(groups: dict[Any, list[_Matrix]]) -> int:
 
 
 class _Launch:
-    """A launch with its arguments. From the second time on past Triton's look at them (20 us)."""
+    """A launch with its arguments.
+
+    The first one compiles; the others go past Triton's look at the arguments, with addresses for
+    tensors, of which Triton would ask the driver where they are.
+    """
 
     def __init__(
         self, kernel: Any, programs: int, args: tuple[Any, ...], early: bool, **options: Any
@@ -154,14 +159,21 @@ class _Launch:
         self.grid = (programs, 1, 1)
         self.args = args
         self.options = options
-        self._constants = [value for name, value in options.items() if name.isupper()]
+        constants = [value for name, value in options.items() if name.isupper()]
+        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+        self._values = (*addresses, *constants)
         self._compiled: Any = None
+        self._again: Any = None
 
-    def __call__(self) -> None:
-        if self._compiled is None:  # and always in the interpreter
+    def __call__(self, stream: int) -> None:
+        """Launch on the current stream, which ``stream`` is the handle of."""
+        if self._again is not None:
+            self._again(*self._values, stream=stream)
+        elif self._compiled is None:  # always in the interpreter
             self._compiled = self.kernel[self.grid](*self.args, **self.options)
         else:
-            self._compiled[self.grid](*self.args, *self._constants)
+            self._again = self._compiled[self.grid]
+            self._again(*self._values, stream=stream)
 
 
 class _Group:

@@ -25,7 +25,7 @@ _made = []
 
 
 @pytest.fixture(scope="session")
-def _pool():
+def pool():
     # Processes of their own: this one may have loaded Triton as an interpreter.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -35,14 +35,14 @@ def _pool():
 
 
 @pytest.fixture
-def compiled(_pool, request):
+def compiled(pool, request):
     """``compiled(launch, *arguments)``: its kernels for every architecture.
 
     Each is checked for spills, local memory, and shared memory that fits.
     """
 
     def compiled(launch, *arguments):
-        jobs = [_pool.submit(compile_for, arch, launch, arguments) for arch in ARCHITECTURES]
+        jobs = [pool.submit(compile_for, arch, launch, arguments) for arch in ARCHITECTURES]
         kernels = [kernel for job in jobs for kernel in job.result()]
         case = request.node.callspec.id if hasattr(request.node, "callspec") else request.node.name
         _made.extend((case, kernel) for kernel in kernels)

@@ -117,6 +117,38 @@ def compile_for(
     return kernels
 
 
+def record_launches(launch: Callable[..., object], arguments: tuple[Any, ...]) -> list[Any]:
+    """The launches of ``launch(*arguments)`` for sm_90: kernel, grid, stream, arguments.
+
+    Addresses stand for tensors. The kernels are compiled and do not run.
+    """
+    import triton
+
+    made: list[Any] = []
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.name, self.kinds = metadata.name, list(source.signature.values())
+
+        def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+            given = zip(rest[-len(self.kinds) :], self.kinds, strict=True)
+            args = [getattr(a, "data_ptr", lambda a=a: a)() for a, k in given if k != "constexpr"]
+            made.append((self.name, (x, y, z), stream, args))
+
+    class Utils:
+        def load_binary(self, *_: Any) -> tuple[int, ...]:
+            return 0, 0, 32, 0, 1024
+
+        def get_device_properties(self, _: int) -> dict[str, int]:
+            return {"max_shared_mem": BLOCK_SHARED[90]}
+
+    driver = _Driver(90)
+    driver.launcher_cls, driver.utils = Launcher, Utils()  # type: ignore[attr-defined]
+    triton.runtime.driver.set_active(driver)
+    launch(*arguments)
+    return made
+
+
 def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kernel:
     """Read machine code, whichever compiler made it, with the disassembler that Triton brings."""
     import triton

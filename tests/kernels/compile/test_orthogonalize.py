@@ -9,22 +9,34 @@ from fastmp.backends.newton_schulz import Batch
 from fastmp.backends.triton import architecture
 from fastmp.backends.triton.orthogonalize import GroupedIteration
 from fastmp.ops.orthogonalize import instructions
-from tests.kernels.compile.harness import SM_WARPS
+from tests.kernels.compile.harness import SM_WARPS, record_launches
 from tests.kernels.compile.test_linear import MATRIX
 
 pytestmark = pytest.mark.slow
 
 
-def _iterate(n):
-    """Each kernel of a step once, for wide and for tall matrices."""
+def _launches(n):
+    """Of wide and of tall matrices."""
     device = torch.device("cpu")
     shapes = ((n, 2 * n), (2 * n, n))
     coefficients = (3.4445, -4.7750, 2.0315)
     batches = [Batch(1, *s, 1.0, 1e-7, instructions(*s, coefficients, 5)) for s in shapes]
-    launches = GroupedIteration(batches, device, early=architecture(device) >= 90).launches
+    return GroupedIteration(batches, device, early=architecture(device) >= 90).launches
+
+
+def _iterate(n):
+    """Each kernel of a step once."""
+    launches = _launches(n)
     different = {(of.kernel, *of.options.values(), of.args[3] is None): of for of in launches}
     for launch in different.values():
-        launch()
+        launch(0)
+
+
+def _step_three_times():
+    launches = _launches(64)
+    for _ in range(3):
+        for launch in launches:
+            launch(0)
 
 
 @pytest.mark.parametrize(("n", "programs"), [(64, 3), (384, 2)], ids=["small tile", "large tile"])
@@ -41,3 +53,13 @@ def test_products(compiled, n, programs):
         assert kernel.count(r"(LDG|STG)\..*\.(U16|S16|U8)") == 0
         least = 1 if (kernel.arch, n) == (80, 384) else programs
         assert kernel.occupancy() * SM_WARPS[kernel.arch] >= least * kernel.warps
+
+
+def test_later_launches_are_the_first(pool):
+    """They go past Triton's look at the arguments."""
+    made = pool.submit(record_launches, _step_three_times, ()).result()
+    count = len(made) // 3
+    assert made[:count] == made[count : 2 * count] == made[2 * count :]
+    assert {name for name, *_ in made} == {"_product_kernel", "_normalize_kernel"}
+    tables = [args[-4] for name, _, _, args in made[:count] if name == "_product_kernel"]
+    assert len(set(tables)) == 5  # one for each kind of product and way round
