@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,4 +68,14 @@ def write(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -
     """
     # a copy each: safetensors refuses tensors that share memory, as tied weights do
     own = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in weights.items()}
-    atomic_write(path, save(own, metadata={"format": "pt", **about}))
+    atomic_write(path, _in_order(save(own, metadata={"format": "pt", **about})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with sorted metadata: safetensors writes them in a new order every time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _CLASSES = 12  # names that are shown
 
 @contextmanager
 def reported(
-    config: TrainConfig, dataset: Dataset, trainer: Trainer, command: str
+    config: TrainConfig, dataset: Dataset, trainer: Trainer, commands: Sequence[str]
 ) -> Iterator[None]:
     """After the block, also after an error or a signal in it, write the files and print the table.
 
@@ -38,14 +38,16 @@ def reported(
             error.filename = str(trainer.folder)
         raise
     except BaseException:
-        _write_files(config, dataset, trainer, command)
+        _write_files(config, dataset, trainer, commands)
         raise
-    _write_files(config, dataset, trainer, command)
+    _write_files(config, dataset, trainer, commands)
     if trainer.world.is_first:
         print(f"\n{results.table(_facts(config, trainer))}")
 
 
-def _write_files(config: TrainConfig, dataset: Dataset, trainer: Trainer, command: str) -> None:
+def _write_files(
+    config: TrainConfig, dataset: Dataset, trainer: Trainer, commands: Sequence[str]
+) -> None:
     out = trainer.folder
     if out is None or not trainer.step or not trainer.world.is_first:
         return
@@ -57,7 +59,7 @@ def _write_files(config: TrainConfig, dataset: Dataset, trainer: Trainer, comman
         f"{config.model} on {config.data}, {config.dtype}",
         _facts(config, trainer),
         environment(trainer.device),
-        command=command,
+        commands=commands,
         data={
             "training images": f"{len(dataset.train):,} of {'x'.join(map(str, dataset.shape))}",
             "val images": f"{len(dataset.test):,}",

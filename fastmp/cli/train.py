@@ -100,8 +100,9 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool, comma
             print(text)
 
     started = resuming and Checkpoints(out / "checkpoints").newest() is not None
-    changed = ""
+    changed, commands = "", [command] if command else []
     if started:
+        commands = list(dict.fromkeys([*recipe.commands_in(out / CONFIG), *commands]))
         recorded = recipe.read_toml(out / CONFIG)
         changed = resume.changes(recorded, given, out)
         given = dataclasses.replace(given, dtype=recorded.dtype)
@@ -137,10 +138,10 @@ def _train(given: TrainConfig, out: Path, world: World, *, resuming: bool, comma
     if loaded and remaining:
         where = f"resumed at step {trainer.step}, epoch {trainer.epoch + 1}"
         print_rank0(f"{where}; changed: {changed}" if changed else where)
-    with results.reported(config, dataset, trainer, command):
+    with results.reported(config, dataset, trainer, commands):
         if remaining:
             # the lr as given: a run resumed on another number of devices scales it again
-            with _recorded(dataclasses.replace(config, lr=given.lr), dataset, trainer):
+            with _recorded(dataclasses.replace(config, lr=given.lr), commands, dataset, trainer):
                 trainer.fit(train_loader, test_loader, remaining)
         else:
             done = f"{trainer.epoch} of {config.epochs} epochs are done"
@@ -165,13 +166,15 @@ def _held(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(config: TrainConfig, dataset: Dataset, trainer: Trainer) -> Iterator[None]:
+def _recorded(
+    config: TrainConfig, commands: Sequence[str], dataset: Dataset, trainer: Trainer
+) -> Iterator[None]:
     """Write the settings into the run's folder; the former ones, if not one step runs with them."""
     assert config.out is not None
     path, first = config.out / CONFIG, trainer.step
     former = path.read_bytes() if path.exists() else None
     if trainer.world.is_first:
-        recipe.write_toml(config, path)
+        recipe.write_toml(config, path, commands)
         models_run.write_about(config.out, dataset)
     try:
         yield

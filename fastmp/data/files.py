@@ -98,9 +98,12 @@ class Reading:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):
+            reason = str(error) or type(error).__name__
+            if type(error).__name__ == "UnidentifiedImageError":  # its text names the file again
+                reason = "a file of another kind, or a damaged one"
             raise DataError(
-                f"{self._name} cannot be read: expected an image, got: "
-                f"{error or type(error).__name__}; replace it or leave it out"
+                f"{self._name} cannot be read: expected an image, got: {reason}; replace it or "
+                "leave it out"
             ) from error
 
 

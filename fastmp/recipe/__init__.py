@@ -12,7 +12,7 @@ from fastmp.recipe.build import (
 from fastmp.recipe.config import DTYPES, ConfigError, DtypeName, TrainConfig
 from fastmp.recipe.dtype_choice import choose_dtype
 from fastmp.recipe.effective import effective
-from fastmp.recipe.toml import make_folder, read_toml, write_toml
+from fastmp.recipe.toml import commands_in, make_folder, read_toml, write_toml
 
 __all__ = [
     "DTYPES",
@@ -22,6 +22,7 @@ __all__ = [
     "build_model",
     "build_trainer",
     "choose_dtype",
+    "commands_in",
     "device_of",
     "effective",
     "load_data",

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fastmp.files import atomic_write
 from fastmp.recipe.config import ConfigError, TrainConfig
+
+_COMMAND = "# fastmp train"  # a line that begins so is a command
 
 
 def read_toml(path: Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -52,14 +55,24 @@ def _converted(value: Any, expected: Any, name: str) -> Any:
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def write_toml(config: TrainConfig, path: Path) -> None:
-    """Write the recipe for ``read_toml``; fields that are None are left out."""
-    lines = []
+def write_toml(config: TrainConfig, path: Path, commands: Iterable[str] = ()) -> None:
+    """Write the recipe for ``read_toml``; fields that are None are left out.
+
+    ``commands``: those that made the run, for ``commands_in``.
+    """
+    printable = ("".join(c if c.isprintable() else " " for c in command) for command in commands)
+    lines = [f"# {command}\n" for command in printable]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is not None:
             lines.append(f"{field.name} = {_as_toml(value)}\n")
     atomic_write(path, "".join(lines).encode())
+
+
+def commands_in(path: Path) -> list[str]:
+    """The commands that ``write_toml`` wrote into a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix("# ") for line in lines if line.startswith(_COMMAND)]
 
 
 def _as_toml(value: Any) -> str:

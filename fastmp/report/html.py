@@ -6,7 +6,7 @@ import base64
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,15 @@ _PAIRS = 15
 class Page:
     """The contents of a report that are in no file of the run.
 
-    ``facts``: results by name. ``environment``: device, date and versions. ``command``: the line
-    that started the run. ``data``: sizes and classes of the data set. ``recipe``: the settings that
-    had an effect. ``classes`` and ``confusion``: of the validation.
+    ``facts``: results by name. ``environment``: device, date and versions. ``commands``: the line
+    that started the run and those that resumed it. ``data``: sizes and classes of the data set.
+    ``recipe``: the settings that had an effect. ``classes`` and ``confusion``: of the validation.
     """
 
     title: str
     facts: Mapping[str, str]
     environment: Mapping[str, str]
-    command: str | None = None
+    commands: Sequence[str] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastmp
 from fastmp import amp, optim
+from fastmp.checkpoint import weights
 from fastmp.nn import CrossEntropyLoss
 from fastmp.training.trainer import Trainer
 from fastmp.transfer import load_pretrained
@@ -61,3 +63,18 @@ def test_a_run_leaves_the_validated_weights_in_fp32(tmp_path, dtype, ema):
         if not best:
             assert all(torch.equal(v, weights[n]) for n, v in again.state_dict().items())
     assert not best
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """safetensors writes the metadata in a new order every time."""
+    kept = {"b": torch.arange(6.0).view(2, 3), "ä": torch.ones(1, dtype=torch.int64)}
+    about = {"step": "3", "epoch": "1", "name": "ß"}
+    written = set()
+    for _ in range(20):
+        weights.write(tmp_path / "x.safetensors", kept, about)
+        written.add((tmp_path / "x.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **about}
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(loaded[name], kept[name]) for name in kept)

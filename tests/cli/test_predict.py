@@ -139,6 +139,7 @@ def test_a_picture_that_is_none_does_not_stop_the_others(trained, tmp_path, caps
     assert line.split()[:2] == [str(red), "red"]
     first, second, last = done.err.splitlines()
     assert "notes.txt cannot be read: expected an image" in first
+    assert first.count("notes.txt") == 1
     assert "absent.png does not exist" in second
     assert last == "fastmp predict: error: 2 of 3 pictures could not be read"
     with pytest.raises(DataError, match=r"notes\.txt cannot be read"):

@@ -4,6 +4,7 @@ A run of one epoch goes on for another.
 """
 
 import dataclasses
+import html
 import os
 import shutil
 
@@ -102,6 +103,17 @@ def test_every_setting_is_in_one_of_the_tables():
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert {*REFUSED, *USED, *ELSEWHERE} == names
     assert {*REFUSED} == {*FIXED, "data"}
+
+
+def test_the_report_shows_the_first_command_and_those_that_resumed(out):
+    first, page = recipe.commands_in(out / "config.toml"), out / "report.html"
+    assert len(first) == 1
+    for _ in range(2):
+        assert resume(out) == 0
+    again = f"fastmp train --epochs 2 --out {out} --resume"
+    assert recipe.commands_in(out / "config.toml") == [*first, again]
+    shown = html.unescape(page.read_text())
+    assert [shown.count(f"<code>{command}</code>") for command in (*first, again)] == [1, 1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

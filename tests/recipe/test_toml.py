@@ -19,5 +19,7 @@ from fastmp.recipe import TrainConfig
 def test_config_files_round_trip(tmp_path_factory, out, **fields):
     path = tmp_path_factory.mktemp("config") / "config.toml"
     config = TrainConfig(**fields, out=out and path.parent / out)
-    recipe.write_toml(config, path)
+    commands = ["fastmp train --lr 1", "fastmp train --out 'two\nlines\x1b' --resume"]
+    recipe.write_toml(config, path, commands)
     assert recipe.read_toml(path) == config
+    assert recipe.commands_in(path) == [commands[0], "fastmp train --out 'two lines ' --resume"]

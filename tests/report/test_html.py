@@ -67,7 +67,7 @@ def test_everything_that_was_logged_is_shown(tmp_path):
         tmp_path,
         facts={**FACTS, "val accuracy": "50.00% after 1 epoch"},
         about={
-            "command": "fastmp train --lr 0.1",
+            "commands": ["fastmp train --lr 0.1"],
             "data": {"training images": "1,000", "classes": "2: cat, dog"},
             "recipe": {"model": "mlp", "lr": 0.1},
             "classes": ("cat", "dog"),
@@ -134,7 +134,7 @@ def test_names_cannot_become_markup(tmp_path):
     page = written(
         tmp_path, hostile, {hostile: hostile}, overflow={"step": 1, "parameter": hostile},
         about={
-            "command": hostile, "data": {"classes": hostile}, "recipe": {"data": hostile},
+            "commands": [hostile], "data": {"classes": hostile}, "recipe": {"data": hostile},
             "classes": ("cat", hostile), "confusion": confused([[1, 0], [1, 0]]),
         },
     )  # fmt: skip
