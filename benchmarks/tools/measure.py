@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -33,9 +34,9 @@ from fastmp.bench.subjects import SUBJECTS, run_case
 
 GOALS = "goals.md"
 PROCESSES = min(os.cpu_count() or 1, 16)  # each has a context of 0.5 GB on the device
-COMPILE_SECONDS = 25.0  # of a round, unless all are compiled before
-ROUNDS = 6  # a case that is not compiled after so many has failed
-TURN_SECONDS = 60.0  # likewise of its turn
+ROUND_SECONDS = 25.0  # if not all of a round's new cases are compiled before
+COMPILE_SECONDS = 180.0  # a case that compiles longer has failed
+TURN_SECONDS = 120.0  # likewise one whose turn takes longer
 #: Parts of names: the first that fits a case says when it begins; the others come last.
 ORDER = (
     "train: ResNet", "train: ViT", "train: GPT", "muon:", "loss:", "optimizer:", "activated_case",
@@ -124,26 +125,31 @@ def side_by_side(
     makes: dict[str, Make],
     seconds: float,
     processes: int = PROCESSES,
+    round_seconds: float = ROUND_SECONDS,
     compile_seconds: float = COMPILE_SECONDS,
-    rounds: int = ROUNDS,
 ) -> Iterator[tuple[str, list[Row] | None]]:
     """(name, rows) of each case as it ends, None if it failed; until the seconds are over."""
     end = time.perf_counter() + seconds
     waiting = list(makes.items())
     running: list[CaseProcess] = []
-    times_late: Counter[str] = Counter()
+    compiling: Counter[str] = Counter()  # seconds
     try:
         while (waiting or running) and time.perf_counter() < end:
+            begin = time.perf_counter()
             free = processes - len(running)
-            running += [start(*item) for item in waiting[:free]]
+            new = [start(*item) for item in waiting[:free]]
             waiting = waiting[free:]
-            compiled_by = min(end, time.perf_counter() + compile_seconds)
-            answers = [(case, *case.receive(compiled_by)) for case in running]
+            limit = min(end, begin + round_seconds)
+            answers = [(case, *case.receive(limit)) for case in new]
+            # those of earlier rounds are waited for when there are no others
+            answers += [(case, *case.receive(begin if new else limit)) for case in running]
+            running += new
             late = [case for case, state, _ in answers if state == "late"]
-            times_late.update(case.name for case in late)
+            for case in late:
+                compiling[case.name] += math.ceil(time.perf_counter() - begin)
             with paused(late):
                 for case, state, rows in answers:
-                    if state == "late" and times_late[case.name] < rounds:
+                    if state == "late" and compiling[case.name] < compile_seconds:
                         continue
                     if state == "compiled":
                         turn = min(end, time.perf_counter() + TURN_SECONDS)

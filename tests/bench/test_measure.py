@@ -36,7 +36,7 @@ def test_a_case_that_compiles_long_pauses_while_others_are_timed(tmp_path, capsy
     """It goes on afterwards; one that never ends has failed, and is no obstacle."""
     log = tmp_path / "log"
     cases = makes(log, hangs="hang", slow="slow", quick="rows")
-    found = dict(measure.side_by_side(cases, 300, 3, compile_seconds=6, rounds=4))
+    found = dict(measure.side_by_side(cases, 300, 3, round_seconds=6, compile_seconds=24))
     assert list(found) == ["quick", "slow", "hangs"]
     assert [rows is not None for rows in found.values()] == [True, True, False]
     assert "hangs: it takes too long" in capsys.readouterr().err
