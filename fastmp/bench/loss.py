@@ -187,8 +187,8 @@ def linear_case(
     timings = timed(runs, seconds, label, kernel_clock(device))
     notes = "" if device == "cpu" else _peaks(runs)
     goals = {"F.linear, F.cross_entropy": 1.0}
-    if device == "cuda":
-        goals[PRODUCTS] = 0.95
+    if device == "cuda":  # at H = 2,048 the loss, at 80% of a copy, is 7% of the products
+        goals[PRODUCTS] = 0.95 if features >= 4096 else 0.9
     if "F.linear_cross_entropy" in runs:
         goals["F.linear_cross_entropy"] = 1.2
     return [
