@@ -111,7 +111,7 @@ def gradient_of_rows(
         inside = (y >= 0) & (y < classes)
         index = y.clamp(0, classes - 1)
         own = torch.ones_like(row_max) if spec.weight is None else spec.weight[index].to(stats)
-        share = torch.where(counts, row_grad * mix, 0) * torch.where(counts & ~inside, torch.nan, 1)
+        share = torch.where(counts, row_grad * mix, 0).masked_fill(counts & ~inside, torch.nan)
         valid.append(counts)
         w.append(own)
         coef.append(share * (1 - spec.smoothing) * own)
@@ -121,12 +121,12 @@ def gradient_of_rows(
     e_a, e_b = (z_a - row_max).exp(), (z_b - row_max).exp()
     sum_exp = others + torch.where(b_leads, e_b, e_a)
     scale = torch.where(q == 0, 0, q / sum_exp)
-    same = torch.where(valid[0] & valid[1] & (a == b), 1, 0)
+    same = valid[0] & valid[1] & (a == b)
     grads = []
     for i, leads, e in ((0, ~b_leads, e_a), (1, b_leads, e_b)):
         at_target = coef[i] + coef[1 - i] * same + even * w[i]
         leading = ((q - at_target) * e - at_target * others) / sum_exp
-        grads.append(torch.where(leads | (same == 1), leading, e * scale - at_target))
+        grads.append(torch.where(leads | same, leading, e * scale - at_target))
     return torch.stack((row_max, scale, even, *grads), 1), q
 
 
