@@ -218,7 +218,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         sizes = [(256, 1000, fp32), (512, 1000, fp32)]
     elif device == "cuda":
         sizes = [(n, c, bf16) for n, c in COPY_FRACTIONS] + [(8192, 32000, fp16)]
-        sizes += [(n, 1000, bf16) for n in (1024, 16384)] + [(131072, 10, bf16)]
+        sizes += [(n, c, bf16) for n, c in (*LIMITS, (16384, 1000))]
     else:
         sizes = [(n, c, t) for n, c in ((4096, 1000), (512, 32000)) for t in (fp32, bf16, fp16)]
         sizes += [(256, 50257, fp32), (1024, 10, fp32)] + [(n, 1000, bf16) for n in (64, 512)]

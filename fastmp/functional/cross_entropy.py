@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from fastmp.backends.abi import REDUCTION_CODES, LossSpec
-from fastmp.ops.checks import check_device, lam_of_rows, transformed, wide_dtype
+from fastmp.ops.checks import (
+    check_device,
+    check_number,
+    lam_of_rows,
+    transformed,
+    wide_dtype,
+)
 from fastmp.ops.loss import MixedTarget, forward_reference, precomputes_grad
 
 
@@ -167,12 +173,16 @@ def loss_spec(
     targets = [_check_target(input, target, "target")]
     if target_b is not None:
         targets.append(_check_target(input, target_b, "target_b"))
+    wide = wide_dtype(input.dtype)
+    if isinstance(lam, Tensor):
+        lam = lam_of_rows(lam, targets[0], input.device, wide)
+    elif lam is not None:
+        check_number(lam)
+        lam = _host_number(lam, input.device, wide)
     return LossSpec(
         targets[0].flatten(),
         None if target_b is None else targets[1].flatten(),
-        None
-        if lam is None
-        else lam_of_rows(lam, targets[0], input.device, wide_dtype(input.dtype)),
+        lam,
         weight,
         ignore_index,
         REDUCTION_CODES[reduction],
@@ -272,10 +282,20 @@ def _assumed_grad_output(
     if grad_scale is None:
         return None
     if not isinstance(grad_scale, Tensor):
-        return torch.full((), grad_scale, dtype=dtype, device=device)
+        return _host_number(grad_scale, device, dtype)
     if grad_scale.numel() != 1:
         raise ValueError(
             f"grad_scale must be a number or hold one value, got shape {tuple(grad_scale.shape)}"
         )
     # A copy: the scale may be updated between the forward and the backward.
     return grad_scale.detach().to(device, dtype, copy=True).reshape(())
+
+
+def _host_number(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor () on the host, which costs a GPU no launch: kernels take its value.
+
+    On the device in a compiled graph, which a tensor of the host keeps from being a CUDA graph.
+    """
+    return torch.full(
+        (), value, dtype=dtype, device=device if torch.compiler.is_compiling() else "cpu"
+    )

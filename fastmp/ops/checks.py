@@ -62,6 +62,12 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         )
 
 
+def check_number(lam: float) -> None:
+    """Raise ValueError unless λ lies in [0, 1]."""
+    if not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+
+
 def lam_of_rows(
     lam: Tensor | float, target: Tensor, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -75,8 +81,7 @@ def lam_of_rows(
         ValueError, TypeError, RuntimeError: wrong range (of a number), shape, dtype or device.
     """
     if not isinstance(lam, Tensor):
-        if not 0.0 <= lam <= 1.0:
-            raise ValueError(f"lam must lie in [0, 1], got {lam}")
+        check_number(lam)
         return torch.full((), lam, dtype=dtype, device=device)
     if lam.requires_grad:
         raise ValueError("lam is a constant of the loss and has no gradient: call lam.detach()")

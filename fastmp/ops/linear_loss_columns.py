@@ -57,7 +57,8 @@ def first_sweep_reference(
         part = slice(begin, begin + chunk)
         own = rows_of(spec, part)
         logits, _ = torch.ops.fastmp.linear(input[part], linear_weight, linear_bias, "none", False)
-        chunk_loss, stats[part, :2], _ = torch.ops.fastmp.loss_forward(logits, None, False, *own)
+        chunk_loss, own_stats, _ = torch.ops.fastmp.loss_forward(logits, None, False, *own)
+        stats[part, :2] = own_stats[:-1]
         if spec.reduction == Reduction.SUM:
             loss += chunk_loss
         else:

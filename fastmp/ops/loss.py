@@ -111,9 +111,9 @@ def forward_reference(
         spec: targets and options.
 
     Returns:
-        the loss, () or (N), fp32 (fp64 for fp64 logits); row_max and others of each row, the sum of
-        exp(z - row_max) over all classes but the larger target, (N, 2); the gradient (N, C) in the
-        dtype of the logits, or (0).
+        the loss, () or (N), fp32 (fp64 for fp64 logits); the statistics (N + 1, 2): row_max and
+        others of each row, the sum of exp(z - row_max) over all classes but the larger target, and
+        a last row of the backend's own; the gradient (N, C) in the dtype of the logits, or (0).
 
     Raises:
         IndexError: a target on the host is out of range.
@@ -146,7 +146,7 @@ def forward_reference(
         term = t.mix_weight * torch.where(t.valid, term, 0)
         loss = loss + (term if spec.reduction == Reduction.NONE else term.sum() / t.divisor)
 
-    stats = torch.cat((row_max, others), 1)
+    stats = torch.cat((torch.cat((row_max, others), 1), row_max.new_ones(1, 2)))
     if not compute_grad:
         return loss, stats, logits.new_empty(0)
     if assumed_grad_output is None:
@@ -186,7 +186,7 @@ def backward_reference(
     Args:
         grad_output: (), or (N) for reduction none: the gradient of the loss.
         logits: (N, C), floating.
-        stats: (N, 2), row_max and others, as ``loss_forward`` returned them.
+        stats: (N + 1, 2), as ``loss_forward`` returned them.
         spec: targets and options.
 
     Returns:
@@ -200,7 +200,7 @@ def backward_reference(
         return grad.to(logits.dtype)
     targets = _targets(spec, w)
     y_t = _left_out(z, targets)
-    e, others = (z - stats[:, :1]).exp(), stats[:, 1:]
+    e, others = (z - stats[:-1, :1]).exp(), stats[:-1, 1:]
     e_t = e.gather(1, y_t)
     sum_exp = others + e_t
     smooth_w = spec.smoothing / classes * w
@@ -231,7 +231,7 @@ def ensure_grad_reference(
         assumed_grad_output: (), that of the forward; None: 1.
         grad_output: (), the gradient of the loss.
         logits: (N, C), floating.
-        stats: (N, 2), as ``loss_forward`` returned it.
+        stats: (N + 1, 2), as ``loss_forward`` returned it.
         spec: targets and options.
     """
     correct = grad_output == (1 if assumed_grad_output is None else assumed_grad_output)
@@ -253,7 +253,7 @@ def _forward_fake(
     wide = wide_dtype(logits.dtype)
     loss = logits.new_empty((rows,) if spec.reduction == Reduction.NONE else (), dtype=wide)
     grad = logits.new_empty((rows, classes) if compute_grad else (0,))
-    return loss, logits.new_empty((rows, 2), dtype=wide), grad
+    return loss, logits.new_empty((rows + 1, 2), dtype=wide), grad
 
 
 def _backward_fake(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -88,7 +88,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     rows = len(logits)
     loss = torch.empty(rows if spec.reduction == Reduction.NONE else (), dtype=torch.float32)
-    stats = torch.empty((rows, 2), dtype=torch.float32)
+    stats = torch.ones((rows + 1, 2), dtype=torch.float32)
     _call(
         "fastmp_loss_forward",
         assumed_grad_output,

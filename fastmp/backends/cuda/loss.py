@@ -159,11 +159,24 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     n, c = logits.shape
     loss = logits.new_empty(n, dtype=torch.float32)
-    stats = logits.new_empty((n, 2), dtype=torch.float32)
+    stats = logits.new_empty((n + 1, 2), dtype=torch.float32)
     ring = ring_for(c * logits.element_size(), sm_shared(logits.device))
     assert ring is not None
-    run(logits, assumed_grad_output, spec, loss, stats, grad, ring)
+    partials = run(logits, assumed_grad_output, spec, loss, stats, grad, ring)
+    # The Triton kernel of the backward reads the divisors there.
+    if partials is None:
+        stats[n].fill_(1.0)
+    else:
+        both = partials if spec.target_b is not None else partials[:1].expand(2, -1)
+        torch.sum(both, 1, out=stats[n])
     return loss if spec.reduction == Reduction.NONE else loss.sum(), stats
+
+
+def _on_device(values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """In fp32; a number of the host by a launch that a CUDA graph can capture, as no copy."""
+    if values is None or values.dim() or not values.is_cpu:
+        return None if values is None else values.float()
+    return logits.new_full((), float(values), dtype=torch.float32)
 
 
 def run(
@@ -174,17 +187,20 @@ def run(
     stats: Tensor,
     grad: Tensor,
     ring: Ring,
-) -> None:
-    """Write loss (N), stats (N, 2) and grad (N, C); ``ring`` holds at least a row of logits."""
+) -> Tensor | None:
+    """Write loss (N), stats (N, 2) and grad (N, C); ``ring`` holds at least a row of logits.
+
+    Returns:
+        (2, DIVISOR_PARTS), whose sums are the divisors of the mean; None for other reductions.
+    """
     n, c = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     target_a = spec.target_a.contiguous()
     target_b = None if spec.target_b is None else spec.target_b.contiguous()
-    lam = None if spec.lam is None else spec.lam.float()
+    lam, grad_output = _on_device(spec.lam, logits), _on_device(grad_output, logits)
     weight = None if spec.weight is None else spec.weight.float().contiguous()
     total = None if weight is None else weight.sum()
-    grad_output = None if grad_output is None else grad_output.float()
     partials = None
     if spec.reduction == Reduction.MEAN:
         partials = logits.new_empty((2, DIVISOR_PARTS), dtype=torch.float32)
@@ -216,6 +232,7 @@ def run(
     clusters = min(n, size.blocks * _num_sms(device) // size.cluster)
     rows = launch.function(FILE, name, device, ring.shared)
     rows.launch(clusters * size.cluster, size.threads + WARP, args, shared=ring.shared)
+    return partials
 
 
 def supports_in_place(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 class LossTile(NamedTuple):
     """How one program of the loss kernel takes rows of logits."""
 
-    rows: int  # at a time
+    rows: int  # at a time: one, or one for each thread
     block: int  # logits of a row at a time, a power of 2
     warps: int
     programs: int  # on each multiprocessor
@@ -20,36 +20,49 @@ class LossTile(NamedTuple):
     max_registers: int | None = None  # of a thread; None: the compiler's choice
 
 
-# A thread holds 32 logits, which takes about 80 registers: 24 warps fill the 65,536 registers of a
-# multiprocessor. 64 logits a thread would keep rows of 32,768 in registers too, but spill.
+# NVIDIA H200, 2026-11-27, torch 2.11, Triton 3.6, device time of forward and backward in us, with a
+# pair and smoothing; % of a copy. A thread holds 32 logits: rows on a multiprocessor, registers.
+#
+#                           24, 80   24, 80, next row loaded   28, 72   32, 64   40, 48 (16 logits)
+#   131072 x 1000   bf16     169          154  79%              162      161      193
+#   65536 x 4096    bf16     295          288  88%              295      299      370
+#   16384 x 1000    bf16      30           28                    30       31       34
+#   131072 x 1000   fp16     168           -                    161      157       -
+#
+# 65,536 registers are 24 warps of 80. Rows of up to 256 classes need no more than 64 registers:
+# 131072 x 100 takes 74 us with 32 of them and the next row, 76 without it, 85 with 24.
 _LOGITS_A_WARP = 1024
 _LONGEST_ROW_ON_CHIP = 16384
-# Shorter rows share four warps: 32 rows of 10 classes. 131,072 of them take 24 us on an H200, 49 in
-# programs of 64.
-_SHORTEST_ROW_OF_ITS_OWN = 256
-_SHARED_LOGITS = 512
-# Left to itself, ptxas for sm_80 stops at 64 registers for a single row of 10 classes, and spills.
-_REGISTERS_OF_SHORT_ROWS = 168
+_WARPS_OF_A_SM, _REGISTERS = 24, 80
+# ptxas spills with 80 for sm_100, and for sm_90 in fp32 where rows have edges. Not measured.
+_WARPS_ELSEWHERE, _REGISTERS_ELSEWHERE = 16, 128
+_FEW_CLASSES = 256
+_WARPS_OF_FEW_CLASSES, _REGISTERS_OF_FEW_CLASSES = 32, 64
+# A thread for each row. 131072 x 10 takes 16.8 us in programs of 8 warps, 18.4 of 4, 18.5 of 1; 73
+# where a warp takes a row.
+_LONGEST_ROW_OF_A_THREAD = 32
+_WARPS_OF_SHORT_ROWS, _PROGRAMS_OF_SHORT_ROWS = 8, 2
 # A longer row comes twice, in blocks of 16 logits a thread of a program of its own. A plain kernel
 # of that form took 411 us for 8,192 x 32,000 in bf16 on an H200, where blocks of 8 KB with a
 # maximum of the row for each took 585.
 _LONG_ROW_BLOCK = 2048
 _ONE_FOR_EACH_ROW = 1 << 20
-# ptxas for sm_90 stops at 80 registers for rows of 8,192 classes, and spills.
-_REGISTERS_OF_8_WARPS = 128
 
 
-def loss_tile(classes: int) -> LossTile:
-    """The tile for rows of so many classes."""
+def loss_tile(classes: int, architecture: int = 90, itemsize: int = 2) -> LossTile:
+    """The tile for rows of so many classes, of so many bytes each."""
     if classes > _LONGEST_ROW_ON_CHIP:
         return LossTile(1, _LONG_ROW_BLOCK, 4, _ONE_FOR_EACH_ROW, on_chip=False)
-    block = max(1 << (classes - 1).bit_length(), 16)
-    if block < _SHORTEST_ROW_OF_ITS_OWN:
-        rows = _SHARED_LOGITS // block
-        return LossTile(rows, block, 4, 6, on_chip=True, max_registers=_REGISTERS_OF_SHORT_ROWS)
+    if classes <= _LONGEST_ROW_OF_A_THREAD:
+        warps = _WARPS_OF_SHORT_ROWS
+        return LossTile(32 * warps, classes, warps, _PROGRAMS_OF_SHORT_ROWS, on_chip=True)
+    block = 1 << (classes - 1).bit_length()
+    if block <= _FEW_CLASSES:
+        return LossTile(1, block, 1, _WARPS_OF_FEW_CLASSES, True, _REGISTERS_OF_FEW_CLASSES)
     warps = max(block // _LOGITS_A_WARP, 1)
-    registers = _REGISTERS_OF_8_WARPS if warps == 8 else None
-    return LossTile(1, block, warps, 24 // warps, on_chip=True, max_registers=registers)
+    if architecture == 90 and itemsize == 2:
+        return LossTile(1, block, warps, _WARPS_OF_A_SM // warps, True, _REGISTERS)
+    return LossTile(1, block, warps, max(_WARPS_ELSEWHERE // warps, 1), True, _REGISTERS_ELSEWHERE)
 
 
 class LinearTile(NamedTuple):

@@ -188,3 +188,77 @@ def test_two_runs_give_the_same_bits():
     first, second = (kernels.forward(z, None, True, spec) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_foretold_divisor_is_put_right_where_rows_are_ignored(classes):
+    """The bits are those of rows counted first, which a named ignore_index asks for."""
+    results = []
+    z, spec = problem(rows=6, classes=classes, reduction=Reduction.MEAN)
+    for ignored in (-100, -1):
+        spec.target_a[1] = spec.target_b[1] = spec.target_b[4] = ignored
+        spec = spec._replace(ignore_index=ignored)
+        loss, stats, grad = kernels.forward(z, None, True, spec)
+        one = torch.ones((), device=DEVICE)
+        if ignored == -100:  # and stays so
+            assert not torch.equal(grad, kernels.backward(one, z, stats, spec))
+            kernels.ensure_grad(grad, None, one, z, stats, spec)
+        results.append((loss, grad, stats.abs()))
+    assert all(map(torch.equal, *results))
+
+
+# What torch calls around the kernels without a launch: allocations, views, numbers on the host.
+NO_LAUNCH = {
+    "aten::empty", "aten::new_empty", "aten::full", "aten::fill_", "aten::detach", "aten::flatten",
+    "aten::select", "aten::as_strided", "aten::item", "aten::_local_scalar_dense",
+}  # fmt: skip
+
+
+def launches(run):
+    """How many kernels a call launches; on a CPU the interpreter's, and torch's operations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if DEVICE == "cuda":
+        run()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            run()
+            torch.cuda.synchronize()
+        return [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names, start = [], InterpretedFunction.run
+
+    def counted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        with torch.autograd.profiler.record_function("interpreted"):
+            return start(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", counted)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            run()
+    inside = [
+        (e.time_range.start, e.time_range.end) for e in found.events() if e.name == "interpreted"
+    ]
+    for e in found.events():
+        outside = not any(begin <= e.time_range.start <= end for begin, end in inside)
+        if outside and e.name.startswith("aten::") and e.name not in NO_LAUNCH:
+            names.append(e.name)
+    return names
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_three_launches_both_ways(classes, scale):
+    z, spec = problem(classes=classes, dtype=torch.bfloat16)
+    z = z.requires_grad_()
+    grad_output = torch.tensor(scale or 1.0, device=DEVICE)
+
+    def both_ways():
+        loss = cross_entropy(
+            z, spec.target_a, label_smoothing=0.1, target_b=spec.target_b, lam=0.3, grad_scale=scale
+        )
+        torch.autograd.grad(loss, z, grad_output)
+
+    assert len(launches(both_ways)) == 3, launches(both_ways)

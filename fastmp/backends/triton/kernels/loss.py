@@ -28,12 +28,21 @@ in flight, and comes again, backwards: the blocks read last are still in the cac
 a maximum and a sum for each 16-byte vector of its own, and threads meet once a row. The last rows
 are taken first: the matrix product before has just written them.
 
-Tiles (tiles.py): 32 logits a thread. Its four 16-byte loads are in flight before the first is used;
-with 24 warps on a multiprocessor that is 48 KB, more than its share of the bandwidth needs
-(4.8 TB/s · 0.8 us / 132 = 29 KB). A warp alone holds 1,024 logits, so rows of up to 1,024 meet no
-barrier but one; shorter rows share warps. A program takes one tile of rows after another, so that
-it adds up the divisors of the mean once. A logit takes about 15 instructions: at 27 this kernel
-would be bound by them and not by memory (132 · 128 lanes · 1.75 GHz against 4.3 TB/s / 4 bytes).
+Tiles (tiles.py): a program takes one row after another, 32 logits a thread; a warp alone holds
+1,024. The four 16-byte loads of the next row, and its targets, are in flight while a row is
+computed: with 24 warps on a multiprocessor 48 KB, more than its share of the bandwidth needs
+(4.8 TB/s · 0.8 us / 132 = 29 KB). A row of 1,000 classes takes about 600 instructions of a warp, 85
+us for 131,072 rows where all four schedulers issue one each cycle (1.75 GHz); the bytes take 122.
+Rows of up to 32 classes: ``loss_short.py``.
+
+NVIDIA H200, 2026-11-27, device time of forward and check, without autograd, bf16, with a pair and
+smoothing, and % of a copy: 131,072 x 1,000 154 us, 79%; 65,536 x 4,096 288 us, 88%; 16,384 x 1,000
+28 us; 1,024 x 1,000 12 us; 131,072 x 100 74 us; 131,072 x 10 17 us. Before, with all that there is
+once a row as tensors: 266, 400, 48, 17, 392 and 68 us. Prefetching by cp.async (``num_stages``) is
+no faster, and Triton 3.6 then moves the stores of the gradient behind those at its targets.
+
+Launches: the forward, the loss from the sums of the programs (``loss_divisor.py``), and the check
+of the backward; one more where the rows that are ignored are counted first.
 
 A row that starts at an odd address has up to seven logits before the first 16-byte boundary
 (prologue) and after the last (tail): these are small loads of their own, so that the vector body
@@ -42,179 +51,26 @@ between them is loaded and stored 16 bytes at a time.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
-from fastmp.backends.triton import num_sms
-from fastmp.backends.triton.kernels.loss_row import (
-    Softmax,
-    add_rest,
-    exp_block,
-    load_block,
-    load_grad_output,
-    load_targets,
-    locate,
-    log_sum_exp,
-    peeled,
-    softmax_of_block,
-    store_gradient,
-    sums_of_rows,
-    target_loss,
-    update_edges,
-    update_vectors,
-    vector_of,
-)
-from fastmp.backends.triton.tiles import loss_tile
+from fastmp.backends.triton import architecture, num_sms
+from fastmp.backends.triton.kernels.loss_divisor import divisor_kernel, finish_kernel
+from fastmp.backends.triton.kernels.loss_rows import backward_kernel, forward_kernel
+from fastmp.backends.triton.kernels.loss_short import backward_short_kernel, forward_short_kernel
+from fastmp.backends.triton.tiles import LossTile, loss_tile
 
 # Each divisor of the mean is the sum of so many partials, each by one program.
 _PARTIALS = 64
-
-
-@triton.jit
-def _divisor_kernel(
-    target_a,  # (N)
-    target_b,  # (N), None: one target
-    weight,  # (C), None: all 1
-    partial,  # (1 or 2 targets, PARTIALS)
-    N, C, ignore_index, PARTIALS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """partial[t, i] = Σ w_y of target t, over program i's rows that are not ignored."""
-    target = target_a
-    if target_b is not None:
-        target = target_a if tl.program_id(1) == 0 else target_b
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    for start in tl.range(tl.program_id(0) * BLOCK_N, N, PARTIALS * BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        y = tl.load(target + o_n, mask=o_n < N, other=ignore_index)
-        m = y != ignore_index
-        if weight is not None:
-            m_valid = m & (y >= 0) & (y < C)
-            sums += tl.load(weight + y, mask=m_valid, other=0.0).to(tl.float32)
-        else:
-            sums += m.to(tl.float32)
-    tl.store(partial + tl.program_id(1) * PARTIALS + tl.program_id(0), tl.sum(sums, 0))
-
-
-@triton.jit
-def _divisors(partial, PAIR: tl.constexpr, PARTIALS: tl.constexpr):
-    """divisor_a and divisor_b."""
-    divisor_a = 1.0
-    divisor_b = 1.0
-    if partial is not None:
-        divisor_a = tl.sum(tl.load(partial + tl.arange(0, PARTIALS)), 0)
-        if PAIR:
-            divisor_b = tl.sum(tl.load(partial + PARTIALS + tl.arange(0, PARTIALS)), 0)
-    return divisor_a, divisor_b
-
-
-@triton.jit
-def _forward_kernel(
-    logits, stride_logits,  # (N, C)
-    target_a,  # (N)
-    target_b,  # (N), None: one target
-    lam, stride_lam,  # (N), or () with stride 0
-    weight,  # (C), None: all 1
-    weight_total,  # (): Σw, None without weight
-    grad_output, stride_grad_output,  # (), None: 1
-    partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
-    loss,  # (N)
-    stats,  # (N, 2): row_max, others
-    grad,  # (N, C), None: the loss alone; may be the logits
-    N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr, ON_CHIP: tl.constexpr,
-    WHOLE: tl.constexpr, PARTIALS: tl.constexpr,
-):  # fmt: skip
-    """Loss and statistics of each row; with grad also the gradient, for this grad_output."""
-    PAIR: tl.constexpr = target_b is not None
-    WEIGHTED: tl.constexpr = weight is not None
-    divisor_a, divisor_b = _divisors(partial, PAIR, PARTIALS)
-    weight_total = 1.0 * C if weight is None else tl.load(weight_total)
-    tiles = tl.cdiv(N, BLOCK_N)
-    for i_n in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
-        rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        block = load_block(rows, weight, 0, BLOCK_C, WHOLE) if ON_CHIP else None
-        t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
-                                rows, C, ignore_index)  # fmt: skip
-        block_max = None
-        if ON_CHIP:
-            s, block = softmax_of_block(block, t, rows, VECTOR, SMOOTH, WEIGHTED, WHOLE)
-            block_max = s.row_max
-        else:
-            lowest = tl.full((BLOCK_N, BLOCK_C // VECTOR), float("-inf"), tl.float32)
-            zeros = tl.zeros((BLOCK_N, BLOCK_C // VECTOR), tl.float32)
-            i_t = vector_of(t, rows, VECTOR)
-            vectors = Softmax(lowest, zeros, zeros, zeros)
-            for i_c in tl.range(0, tl.cdiv(C, BLOCK_C), num_stages=3):
-                loaded = load_block(rows, weight, i_c, BLOCK_C, WHOLE)
-                vectors = update_vectors(vectors, loaded, i_c, i_t, rows, VECTOR, SMOOTH, WEIGHTED,
-                                         WHOLE)  # fmt: skip
-            s = add_rest(sums_of_rows(vectors), t, i_t, rows, VECTOR)
-        if PEEL:
-            o_c, mask = peeled(rows, C, VECTOR)
-            s = update_edges(s, rows, weight, o_c, mask, t, SMOOTH)
-        tl.store(stats + 2 * o_n, s.row_max, mask=m_n)
-        tl.store(stats + 2 * o_n + 1, s.others, mask=m_n)
-        lse = log_sum_exp(t, s.row_max, s.others)
-        smooth_loss = smooth_prob * (weight_total * lse + s.smooth_sum) if SMOOTH else 0.0
-        row_loss = target_loss(t, s.row_max, lse, smooth_loss, target_prob)
-        if PAIR:
-            row_loss += target_loss(other, s.row_max, lse, smooth_loss, target_prob)
-        tl.store(loss + o_n, row_loss, mask=m_n)
-        if grad is not None:
-            g = load_grad_output(grad_output, stride_grad_output, rows)
-            store_gradient(grad, rows, block, block_max, weight, weight_total, t, other, g,
-                           s.row_max, s.others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C,
-                           VECTOR, PEEL, WHOLE)  # fmt: skip
-
-
-@triton.jit
-def _backward_kernel(
-    logits, stride_logits,  # (N, C)
-    target_a,  # (N)
-    target_b,  # (N), None: one target
-    lam, stride_lam,  # (N), or () with stride 0
-    weight,  # (C), None: all 1
-    weight_total,  # (): Σw, None without weight
-    grad_output, stride_grad_output,  # (N), or () with stride 0
-    assumed_grad_output,  # (), None: 1
-    partial,  # (1 or 2 targets, PARTIALS), None: divisors are 1
-    stats,  # (N, 2): row_max, others
-    grad,  # (N, C)
-    N, C, ignore_index, target_prob, smooth_prob, SMOOTH: tl.constexpr, CHECK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr,
-    ON_CHIP: tl.constexpr, WHOLE: tl.constexpr, PARTIALS: tl.constexpr,
-):  # fmt: skip
-    """The gradient, from stats; with CHECK only if grad_output is not the assumed one."""
-    PAIR: tl.constexpr = target_b is not None
-    divisor_a, divisor_b = _divisors(partial, PAIR, PARTIALS)
-    weight_total = 1.0 * C if weight is None else tl.load(weight_total)
-    tiles = tl.cdiv(N, BLOCK_N)
-    wanted = tiles
-    if CHECK:
-        assumed = 1.0 if assumed_grad_output is None else tl.load(assumed_grad_output)
-        wanted = tl.where(tl.load(grad_output) != assumed, tiles, 0)
-    for i_n in tl.range(tl.program_id(0), wanted, tl.num_programs(0)):
-        o_n = (tiles - 1 - i_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
-        rows = locate(logits, stride_logits, o_n, m_n, C, VECTOR, PEEL)
-        block = load_block(rows, weight, 0, BLOCK_C, WHOLE) if ON_CHIP else None
-        t, other = load_targets(target_a, target_b, lam, stride_lam, weight, divisor_a, divisor_b,
-                                rows, C, ignore_index)  # fmt: skip
-        row_max = tl.load(stats + 2 * o_n, mask=m_n, other=0.0)
-        others = tl.load(stats + 2 * o_n + 1, mask=m_n, other=1.0)
-        if ON_CHIP:
-            block = exp_block(block, row_max)
-        g = load_grad_output(grad_output, stride_grad_output, rows)
-        store_gradient(grad, rows, block, row_max, weight, weight_total, t, other, g, row_max,
-                       others, C, target_prob, smooth_prob, PAIR, SMOOTH, BLOCK_C, VECTOR, PEEL,
-                       WHOLE)  # fmt: skip
+# Below this many classes the edges of a row cost more than accesses of one logit.
+_SHORTEST_PEELED = 256
+_IGNORE_INDEX = -100  # torch's default
 
 
 def _vector(logits: Tensor) -> tuple[int, bool]:
@@ -226,53 +82,73 @@ def _vector(logits: Tensor) -> tuple[int, bool]:
     classes, stride = logits.shape[1], logits.stride(0)
     if logits.data_ptr() % 16:
         return 1, False
-    if classes % widest == 0 and stride % widest == 0:
-        return widest, False
-    # Short rows share warps, and side by side fill every 32-byte sector anyway.
-    if stride == classes and loss_tile(classes).rows == 1:
+    if stride == classes and classes % widest and classes >= _SHORTEST_PEELED:
         return widest, True
-    return 1, False
+    common = math.gcd(classes, stride, widest)  # a power of 2, as the widest is
+    return common, False
 
 
-def _stride(values: Tensor | None) -> int:
-    """From one row's value to the next one's: 0 for one value for all."""
-    return values.stride(0) if values is not None and values.dim() else 0
+def _strided(values: Tensor | None) -> tuple[Tensor | float | None, int | None]:
+    """Values of the rows and their stride, 0 for one for all; None with a number.
+
+    A number from the host is an argument of the kernel: no launch, and no wait.
+    """
+    if values is None:
+        return None, None
+    if values.dim():
+        return values, values.stride(0)
+    return (float(values), None) if registry.on_host(values) else (values, 0)
 
 
-def _launch(
-    kernel: Any,
-    logits: Tensor,
-    spec: LossSpec,
-    grad_output: tuple[Any, ...],
-    outputs: tuple[Tensor | None, ...],
-    **constants: bool,
-) -> None:
-    """Launch one of the two kernels; grad_output and outputs: its arguments around partial."""
+def _constants(tile: LossTile, logits: Tensor, weighted: bool) -> dict[str, Any]:
+    """What a tile and the place of the logits make constant in a kernel.
+
+    Class weights take as many registers again as the logits, and so do addresses of one logit each.
+    """
+    classes = logits.shape[1]
+    vector, peel = _vector(logits)
+    free = weighted or vector == 1
+    options = {"num_warps": tile.warps, "maxnreg": None if free else tile.max_registers}
+    if tile.rows > 1:
+        return {"BLOCK_N": tile.rows, **options}
+    whole = not peel and classes % tile.block == 0
+    return {
+        "BLOCK_C": tile.block, "VECTOR": vector, "PEEL": peel, "ON_CHIP": tile.on_chip,
+        "WHOLE": whole, **options,
+    }  # fmt: skip
+
+
+class _Inputs(NamedTuple):
+    """The tensors of a launch, in the form that the kernels read."""
+
+    arguments: tuple[Any, ...]  # of the kernels up to weight_total
+    options: tuple[Any, ...]  # from N to smooth_prob
+    logits: Tensor
+
+
+def _inputs(logits: Tensor, spec: LossSpec) -> _Inputs:
     n, c = logits.shape
     if logits.stride(1) != 1 and c > 1:
         logits = logits.contiguous()
-    target_a = spec.target_a.contiguous()
     target_b = None if spec.target_b is None else spec.target_b.contiguous()
     weight = None if spec.weight is None else spec.weight.contiguous()
-    partial = None
-    if spec.reduction == Reduction.MEAN:
-        targets = 1 if target_b is None else 2
-        partial = logits.new_empty((targets, _PARTIALS), dtype=torch.float32)
-        _divisor_kernel[(_PARTIALS, targets)](
-            target_a, target_b, weight, partial, n, c, spec.ignore_index,
-            PARTIALS=_PARTIALS, BLOCK_N=1024, num_warps=4,
-        )  # fmt: skip
-    tile = loss_tile(c)
-    vector, peel = _vector(logits)
-    programs = min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device))
-    kernel[(programs,)](
-        logits, logits.stride(0), target_a, target_b, spec.lam, _stride(spec.lam), weight,
-        None if weight is None else weight.sum(dtype=torch.float32), *grad_output, partial,
-        *outputs, n, c, spec.ignore_index, 1.0 - spec.smoothing, spec.smoothing / c,
-        SMOOTH=spec.smoothing > 0, BLOCK_N=tile.rows, BLOCK_C=tile.block, VECTOR=vector, PEEL=peel,
-        ON_CHIP=tile.on_chip, WHOLE=not peel and tile.rows == 1 and c % tile.block == 0,
-        PARTIALS=_PARTIALS, num_warps=tile.warps, maxnreg=tile.max_registers, **constants,
-    )  # fmt: skip
+    total = None if weight is None else weight.sum(dtype=torch.float32)
+    tensors = (logits, logits.stride(0), spec.target_a.contiguous(), target_b,
+               *_strided(spec.lam), weight, total)  # fmt: skip
+    options = n, c, spec.ignore_index, 1.0 - spec.smoothing, spec.smoothing / c
+    return _Inputs(tensors, options, logits)
+
+
+def _foretold(spec: LossSpec) -> bool:
+    """Whether the forward takes the number of rows for the divisor, without counting them first.
+
+    Who names an ignore_index has rows to ignore: for these the gradient would be written twice.
+    """
+    return (
+        spec.reduction == Reduction.MEAN
+        and spec.weight is None
+        and spec.ignore_index == _IGNORE_INDEX
+    )
 
 
 def forward(
@@ -284,32 +160,74 @@ def forward(
     """
     grad = logits.new_empty(logits.shape if compute_grad else 0)
     written = grad if compute_grad else None
-    return *_forward(logits, assumed_grad_output, spec, written), grad
+    return *_forward(logits, assumed_grad_output, spec, written, _foretold(spec)), grad
 
 
 def forward_in_place(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:
-    """``fastmp::loss_forward_`` of dense logits that are not empty."""
-    return _forward(logits, assumed_grad_output, spec, logits)
+    """``fastmp::loss_forward_`` of dense logits that are not empty: nothing can be put right."""
+    return _forward(logits, assumed_grad_output, spec, logits, foretold=False)
 
 
 def _forward(
-    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    n = len(logits)
-    loss = logits.new_empty(n, dtype=torch.float32)
-    stats = logits.new_empty((n, 2), dtype=torch.float32)
-    _launch(_forward_kernel, logits, spec, (assumed_grad_output, 0), (loss, stats, grad))
-    # torch adds up in a fixed order too, at half the host time of another kernel of ours.
-    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats
+    logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor | None,
+    foretold: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, c = logits.shape
+    arguments, options, logits = _inputs(logits, spec)
+    pair, weighted = spec.target_b is not None, spec.weight is not None
+    mean, each = spec.reduction == Reduction.MEAN, spec.reduction == Reduction.NONE
+    stats = logits.new_empty((n + 1, 2), dtype=torch.float32)
+    partial = None
+    if grad is not None and mean and not foretold:
+        targets = 2 if pair else 1
+        partial = logits.new_empty((targets, _PARTIALS), dtype=torch.float32)
+        divisor_kernel[(_PARTIALS, targets)](
+            arguments[2], arguments[3], arguments[6], partial, n, c, spec.ignore_index,
+            PARTIALS=_PARTIALS, BLOCK_N=1024, num_warps=4,
+        )  # fmt: skip
+    tile = loss_tile(c, architecture(logits.device), logits.element_size())
+    programs = min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device))
+    loss = logits.new_empty(n if each else (), dtype=torch.float32)
+    sums = None if each else logits.new_empty((4, programs), dtype=torch.float32)
+    constants, kernel = _constants(tile, logits, weighted), forward_short_kernel
+    if tile.rows == 1:
+        kernel = forward_kernel
+        ahead = tile.on_chip and logits.element_size() == 2 and constants["VECTOR"] > 1
+        constants |= {"PREFETCH": ahead and not weighted, "IN_PLACE": grad is logits}
+    kernel[(programs,)](
+        *arguments, *_strided(assumed_grad_output), partial, loss if each else None, sums, stats,
+        grad, *options, MEAN=mean, SMOOTH=spec.smoothing > 0,
+        PARTIALS=_PARTIALS, **constants,
+    )  # fmt: skip
+    if sums is not None:
+        finish_kernel[(1,)](
+            sums, loss, stats, n, programs, PAIR=pair, MEAN=mean, WEIGHTED=weighted,
+            FORETOLD=foretold, BLOCK_P=4096, num_warps=8,
+        )  # fmt: skip
+    return loss, stats
+
+
+def _launch_backward(
+    grad: Tensor, grad_output: Tensor, assumed: Tensor | None, logits: Tensor, stats: Tensor,
+    spec: LossSpec, check: bool,
+) -> None:  # fmt: skip
+    n, c = logits.shape
+    arguments, options, logits = _inputs(logits, spec)
+    tile = loss_tile(c, architecture(logits.device), logits.element_size())
+    kernel: Any = backward_kernel if tile.rows == 1 else backward_short_kernel
+    kernel[(min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device)),)](
+        *arguments, *_strided(grad_output), *_strided(assumed), stats, grad, *options,
+        MEAN=spec.reduction == Reduction.MEAN, SMOOTH=spec.smoothing > 0, CHECK=check,
+        FORETOLD=_foretold(spec), **_constants(tile, logits, spec.weight is not None),
+    )  # fmt: skip
 
 
 def backward(grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec) -> Tensor:
     """``fastmp::loss_backward`` of logits that are not empty."""
     grad = logits.new_empty(logits.shape)
-    given = grad_output, _stride(grad_output), None
-    _launch(_backward_kernel, logits, spec, given, (stats, grad), CHECK=False)
+    _launch_backward(grad, grad_output, None, logits, stats, spec, check=False)
     return grad
 
 
@@ -325,5 +243,4 @@ def ensure_grad(
 
     The device compares: a few microseconds where the gradient is right, and no wait for the host.
     """
-    given = grad_output, _stride(grad_output), assumed_grad_output
-    _launch(_backward_kernel, logits, spec, given, (stats, grad), CHECK=True)
+    _launch_backward(grad, grad_output, assumed_grad_output, logits, stats, spec, check=True)
