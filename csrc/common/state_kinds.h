@@ -5,8 +5,9 @@
  *   kind      its fastmp_state_kind,
  *   Item      what an element takes in memory,
  *   block     elements that share a scale, of one byte; 0: there are no scales,
+ *   dropped   bits that rounding cuts off, so many random ones it takes,
  *   load()    an item under its scale as fp32,
- *   store()   fp32 as an item, with 16 random bits for the rounding.
+ *   store()   fp32 as an item, with random bits for the rounding.
  *
  * Why rounding is stochastic: a second moment with beta2 = 0.999 falls by at most 0.1% a step, and
  * half a unit in the last place of bf16 is 0.2 to 0.4%. Rounded to nearest it never falls: after
@@ -29,10 +30,11 @@ enum class Quantity { kSigned, kSquare, kMaximum };
 /* The bits of an element at a step are a function of (seed, step, param_index, element) alone: the
  * same for any number of threads, width of vectors and device, so that runs and resumes are equal
  * to the bit. The key is mixed in 64 bits (the finaliser of splitmix64, Steele et al. 2014) once
- * for a row and 2^32 elements; an element then costs two 32-bit multiplications and three
- * xor-shifts (the constants of C. Wellons' lowbias32, bias 0.17 of 2^32), one half of the key
- * before and one between. Philox4x32-10 costs 20 wide multiplications for four words, which AVX-512
- * does in halves: it would take longer than the memory does. */
+ * for a row and 2^32 elements. An element's word is C. Wellons' lowbias32 (bias 0.17 of 2^32) with
+ * one half of the key before and one between its two multiplications, but four elements share the
+ * first of them and multiply by a factor of their own in the second: 3 instructions an element
+ * instead of 9. Philox4x32-10 costs 20 wide multiplications for four words, which AVX-512 does in
+ * halves: it would take longer than the memory does. */
 struct RandomKey {
   uint32_t first, second;
 };
@@ -52,16 +54,27 @@ FASTMP_FN RandomKey random_key(int64_t seed, float step, int64_t param_index, in
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-FASTMP_FN uint32_t random_bits(const RandomKey& key, uint32_t element) {
-  uint32_t x = element ^ key.first;
+/* Of the elements 4 group to 4 group + 3. */
+constexpr int kRandomGroup = 4;
+FASTMP_FN uint32_t random_hash(const RandomKey& key, uint32_t group) {
+  uint32_t x = group ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du + key.second;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 15);
+}
+
+/* Of an element of the group. The factors are those of lowbias32 and PCG32. */
+FASTMP_FN uint32_t random_word(uint32_t hash, int64_t element) {
+  constexpr uint32_t factor = 0x2c9277b5u;
+  const int place = static_cast<int>(element % kRandomGroup);
+  const uint32_t power = (place & 1 ? factor : 1u) * (place & 2 ? factor * factor : 1u);
+  const uint32_t x = hash * (0x846ca68bu * power);
   return x ^ (x >> 16);
 }
 
-/* The 16 bits of state s; a maximum takes none, so two states share a word. */
-FASTMP_FN uint32_t bits_for_state(uint32_t bits, int s) {
-  return s == 0 ? bits & 0xffffu : bits >> 16;
+/* The random bits of state s; a maximum takes none, so two states share a word. */
+template <int count>
+FASTMP_FN uint32_t bits_for_state(uint32_t word, int s) {
+  return s == 0 ? word & ((1u << count) - 1u) : word >> (32 - count);
 }
 
 /* ---- the kinds ---- */
@@ -69,6 +82,7 @@ FASTMP_FN uint32_t bits_for_state(uint32_t bits, int s) {
 struct StateF32 {
   static constexpr int kind = FASTMP_STATE_F32;
   static constexpr int block = 0;
+  static constexpr int dropped = 16;
   typedef float Item;
   template <Quantity>
   FASTMP_FN float load(Item item, uint32_t) {
@@ -85,6 +99,7 @@ struct StateF32 {
 struct StateBf16 {
   static constexpr int kind = FASTMP_STATE_BF16;
   static constexpr int block = 0;
+  static constexpr int dropped = 16;
   typedef bf16 Item;
   template <Quantity>
   FASTMP_FN float load(Item item, uint32_t) {
@@ -117,23 +132,29 @@ struct StateBf16 {
  * 14% and, where small second moments became 0, 16,600%. Blocks of 128 instead of 32 raise the
  * error of the quartic map by half. Bytes: 1 + 1/32.
  *
- * A square above 0 never becomes 0: the update divides by its root. Scales 0 (all zero) and 255 (a
- * value that is not finite; the block becomes NaN) need no case of their own: with code 0 the
- * formulas give 0 - 0 and inf - inf. */
+ * The two halves are min(2 h - U, h) with h = code as a number, and max((x + U) / 2, x) back: no
+ * comparison, no case, and no product that is rounded.
+ *
+ * A square above 0 never becomes 0: the update divides by its root. The scale of a block of zeros
+ * is 0, with a value that is not finite 255, and the block becomes NaN; their codes are 0. */
 struct State8Bit {
   static constexpr int kind = FASTMP_STATE_8BIT;
   static constexpr int block = 32;
+  static constexpr int dropped = 19;
   typedef uint8_t Item;
 
+  /* place: the code in bits 19 to 26, where an fp32 number has its exponent and mantissa; whatever
+   * in the others. */
   template <Quantity quantity>
-  FASTMP_FN float load(uint32_t item, uint32_t scale) {
-    const bool with_sign = quantity == Quantity::kSigned;
-    const uint32_t code = with_sign ? item & 0x7fu : item;
-    const bool subnormal = code < 16u;
-    const uint32_t bits = (scale << 23) + (code << 19) - (subnormal ? 0u : 1u << 23);
-    const float x = float_from_bits(bits);
-    const float magnitude = x - (subnormal ? float_from_bits(scale << 23) : 0.0f);
-    const uint32_t sign = with_sign ? (item & 0x80u) << 24 : 0u;
+  FASTMP_FN float load(uint32_t place, uint32_t scale) {
+    constexpr bool with_sign = quantity == Quantity::kSigned;
+    constexpr uint32_t mask = with_sign ? 0x03f80000u : 0x07f80000u;
+    constexpr uint32_t least = with_sign ? 0x3c000000u : 0x38000000u; /* 2^-7, 2^-15 */
+    constexpr float range = with_sign ? 0x1p6f : 0x1p14f;
+    const float smallest = float_from_bits(scale == 255u ? 0x7fc00000u : scale << 23);
+    const float half = float_from_bits((place & mask) | least) * (smallest * range);
+    const float magnitude = min_of(half, multiply_add(half, 2.0f, -smallest));
+    const uint32_t sign = with_sign ? (place << 5) & 0x80000000u : 0u;
     return float_from_bits(bits_of(magnitude) | sign);
   }
 
@@ -148,22 +169,22 @@ struct State8Bit {
     return largest == 0u ? 0u : largest >= 0x7f800000u ? 255u : finite;
   }
 
+  /* The largest code of a block. Under the scales 0 and 255 it is the only one. */
   template <Quantity quantity>
-  FASTMP_FN uint32_t store(float x, uint32_t random, uint32_t scale) {
-    const bool with_sign = quantity == Quantity::kSigned;
-    const uint32_t dropped = quantity == Quantity::kMaximum ? 1u << 18 : (random << 3) + 4u;
-    const float magnitude = with_sign ? float_from_bits(bits_of(x) & 0x7fffffffu) : x;
-    const float smallest = float_from_bits(scale << 23);
-    const bool subnormal = magnitude < smallest;
-    const float shifted = magnitude + (subnormal ? smallest : 0.0f);
-    const uint32_t base = (scale << 23) - (subnormal ? 0u : 1u << 23);
-    const uint32_t rounded = (bits_of(shifted) + dropped - base) >> 19;
-    const uint32_t most = with_sign ? 0x7fu : 0xffu;
-    const uint32_t least = with_sign ? 0u : 1u;
-    const uint32_t above = rounded < least ? least : rounded;
-    const uint32_t code = above < most ? above : most;
-    const uint32_t sign = with_sign ? (bits_of(x) >> 24) & 0x80u : 0u;
-    return scale == 0u || scale == 255u ? 0u : code | sign;
+  FASTMP_FN uint32_t most_of(uint32_t scale) {
+    return scale == 0u || scale == 255u ? 0u : quantity == Quantity::kSigned ? 0x7fu : 0xffu;
+  }
+
+  template <Quantity quantity>
+  FASTMP_FN uint32_t store(float x, uint32_t random, uint32_t scale, uint32_t most) {
+    constexpr bool with_sign = quantity == Quantity::kSigned;
+    const uint32_t base = (scale - 1u) << 23; /* U / 2 */
+    const uint32_t below = quantity == Quantity::kMaximum ? 1u << (dropped - 1) : random;
+    const float magnitude = float_from_bits(bits_of(x) & 0x7fffffffu);
+    const float half = max_of(magnitude, multiply_add(magnitude, 0.5f, float_from_bits(base)));
+    const uint32_t rounded = (bits_of(half) + below - base) >> dropped;
+    const uint32_t sign = with_sign ? (bits_of(x) >> 24) & (most + 1u) & 0x80u : 0u;
+    return min_of(max_of(rounded, with_sign ? 0u : 1u), most) | sign;
   }
 
   /* U = 2^-95: no code stands for a subnormal fp32 number, nor does 0.1% of one. */

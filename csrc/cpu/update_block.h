@@ -126,7 +126,7 @@ float* read_state(const StateItems<Kind>& state, int64_t n, float* __restrict bu
     for_each_block(n, [&](int64_t first, int64_t count) {
       const uint32_t scale = state.scales[first / Kind::block];
       for (int64_t i = first; i < first + count; ++i) {
-        buffer[i] = Kind::template load<quantity>(codes[i], scale);
+        buffer[i] = Kind::template load<quantity>(codes[i] << Kind::dropped, scale);
       }
     });
   } else {
@@ -147,15 +147,18 @@ void write_state(const StateItems<Kind>& state, int64_t n, const float* __restri
         largest = max_of(largest, bits_of(values[i]) & 0x7fffffffu);
       }
       const uint32_t scale = Kind::template scale_of<quantity>(largest);
+      const uint32_t most = Kind::template most_of<quantity>(scale);
       state.scales[first / Kind::block] = static_cast<uint8_t>(scale);
       for (int64_t i = first; i < first + count; ++i) {
-        codes[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), scale);
+        const uint32_t bits = bits_for_state<Kind::dropped>(random[i], s);
+        codes[i] = Kind::template store<quantity>(values[i], bits, scale, most);
       }
     });
     for (int64_t i = 0; i < n; ++i) items[i] = static_cast<uint8_t>(codes[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) {
-      items[i] = Kind::template store<quantity>(values[i], bits_for_state(random[i], s), 0u);
+      const uint32_t bits = bits_for_state<Kind::dropped>(random[i], s);
+      items[i] = Kind::template store<quantity>(values[i], bits, 0u);
     }
   }
 }
@@ -190,8 +193,13 @@ struct StateBlock {
   }
   void write(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key) {
     if constexpr (Kind::kind == FASTMP_STATE_F32 || Rule::states == 0) return;
-    const uint32_t first = static_cast<uint32_t>(offset);
-    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, first + static_cast<uint32_t>(i));
+    const uint32_t first = static_cast<uint32_t>(offset / kRandomGroup);
+    for (int64_t group = 0; group < kBlock / kRandomGroup; ++group) {
+      const uint32_t hash = random_hash(key, first + static_cast<uint32_t>(group));
+      for (int e = 0; e < kRandomGroup; ++e) {
+        random[kRandomGroup * group + e] = random_word(hash, e);
+      }
+    }
     write<0>(row, offset, n);
     write<1>(row, offset, n);
     write<2>(row, offset, n);

@@ -33,12 +33,11 @@ FASTMP_DEVICE T shuffle_down(T value, int offset) {
   return __shfl_down_sync(0xffffffffu, value, static_cast<unsigned>(offset));
 }
 
-/* The value of the thread whose number in its group of 8 has the bits of `offset` flipped; all of
- * the group call it. */
-constexpr int kGroup = 8;
+/* The value of the thread whose number in its group of 4 has the bits of `offset` flipped; all of
+ * the warp call it. */
+constexpr int kGroup = 4;
 FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
-  const unsigned group = 0xffu << (threadIdx.x & 24u);
-  return __shfl_xor_sync(group, value, offset);
+  return __shfl_xor_sync(0xffffffffu, value, offset);
 }
 
 /* Returns the value before the addition. Acquires and releases: earlier writes of this thread, and

@@ -36,9 +36,9 @@ struct Case {
 /* Prepared by one thread, two powers in fp64, unless the row before had the same group and step, as
  * most have. */
 template <class Rule>
-FASTMP_DEVICE typename Rule::Coefficients coefficients_of(const fastmp_step_args& args,
-                                                          const fastmp_row& row, float step,
-                                                          Shared& shared) {
+FASTMP_DEVICE const typename Rule::Coefficients& coefficients_of(const fastmp_step_args& args,
+                                                                 const fastmp_row& row, float step,
+                                                                 Shared& shared) {
   typedef typename Rule::Coefficients Coefficients;
   static_assert(sizeof(Coefficients) <= sizeof shared.coefficients, "a rule with more of them");
   Coefficients* coefficients = reinterpret_cast<Coefficients*>(shared.coefficients);
@@ -80,12 +80,14 @@ struct Tensors {
              static_cast<Item*>(row.state2)}};
   }
 
+  /* For accesses of n elements. */
+  template <int n>
   __device__ __forceinline__ bool are_aligned() const {
-    bool aligned = is_aligned<4>(param) && is_aligned<4>(grad);
-    if (Case::master == FASTMP_FULL) aligned = aligned && is_aligned<4>(full);
-    if (Case::master == FASTMP_SPLIT) aligned = aligned && is_aligned<4>(remainder);
-    if (Case::averaged) aligned = aligned && is_aligned<4>(average);
-    for (int s = 0; s < Case::Rule::states; ++s) aligned = aligned && is_aligned<4>(state[s]);
+    bool aligned = is_aligned<n>(param) && is_aligned<n>(grad);
+    if (Case::master == FASTMP_FULL) aligned = aligned && is_aligned<n>(full);
+    if (Case::master == FASTMP_SPLIT) aligned = aligned && is_aligned<n>(remainder);
+    if (Case::averaged) aligned = aligned && is_aligned<n>(average);
+    for (int s = 0; s < Case::Rule::states; ++s) aligned = aligned && is_aligned<n>(state[s]);
     return aligned;
   }
 };
@@ -93,21 +95,9 @@ struct Tensors {
 /* The numbers of a row at a step. */
 template <class Case>
 struct RowStep {
-  typename Case::Rule::Coefficients coefficients;
+  const typename Case::Rule::Coefficients& coefficients;
   float rate; /* ema_rate() */
   RandomKey key;
-
-  static __device__ __forceinline__ RowStep of(const fastmp_step_args& args, const fastmp_row& row,
-                                               int64_t begin, Shared& shared) {
-    /* The epilogue raises the count; that of the first pass has raised it for the second. */
-    const float step = *row.step + (Case::Rule::number == MuonRule::number ? 0.0f : 1.0f);
-    RowStep made = {coefficients_of<typename Case::Rule>(args, row, step, shared), 1.0f, {}};
-    if constexpr (Case::averaged) made.rate = ema_rate(args.request, step);
-    if constexpr (Case::State::kind != FASTMP_STATE_F32) {
-      made.key = random_key(args.request.rounding_seed, step, row.param_index, begin);
-    }
-    return made;
-  }
 };
 
 /* n elements of a row from `first` on, each tensor in one access. */
@@ -132,7 +122,7 @@ template <int n>
 struct Guarded {
   static constexpr int size = n;
   int64_t first;
-  int64_t count;
+  int count;
 
   template <class T>
   __device__ __forceinline__ void read(const T* from, T (&to)[n]) const {
@@ -156,43 +146,68 @@ FASTMP_DEVICE uint8_t* scale_at(const Tensors<Case>& at, int64_t i) {
 template <int s, class Case, class Span, int n>
 FASTMP_DEVICE void read_state(const Tensors<Case>& at, const Span& span, float (&values)[n]) {
   if constexpr (s < Case::Rule::states) {
+    constexpr Quantity quantity = Case::Rule::quantity(s);
     typename Case::State::Item items[n];
     span.read(at.state[s], items);
-    uint32_t scale = 0u;
-    if constexpr (Case::State::block > 0) scale = load(scale_at<s>(at, span.first));
-    for (int e = 0; e < n; ++e) {
-      values[e] = Case::State::template load<Case::Rule::quantity(s)>(items[e], scale);
+    if constexpr (Case::State::block > 0) {
+      const uint32_t scale = span.count > 0 ? load(scale_at<s>(at, span.first)) : 0u;
+      for (int e = 0; e < n; ++e) {
+        /* To bit 19 from its place in a word of four: the other bytes may come along. */
+        const uint32_t word = word_of(items, e / 4);
+        const uint32_t code = e % 4 == 3 ? word >> 5 : word << (19 - 8 * (e % 4));
+        values[e] = Case::State::template load<quantity>(code, scale);
+      }
+    } else {
+      for (int e = 0; e < n; ++e) values[e] = Case::State::template load<quantity>(items[e], 0u);
     }
   }
 }
 
-/* A block with one scale is 8 threads with 4 elements each, which agree on its largest value. */
+/* The random bits of n elements from `first` on: one, or whole groups. */
+template <int n>
+FASTMP_DEVICE void draw(const RandomKey& key, int64_t first, uint32_t (&random)[n]) {
+  for (int e = 0; e < n; ++e) {
+    const int64_t group = first / kRandomGroup + e / kRandomGroup;
+    const uint32_t hash = random_hash(key, static_cast<uint32_t>(group));
+    random[e] = random_word(hash, n == 1 ? first : e);
+  }
+}
+
+/* A block with one scale is 4 threads with 8 elements each, which agree on its largest value. */
 template <int s, class Case, class Span, int n>
 FASTMP_DEVICE void write_state(const Tensors<Case>& at, const Span& span, const float (&values)[n],
-                               const uint32_t (&random)[n]) {
+                               const RandomKey& key) {
   if constexpr (s < Case::Rule::states) {
+    typedef typename Case::State State;
     constexpr Quantity quantity = Case::Rule::quantity(s);
-    uint32_t scale = 0u;
-    if constexpr (Case::State::block > 0) {
-      static_assert(Case::State::block == kGroup * n, "a group of threads has one block");
+    typename State::Item items[n];
+    uint32_t random[n] = {};
+    if constexpr (State::kind != FASTMP_STATE_F32) draw(key, span.first, random);
+    if constexpr (State::block > 0) {
+      static_assert(State::block == kGroup * n, "a group of threads has one block");
       uint32_t largest = 0u;
       for (int e = 0; e < n; ++e) {
         const uint32_t magnitude = bits_of(values[e]) & 0x7fffffffu;
-        if (e < span.count && magnitude > largest) largest = magnitude;
+        if (e < span.count) largest = max_of(largest, magnitude);
       }
       for (int offset = kGroup / 2; offset > 0; offset /= 2) {
-        const uint32_t other = shuffle_in_group(largest, offset);
-        largest = other > largest ? other : largest;
+        largest = max_of(largest, shuffle_in_group(largest, offset));
       }
-      scale = Case::State::template scale_of<quantity>(largest);
-      if (span.first % Case::State::block == 0) {
+      const uint32_t scale = State::template scale_of<quantity>(largest);
+      const uint32_t most = State::template most_of<quantity>(scale);
+      if (span.count > 0 && span.first % State::block == 0) {
         store_bits(static_cast<uint8_t>(scale), scale_at<s>(at, span.first));
       }
-    }
-    typename Case::State::Item items[n];
-    for (int e = 0; e < n; ++e) {
-      items[e] =
-          Case::State::template store<quantity>(values[e], bits_for_state(random[e], s), scale);
+      for (int e = 0; e < n; ++e) {
+        const uint32_t bits = bits_for_state<State::dropped>(random[e], s);
+        items[e] =
+            static_cast<uint8_t>(State::template store<quantity>(values[e], bits, scale, most));
+      }
+    } else {
+      for (int e = 0; e < n; ++e) {
+        const uint32_t bits = bits_for_state<State::dropped>(random[e], s);
+        items[e] = State::template store<quantity>(values[e], bits, 0u);
+      }
     }
     span.write(items, at.state[s]);
   }
@@ -246,15 +261,6 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const Ro
     Case::Rule::apply(masters[e], to_float(grads[e]), states[0][e], states[1][e], states[2][e],
                       step.coefficients);
   }
-  uint32_t random[n] = {};
-  if constexpr (Case::State::kind != FASTMP_STATE_F32) {
-    for (int e = 0; e < n; ++e) {
-      random[e] = random_bits(step.key, static_cast<uint32_t>(span.first + e));
-    }
-  }
-  write_state<0>(at, span, states[0], random);
-  write_state<1>(at, span, states[1], random);
-  write_state<2>(at, span, states[2], random);
   if constexpr (Case::averaged) {
     float averages[n];
     span.read(at.average, averages);
@@ -262,27 +268,46 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const Ro
     span.write(averages, at.average);
   }
   write_masters(at, span, masters);
+  write_state<0>(at, span, states[0], step.key);
+  write_state<1>(at, span, states[1], step.key);
+  write_state<2>(at, span, states[2], step.key);
 }
 
 template <class Case>
 FASTMP_DEVICE void update_row(const fastmp_step_args& args, const fastmp_row& row, int64_t begin,
                               int64_t end, Shared& shared) {
-  const RowStep<Case> step = RowStep<Case>::of(args, row, begin, shared);
+  /* The epilogue raises the count; that of the first pass has raised it for the second. */
+  const float count = *row.step + (Case::Rule::number == MuonRule::number ? 0.0f : 1.0f);
+  const typename Case::Rule::Coefficients& prepared =
+      coefficients_of<typename Case::Rule>(args, row, count, shared);
+  float rate = 1.0f;
+  if constexpr (Case::averaged) rate = ema_rate(args.request, count);
+  RandomKey key = {};
+  if constexpr (Case::State::kind != FASTMP_STATE_F32) {
+    key = random_key(args.request.rounding_seed, count, row.param_index, begin);
+  }
   const Tensors<Case> tensors = Tensors<Case>::of(row);
-  const bool aligned = tensors.are_aligned();
+  constexpr int n = Case::State::block > 0 ? Case::State::block / kGroup : 4;
+  const bool aligned = tensors.template are_aligned<n>();
   if constexpr (Case::State::block > 0) {
-    /* The 8 threads of a block of states go the same way: they meet in a shuffle. */
-    constexpr int64_t block = Case::State::block;
+    /* A warp goes one way: its threads meet in shuffles. The row and the coefficients are read
+     * again each time, from L1 and shared memory: 24 registers, which would spill. */
+    constexpr int64_t warp = kWarp * n;
+    const RowStep<Case> step = {prepared, rate, key};
+    const int64_t whole = aligned ? end / warp * warp : begin;
 #pragma unroll 1
-    for (int64_t i = (end + block - 1) / block * block - 4 * (thread() + 1); i >= begin;
-         i -= 4 * kThreads) {
-      if (aligned && i / block * block + block <= end) {
-        update_at(tensors, Whole<4>{i}, step);
-      } else {
-        update_at(tensors, Guarded<4>{i, end - i}, step);
-      }
+    for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1); i >= whole;
+         i -= n * kThreads) {
+      update_at(Tensors<Case>::of(row),
+                Guarded<n>{i, static_cast<int>(min_of<int64_t>(end - i, n))}, step);
+    }
+#pragma unroll 1
+    for (int64_t i = whole - n * (thread() + 1); i >= begin; i -= n * kThreads) {
+      update_at(Tensors<Case>::of(row), Whole<n>{i}, step);
     }
   } else {
+    const typename Case::Rule::Coefficients coefficients = prepared;
+    const RowStep<Case> step = {coefficients, rate, key};
     const int64_t whole = aligned ? end / 4 * 4 : begin;
 #pragma unroll 1
     for (int64_t i = whole + thread(); i < end; i += kThreads) {

@@ -51,24 +51,42 @@ union Packet {
   typename Access<n * sizeof(T)>::Bits bits;
 };
 
-template <int n, class T>
-FASTMP_DEVICE bool is_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % (n * sizeof(T)) == 0;
+/* Four bytes of n. */
+template <int n>
+FASTMP_DEVICE uint32_t word_of(const uint8_t (&bytes)[n], int index) {
+  uint32_t word = 0u;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(bytes[4 * index + i]) << (8 * i);
+  return word;
 }
 
-/* n consecutive elements in one access. */
+/* Elements of one access when n are read: at most 128 bits. */
+template <int n, class T>
+constexpr int kPerAccess = n * sizeof(T) > 16 ? 16 / sizeof(T) : n;
+
+template <int n, class T>
+FASTMP_DEVICE bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % (kPerAccess<n, T> * sizeof(T)) == 0;
+}
+
+/* n consecutive elements, in one access or in several of 128 bits. */
 template <int n, class T>
 FASTMP_DEVICE void read(const T* from, T (&to)[n]) {
-  Packet<T, n> packet;
-  packet.bits = load(reinterpret_cast<const decltype(packet.bits)*>(from));
-  for (int i = 0; i < n; ++i) to[i] = packet.items[i];
+  constexpr int m = kPerAccess<n, T>;
+  for (int first = 0; first < n; first += m) {
+    Packet<T, m> packet;
+    packet.bits = load(reinterpret_cast<const decltype(packet.bits)*>(from + first));
+    for (int i = 0; i < m; ++i) to[first + i] = packet.items[i];
+  }
 }
 
 template <int n, class T>
 FASTMP_DEVICE void write(const T (&from)[n], T* to) {
-  Packet<T, n> packet;
-  for (int i = 0; i < n; ++i) packet.items[i] = from[i];
-  store_bits(packet.bits, reinterpret_cast<decltype(packet.bits)*>(to));
+  constexpr int m = kPerAccess<n, T>;
+  for (int first = 0; first < n; first += m) {
+    Packet<T, m> packet;
+    for (int i = 0; i < m; ++i) packet.items[i] = from[first + i];
+    store_bits(packet.bits, reinterpret_cast<decltype(packet.bits)*>(to + first));
+  }
 }
 
 }  // namespace fastmp

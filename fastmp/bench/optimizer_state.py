@@ -47,7 +47,8 @@ def averaged_step(make: Parameters, label: str, device: str, seconds: float) -> 
     expected = [p.detach() for p in average.module.parameters()]
     found = {OURS: optimizer.averages(), "AveragedModel": expected}
     check(found, int(optimizer.applied_steps), roundings=5)
-    goals = {"step, then AveragedModel": 1.25, "step alone": 1 / 1.30}
+    # On a GPU the bytes allow (28 + 12) / 36 = 1.11: torch's foreach lerp moves 12.
+    goals = {"step, then AveragedModel": 1.1 if device == "cuda" else 1.25, "step alone": 1 / 1.30}
     moved = 40 * sum(p.numel() for p in ours)
     row = Row(
         "optimizer", label, timings, moved, goals,

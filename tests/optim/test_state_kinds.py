@@ -88,7 +88,8 @@ def test_random_bits_are_uniform_and_independent():
     """Every bit 1 half of the time, alone and beside every bit of another element, step, parameter
     or seed: within 5.5 standard deviations of 65,536 coins."""
     one = bits(words())
-    others = [one.roll(1, 0), one.roll(32, 0), bits(words(step=2.0)), bits(words(index=1))]
+    others = [one.roll(shift, 0) for shift in (1, 2, 3, 4, 32)]
+    others += [bits(words(step=2.0)), bits(words(index=1))]
     others += [bits(words(seed=1)), one.roll(1, 1), one.roll(16, 1)]
     assert (one.float().mean(0) - 0.5).abs().max() < 5.5 * 0.5 / 256
     for other in others:
@@ -97,7 +98,7 @@ def test_random_bits_are_uniform_and_independent():
         assert aligned < 5.5 / 256
         if other is not others[-1] and other is not others[-2]:
             assert together.abs().max() < 5.5 / 256
-    assert len(words().unique()) == len(one)  # a bijection of the element
+    assert len(words().unique()) >= len(one) - 5  # 0.5 pairs are expected in random words
 
 
 @pytest.mark.parametrize("quantity", [Quantity.SIGNED, Quantity.SQUARE])
@@ -111,7 +112,8 @@ def test_rounding_is_right_on_average(quantity, dtype):
     total = torch.zeros(64, dtype=torch.float64)
     count = 500
     for step in range(count):
-        random = state_kinds.random_words(0, torch.tensor(float(step)), 3, 64) & 0xFFFF
+        drawn = state_kinds.random_words(0, torch.tensor(float(step)), 3, 64)
+        random = state_kinds.bits_for_state(drawn, 0, dtype)
         state_kinds.store(values, state, quantity, scales, random)
         total += state_kinds.load(state, quantity, scales)
     spacing = 2**-7 if dtype == torch.bfloat16 else 2**-4  # at most, relative to the largest

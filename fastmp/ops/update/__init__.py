@@ -250,7 +250,7 @@ def _widened(row: TensorRow, rule: int, seed: int) -> Iterator[Sequence[Tensor]]
     yield wide
     words = state_kinds.random_words(seed, row.step, row.param_index, row.param.numel())
     for i, (values, state) in enumerate(zip(wide, kept, strict=True)):
-        state_kinds.store(values, *state, state_kinds.bits_for_state(words, i))
+        state_kinds.store(values, *state, state_kinds.bits_for_state(words, i, row.states[i].dtype))
 
 
 registry.define("update")

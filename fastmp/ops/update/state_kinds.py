@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmp.backends.native_table import is_dense
 
 BLOCK = 32  # elements that share a scale
+DROPPED = {torch.bfloat16: 16, torch.uint8: 19}  # bits of an fp32 number that rounding cuts off
 _LEAST_SCALE = 32
 
 
@@ -62,7 +63,7 @@ def store(
     Args:
         values: fp32, in the strides of ``state``.
         state, quantity, scales: as of ``load``.
-        random: 16 bits for each element, int64; None: round to nearest.
+        random: for each element the bits of ``bits_for_state``, int64; None: round to nearest.
     """
     values = flat(values)
     if state.dtype == torch.uint8:
@@ -113,7 +114,7 @@ def _encode(values: Tensor, quantity: Quantity, random: Tensor | None) -> tuple[
     shifted = _bits(_float(magnitude) + torch.where(subnormal, smallest, 0.0))
     base = (scale << 23) - torch.where(subnormal, 0, 1 << 23)
     nearest = random is None or quantity is Quantity.MAXIMUM
-    dropped = 1 << 18 if nearest or random is None else (random << 3) + 4
+    dropped = 1 << 18 if nearest or random is None else random
     code = (shifted + dropped - base) >> 19
     code = code.clamp(0 if signed else 1, 0x7F if signed else 0xFF)
     code = code | torch.where((bits >> 31 == 1) & signed, 0x80, 0)
@@ -140,13 +141,16 @@ def _mix(x: int) -> int:
 
 
 def random_words(seed: int, step: Tensor, param_index: int, numel: int) -> Tensor:
-    """32 random bits for each element of a parameter at a step, int64."""
+    """32 random bits for each element of a parameter at a step, int64; four share a hash."""
     key = _mix((seed + 0x9E3779B97F4A7C15) & _MASK64)
     for part in (int(np.float32(float(step)).view(np.uint32)), param_index, 0):
         key = _mix(key + part & _MASK64)
-    x = torch.arange(numel, device=step.device) ^ (key & 0xFFFFFFFF)
+    elements = torch.arange(numel, device=step.device)
+    x = (elements >> 2) ^ (key & 0xFFFFFFFF)
     x = ((x ^ x >> 16) * 0x7FEB352D + (key >> 32)) & 0xFFFFFFFF
     x = _low_product(x ^ x >> 15, 0x846CA68B)
+    for place in range(3):
+        x = torch.where(elements % 4 > place, _low_product(x, 0x2C9277B5), x)
     return x ^ x >> 16
 
 
@@ -156,6 +160,13 @@ def _low_product(x: Tensor, factor: int) -> Tensor:
     return high + x * (factor & 0xFFFF) & 0xFFFFFFFF
 
 
-def bits_for_state(words: Tensor, index: int) -> Tensor:
-    """The 16 bits of a state: the first and the second share a word."""
-    return words & 0xFFFF if index == 0 else words >> 16
+def bits_for_state(words: Tensor, index: int, dtype: torch.dtype) -> Tensor:
+    """The random bits of a state, as many as rounding drops: the first and the second share a word.
+
+    Args:
+        words: of ``random_words``.
+        index: of the state.
+        dtype: bf16, or uint8 for codes.
+    """
+    dropped = DROPPED[dtype]
+    return words & ((1 << dropped) - 1) if index == 0 else words >> (32 - dropped)

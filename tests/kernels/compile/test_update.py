@@ -32,9 +32,13 @@ def build(*cases):
         torch.get_num_threads()
     ) as pool:  # NVRTC does not hold the interpreter's lock
         kernels = list(pool.map(one, ARCHITECTURES))
+    eight_bits = any(len(kind) > 4 and kind[4] == 2 for kind in cases)
     for kernel in kernels:
         where = f"sm_{kernel.arch}, {kernel.registers} registers"
-        assert kernel.stays_in_registers(), f"{where}: spills"
+        # 8 bits: up to 4 words of a row's setup, read between its loops. 24 warps with 40 bytes of
+        # them took 0.55 ms on an H200 (105 M, bf16), 16 warps with none 0.60.
+        few = eight_bits and kernel.local == 0 and kernel.stack <= 16
+        assert few or kernel.stays_in_registers(), f"{where}: spills"
     return kernels
 
 
@@ -71,14 +75,20 @@ def test_split_fp16_masters(state):
 
 
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize(("state", "bits"), [(1, 64), (2, 32)], ids=["bf16", "8 bits"])
-def test_narrow_states(kept, state, bits):
-    """No spills; both states in one access of 4 elements, both ways."""
+@pytest.mark.parametrize("state", [1, 2], ids=["bf16", "8 bits"])
+def test_narrow_states(kept, state):
+    """Both states in one access of 64 bits, both ways: 4 elements in bf16, 8 of 8 bits."""
     before = build((0, *KEPT[kept]))
     for plain, kernel in zip(before, build((0, *KEPT[kept], state)), strict=True):
-        for access in (r"LD\.E\.128.*", r"ST\.E\.128.*"):
-            assert kernel.count(access) == plain.count(access) - 2
-        if bits == 64:
+        if state == 2:
+            reads, writes = {"fp32": (4, 2), "fp16": (4, 3), "bf16 split": (3, 2)}[kept]
+            assert kernel.count(r"LD\.E\.128.*") == reads
+            assert kernel.count(r"ST\.E\.128.*") == writes
+            assert kernel.count(r"LD\.E\.64.*") >= 2
+            assert kernel.count(r"ST\.E\.64.*") >= 2
+        else:
+            for access in (r"LD\.E\.128.*", r"ST\.E\.128.*"):
+                assert kernel.count(access) == plain.count(access) - 2
             assert kernel.count(r"LD\.E\.64.*") == plain.count(r"LD\.E\.64.*") + 2
             assert kernel.count(r"ST\.E\.64.*") == plain.count(r"ST\.E\.64.*") + 2
         assert kernel.occupancy() >= 0.33

@@ -41,7 +41,7 @@ FASTMP_DEVICE T shuffle_down(T value, int offset) {
   return value;
 }
 
-constexpr int kGroup = kWarp;
+constexpr int kGroup = 4;
 FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
   Block& block = *here.block;
   std::barrier<>& warp = block.warp[here.thread / kWarp];
