@@ -222,12 +222,23 @@ def tune_loss(device: str, small: bool, deadline: float) -> Iterator[Finding]:
 
 
 def ring_candidates(present: Ring, row_bytes: int, sm_shared: int) -> list[Ring]:
-    """Other numbers of threads, of blocks on a multiprocessor and of blocks for a row."""
-    shapes = [(128, 7), (128, 6), (256, 4), (256, 3), (256, 2), (512, 2), (512, 1), (768, 1)]
+    """Other numbers of threads, of blocks and of vectors of a chunk for a thread."""
+    shapes = [
+        (64, 8),
+        (128, 7),
+        (128, 5),
+        (256, 4),
+        (256, 3),
+        (256, 2),
+        (512, 2),
+        (512, 1),
+        (768, 1),
+    ]
     sizes = [
-        RingSize(row_bytes, threads, cluster, blocks)
+        RingSize(row_bytes, threads, cluster, blocks, each)
         for cluster in (1, 2)
         for threads, blocks in shapes
+        for each in (1, 2)
     ]
     made = [ring_of(size, row_bytes, sm_shared) for size in sizes]
     same = present.size._replace(row_bytes=row_bytes)

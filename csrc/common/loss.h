@@ -39,14 +39,24 @@ FASTMP_FN LossCoefs<Real> loss_coefs(Real mix_a, Real mix_b, Real w_a, Real w_b,
   return k;
 }
 
-/* The gradient at a target t of class weight w. coef: its target_coef; other_coef: that of the
- * other target, if that is another class. */
 template <class Real>
-FASTMP_FN Real target_gradient(Real coef, Real other_coef, Real smooth_coef, Real w,
-                               Real weight_total, Real exp_t, Real others, Real inv_sum_exp) {
-  const Real away = other_coef + smooth_coef * (weight_total - w);
-  const Real towards = coef + smooth_coef * w;
-  return (away * exp_t - towards * others) * inv_sum_exp;
+struct TargetCoefs {
+  Real away, towards;
+};
+
+/* Of a target t of class weight w. coef: its target_coef; other_coef: that of the other target, if
+ * that is another class. */
+template <class Real>
+FASTMP_FN TargetCoefs<Real> target_coefs(Real coef, Real other_coef, Real smooth_coef, Real w,
+                                         Real weight_total) {
+  return {other_coef + smooth_coef * (weight_total - w), coef + smooth_coef * w};
+}
+
+/* The gradient at a target. */
+template <class Real>
+FASTMP_FN Real target_gradient(const TargetCoefs<Real>& k, Real exp_t, Real others,
+                               Real inv_sum_exp) {
+  return (k.away * exp_t - k.towards * others) * inv_sum_exp;
 }
 
 }  // namespace fastmp

@@ -260,8 +260,8 @@ void fix_target_logits(const Problem& problem, const Targets& targets, const Gra
   const double per_sum = 1.0 / row.sum_exp();
   const auto fix = [&](const Target& t, double coef, double other_coef, double exp_t,
                        double others) {
-    const double g = target_gradient(coef, other_coef, k.smooth_coef, t.w, problem.weight_total,
-                                     exp_t, others, per_sum);
+    const auto at_t = target_coefs(coef, other_coef, k.smooth_coef, t.w, problem.weight_total);
+    const double g = target_gradient(at_t, exp_t, others, per_sum);
     store(static_cast<float>(g), &grad[t.y]);
   };
   fix(targets.larger, k.target_coef_a, k.target_coef_b, row.larger, row.others);

@@ -70,15 +70,12 @@ FASTMP_DEVICE void arrive_expecting(SharedAddress barrier, int32_t bytes) {
 }
 
 FASTMP_DEVICE void wait(SharedAddress barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
+  asm volatile(
+      "{\n\t.reg .pred p;\n"
+      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t@!p bra again;\n\t}" ::
+          "r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 /* Starts a copy of bytes from global memory, a multiple of 16 at addresses that are. */
@@ -106,6 +103,13 @@ FASTMP_DEVICE void sync_first_threads() {
 template <class T>
 FASTMP_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+/* The largest of the values of a warp; none is NaN. Their bits, as integers in the same order. */
+FASTMP_DEVICE float max_over_warp(float value) {
+  const auto ordered = [](int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); };
+  const int32_t own = ordered(static_cast<int32_t>(bits_of(value)));
+  return float_from_bits(static_cast<uint32_t>(ordered(__reduce_max_sync(0xffffffffu, own))));
 }
 
 /* ---- clusters ---- */
@@ -192,6 +196,14 @@ FASTMP_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b, f16) {
   return c;
 }
 
+/* Two finite numbers, the lowest. */
+FASTMP_DEVICE constexpr uint32_t lowest_pair(bf16) {
+  return 0xff7fff7fu;
+}
+FASTMP_DEVICE constexpr uint32_t lowest_pair(f16) {
+  return 0xfbfffbffu;
+}
+
 /* The values of a word, the first one from its lower half. */
 FASTMP_DEVICE void unpack(uint32_t pair, float& low, float& high, bf16) {
   low = float_from_bits(pair << 16);
@@ -214,10 +226,10 @@ FASTMP_DEVICE uint32_t pack(float low, float high, f16) {
   return pair;
 }
 
-/* Written once and not read by this kernel. */
+/* Without a hint that it is not read again: that costs 0.5 to 2% (H200). */
 template <class T>
-FASTMP_DEVICE void store_streaming(T value, T* to) {
-  __stcs(to, value);
+FASTMP_DEVICE void store_vector(T value, T* to) {
+  *to = value;
 }
 
 }  // namespace fastmp

@@ -13,18 +13,23 @@
  * ignored are not read. A kernel that reads the row twice from memory moves 6 instead of 4.
  *
  * A row goes through the ring of loss_ring.h. As its chunks arrive each thread takes its 16 bytes
- * of them into a running maximum and sum; the block meets once, with a cluster of two once more;
- * the chunks are read a second time, from shared memory, and the gradient is written. Meanwhile the
- * producer fills the chunks that are given back. Rows that no multiprocessor holds are halved
- * between two blocks of a cluster.
+ * of them into sums; the block meets once, with a cluster of two once more; the chunks are read a
+ * second time, from shared memory, and the gradient is written. Meanwhile the producer fills the
+ * chunks that are given back. Rows that no multiprocessor holds are halved between two blocks of a
+ * cluster.
+ *
+ * A thread's sums are relative to the largest logit of its first vector, and not to a running
+ * maximum, which would change in nearly every chunk of some lane: terms of up to 2^64 harm no fp32
+ * sum. Where they are larger the thread goes over the row once more, relative to its own maximum,
+ * which it knows by then. An exponent is one multiply_add (Reference in loss_sums.h), smoothing
+ * adds up the exponents themselves.
  *
  * Cycles, for 8,192 x 32,000 in bf16 on an H200: at 84% of a copy a multiprocessor has 8,300 for a
- * row. Two exponentials a logit are 4,250 of them on its 16 special-function lanes; 12 and 10
- * instructions a logit (SASS, with smoothing), which 128 lanes issue, are 5,600, and overlap with
- * those. backends/cuda/loss.py has the sizes, and what a prototype reached with them; this kernel
- * has not run on a GPU yet. z - row_max is a
- * subtraction of its own: as z log2(e) - row_max log2(e), one instruction less, it would be wrong
- * by the rounding of the second product, 2^64 at -1e9 in all places.
+ * row. Two exponentials a logit are 4,000 of them on its 16 special-function lanes, and overlap
+ * with the instructions, which 128 lanes issue: 7.5 a logit in the first pass and 7 in the second
+ * (SASS, with smoothing), 6.4 and 5.9 where a thread has two vectors of a chunk, and about 450 a
+ * warp for what is done once a row. That is 5,400 with 16 warps. Twelve and ten a logit were 8,400,
+ * all of them, and 77% of a copy.
  *
  * Every sum has one order: 16 bytes, chunks, lanes, warps, halves. */
 #include "loss_gradient.h"
@@ -41,48 +46,115 @@ struct Consumer {
   const fastmp_ring_args& args;
   const Ring<K>& ring;
   Shared& shared;
-  Constants constants;
   int32_t rank;
   Cursor at;     /* of the next row's first chunk */
   int32_t count; /* rows so far */
 
-  /* This thread's 16 bytes of a chunk. */
-  __device__ __forceinline__ Vector read_vector(const Cursor& chunk) const {
+  /* This thread's 16 bytes number i of a chunk. */
+  __device__ __forceinline__ Vector read_vector(const Cursor& chunk, int i) const {
     Vector v;
-    v.bits = load_shared(ring.chunk(chunk) + 16 * thread(), Bits());
+    v.bits = load_shared(ring.chunk(chunk) + 16 * thread() + 16 * K::threads * i, Bits());
     return v;
   }
 
+  /* The first class of this thread in a row, and the class after the last vector. */
+  __device__ __forceinline__ int32_t first_of(const Slice<T>& slice) const {
+    return slice.first + thread() * n;
+  }
+  __device__ __forceinline__ int32_t end_of(const Slice<T>& slice) const {
+    return slice.first + slice.vectors * n;
+  }
+
+  /* ---- first pass ---- */
+
+  /* To the largest logit of the thread's first vector: sums and exponentials that are relative to
+   * it are seldom too large. */
+  __device__ __forceinline__ Reference first_reference(const Slice<T>& slice) const {
+    Top<T> top;
+    if (first_of(slice) < end_of(slice)) {
+      wait(ring.full(at.slot), at.parity);
+      top.raise(read_vector(at, 0));
+    }
+    return reference_to(top.value());
+  }
+
+  /* y: class of the thread's first logit. checked: the chunk may be the last one, or a target's. */
+  template <bool checked>
+  __device__ __forceinline__ void add_chunk(Sums& sums, Top<T>& top, const Reference& reference,
+                                            const Cursor& chunk, int32_t y, int32_t end,
+                                            const Targets& targets, float* target_logits) const {
+    wait(ring.full(chunk.slot), chunk.parity);
+#pragma unroll
+    for (int i = 0; i < K::each; ++i) {
+      const int32_t own = y + i * K::threads * n;
+      if (checked && own >= end) break;
+      const Vector v = read_vector(chunk, i);
+      top.raise(v);
+      float z[n];
+      unpack_vector<K>(v, z);
+      add<K, checked>(sums, reference, z, own, args.weight, targets, target_logits);
+    }
+  }
+
+  /* Chunks between those that are checked do not look for targets and for the end. */
   __device__ __forceinline__ Sums sum_chunks(const Slice<T>& slice, const Targets& targets,
+                                             const Reference& reference,
                                              float* target_logits) const {
     Sums sums = kNothing;
+    Top<T> top;
     Cursor chunk = at;
-    int32_t y = slice.first + thread() * n; /* class of this thread's first logit */
-    const int32_t end = slice.first + slice.vectors * n;
+    const int32_t end = end_of(slice);
+    int32_t begin = slice.first, y = first_of(slice);
+    while (begin < end) {
+      /* The chunk of a target, or else the last one. */
+      int32_t stop = end - K::chunk_logits;
+      if (targets.a >= begin) stop = min_of(stop, targets.a - K::chunk_logits);
+      if (targets.b >= begin) stop = min_of(stop, targets.b - K::chunk_logits);
 #pragma unroll 1
-    for (int32_t begin = slice.first; begin < end; begin += K::threads * n) {
-      wait(ring.full(chunk.slot), chunk.parity);
-      if (y < end) {
-        const Vector v = read_vector(chunk);
-        float z[n];
-        unpack_vector<K>(v, z);
-        add<K>(sums, z, max_of<K>(v, z), y, args.weight, targets, target_logits);
+      for (; begin <= stop; begin += K::chunk_logits, y += K::chunk_logits) {
+        add_chunk<false>(sums, top, reference, chunk, y, end, targets, target_logits);
+        chunk.advance(ring.slots);
       }
-      y += K::threads * n;
+      if (begin >= end) break;
+      add_chunk<true>(sums, top, reference, chunk, y, end, targets, target_logits);
       chunk.advance(ring.slots);
+      begin += K::chunk_logits;
+      y += K::chunk_logits;
+    }
+    sums.max = top.value();
+    if constexpr (K::smooth == Smooth::equal) {
+      const int32_t mine = (slice.vectors - thread() + K::threads - 1) / K::threads;
+      sums.count = static_cast<float>(mine * n);
     }
     return sums;
   }
 
-  __device__ __forceinline__ Totals sum_over_block(Sums sums) const {
-    Sums* warps = shared.warps[count & 1];
-    sums = sum_over_warp<K>(sums);
-    if (thread() % kWarp == 0) warps[thread() / kWarp] = sums;
-    sync_first_threads<K::threads>();
-    const int32_t lane = thread() % kWarp;
-    const float* z = shared.target_logits[count & 1];
-    return {sum_over_warp<K>(lane < K::warps ? warps[lane] : kNothing), z[0], z[1]};
+  /* Over this thread's part of a row. */
+  __device__ __forceinline__ Sums sum_row(const Slice<T>& slice, const Targets& targets,
+                                          const Reference& reference, int32_t edge,
+                                          float edge_logit) const {
+    float* target_logits = shared.target_logits[count & 1];
+    Sums sums = sum_chunks(slice, targets, reference, target_logits);
+    if (edge >= 0) {
+      float z[1] = {edge_logit};
+      sums.max = larger(sums.max, edge_logit);
+      if (K::smooth == Smooth::equal) sums.count += 1.0f;
+      add<K, true>(sums, reference, z, edge, args.weight, targets, target_logits);
+    }
+    return sums;
   }
+
+  __device__ __forceinline__ Totals sum_over_block(const Sums& sums,
+                                                   const Reference& reference) const {
+    Sums* warps = shared.warps[count & 1];
+    const Sums warp = sum_over_warp<K>(sums, reference);
+    if (thread() % kWarp == 0) warps[thread() / kWarp] = warp;
+    sync_first_threads<K::threads>();
+    const float* z = shared.target_logits[count & 1];
+    return {sum_over_warps<K>(warps), z[0], z[1]};
+  }
+
+  /* ---- second pass ---- */
 
   /* All lanes of the warp have read the chunk for the last time. */
   __device__ __forceinline__ void give_back(const Cursor& chunk) const {
@@ -90,139 +162,159 @@ struct Consumer {
     if (thread() % kWarp == 0) arrive(ring.empty(chunk.slot));
   }
 
+  template <bool checked>
+  __device__ __forceinline__ void write_chunk(const Gradient& g, int32_t y, int32_t end, T* to) {
+    Vector v[K::each];
+#pragma unroll
+    for (int i = 0; i < K::each; ++i) {
+      if (!checked || y + i * K::threads * n < end) v[i] = read_vector(at, i);
+    }
+    give_back(at);
+    at.advance(ring.slots);
+#pragma unroll
+    for (int i = 0; i < K::each; ++i) {
+      const int32_t own = y + i * K::threads * n;
+      if (checked && own >= end) break;
+      float z[n];
+      unpack_vector<K>(v[i], z);
+      for (int e = 0; e < n; ++e) z[e] = gradient_at<K>(g, z[e], own + e, args.weight);
+      store_vector(pack_vector<K>(z), reinterpret_cast<Bits*>(to + i * K::threads * n));
+    }
+  }
+
   __device__ __forceinline__ void write_vectors(const Slice<T>& slice, const Gradient& g, T* grad) {
-    int32_t y = slice.first + thread() * n;
-    const int32_t end = slice.first + slice.vectors * n;
+    const int32_t end = end_of(slice);
+    int32_t begin = slice.first, y = first_of(slice);
     T* to = grad + y;
 #pragma unroll 1
-    for (int32_t begin = slice.first; begin < end; begin += K::threads * n) {
-      Vector v;
-      if (y < end) v = read_vector(at);
-      give_back(at);
-      at.advance(ring.slots);
-      if (y < end) {
-        float z[n];
-        unpack_vector<K>(v, z);
-        gradients_at<K>(g, z, y, args.weight);
-        store_streaming(pack_vector<K>(z), reinterpret_cast<Bits*>(to));
-      }
-      y += K::threads * n;
-      to += K::threads * n;
+    for (; begin <= end - K::chunk_logits; begin += K::chunk_logits) {
+      write_chunk<false>(g, y, end, to);
+      y += K::chunk_logits;
+      to += K::chunk_logits;
     }
+    if (begin < end) write_chunk<true>(g, y, end, to);
   }
 
   /* The gradient starts elsewhere within 16 bytes: neighbouring threads take neighbouring logits,
    * 64 bytes a warp and store. */
   __device__ __forceinline__ void write_elements(const Slice<T>& slice, const Gradient& g,
                                                  T* grad) {
-    const int32_t end = slice.first + slice.vectors * n;
+    const int32_t end = end_of(slice);
 #pragma unroll 1
-    for (int32_t begin = slice.first; begin < end; begin += K::threads * n) {
+    for (int32_t begin = slice.first; begin < end; begin += K::chunk_logits) {
       const int32_t y = begin + thread();
       const SharedAddress from = ring.chunk(at) + thread() * sizeof(T);
-      T items[n];
-      for (int e = 0; e < n; ++e) {
+      T items[n * K::each];
+#pragma unroll
+      for (int e = 0; e < n * K::each; ++e) {
         if (y + e * K::threads < end) {
           items[e] = load_shared(from + e * K::threads * sizeof(T), T());
         }
       }
       give_back(at);
       at.advance(ring.slots);
-      for (int e = 0; e < n; ++e) {
+#pragma unroll
+      for (int e = 0; e < n * K::each; ++e) {
         const int32_t own = y + e * K::threads;
         if (own < end) write_element(g, to_float(items[e]), own, grad);
       }
     }
   }
 
-  __device__ __forceinline__ void write_element(const Gradient& g, float value, int32_t y,
+  __device__ __forceinline__ void write_element(const Gradient& g, float z, int32_t y,
                                                 T* grad) const {
-    float z[1] = {value};
-    gradients_at<K>(g, z, y, args.weight);
-    store(z[0], grad + y);
+    store(gradient_at<K>(g, z, y, args.weight), grad + y);
   }
 
-  /* Returns the targets of the turn after it. */
-  __device__ __forceinline__ Targets take_row(int32_t row, const Targets& targets,
-                                              int32_t next_turn) {
-    const Slice<T> slice = slice_of<K>(args, row, rank);
-    const int32_t edge = edge_class<K>(slice, args.classes, rank);
-    const float edge_logit = edge >= 0 ? to_float(slice.logits[edge]) : 0.0f;
-    float* target_logits = shared.target_logits[count & 1];
-    Sums sums = sum_chunks(slice, targets, target_logits);
-    if (edge >= 0) {
-      float z[1] = {edge_logit};
-      add<K>(sums, z, edge_logit, edge, args.weight, targets, target_logits);
+  /* Over what this thread has written, where that is a target's. */
+  __device__ __forceinline__ void write_target(const Slice<T>& slice, int32_t y, float value,
+                                               int32_t edge, T* grad) const {
+    const int32_t past = y - slice.first;
+    const int32_t unit = K::aligned ? past / n : past;
+    const bool in_vectors = past >= 0 && y < end_of(slice);
+    const bool own = in_vectors ? unit % K::threads == thread() : y >= 0 && y == edge;
+    if (own) store(value, grad + y);
+  }
+
+  __device__ __forceinline__ void take_row() {
+    wait(ring.full(at.slot), at.parity);
+    const Plan<T>& plan = ring.plans[at.slot];
+    if (plan.targets.are_ignored()) {
+      take_ignored_row(plan);
+      give_back(at);
+      at.advance(ring.slots);
+      return;
     }
-    const RowWeights weights = load_row_weights(args, constants, targets, row);
-    const TargetPair next = read_targets(args, next_turn); /* both while the block adds up */
-    Totals totals = sum_over_block(sums);
+    int32_t edge;
+    float edge_logit;
+    Reference reference;
+    Sums sums;
+    {
+      const Slice<T> slice = plan.slice;
+      const Targets targets = plan.targets;
+      edge = edge_class<K>(slice, args.classes, rank);
+      edge_logit = edge >= 0 ? to_float(slice.logits[edge]) : 0.0f;
+      reference = first_reference(slice);
+      for (;;) {
+        sums = sum_row(slice, targets, reference, edge, edge_logit);
+        if (!(reference.exponent(sums.max) > kFar)) break;
+        reference = reference_to(sums.max); /* the sums may be inf: once more */
+      }
+    }
+    Totals totals = sum_over_block(sums, reference);
+    const Targets targets = plan.targets;
     if constexpr (K::cluster > 1) {
-      totals = sum_over_cluster(totals, targets, slice.split, rank, count, shared);
+      totals = sum_over_cluster(totals, targets, plan.slice.split, rank, count, shared);
     }
     ++count;
-    const Gradient g =
-        finish_row(args, constants, totals, targets, weights, row, thread() == 0 && rank == 0);
-    T* grad = static_cast<T*>(args.grad) + static_cast<int64_t>(row) * args.classes;
+    const bool stores_loss = thread() == K::threads - kWarp && rank == 0;
+    const Gradient g = finish_row(args, totals, plan, stores_loss);
+    const Slice<T> slice = plan.slice; /* the plan is given back with the first chunk */
+    T* grad = plan.grad;
     if constexpr (K::aligned) {
       write_vectors(slice, g, grad);
     } else {
       write_elements(slice, g, grad);
     }
+    if (slice.vectors == 0) { /* a chunk without bytes */
+      give_back(at);
+      at.advance(ring.slots);
+    }
     if (edge >= 0) write_element(g, edge_logit, edge, grad);
-    return classes_of(args, next);
+    write_target(slice, targets.a, g.at_a, edge, grad);
+    write_target(slice, targets.b, g.at_b, edge, grad);
   }
 
   /* Loss and gradient 0; the loss is NaN where a divisor is 0, as torch's. */
-  __device__ __forceinline__ void take_ignored_row(int32_t row, const Targets& targets) const {
-    const Slice<T> slice = slice_of<K>(args, row, rank);
+  __device__ __forceinline__ void take_ignored_row(const Plan<T>& plan) const {
+    const Slice<T> slice = plan.slice;
     const int32_t edge = edge_class<K>(slice, args.classes, rank);
-    T* grad = static_cast<T*>(args.grad) + static_cast<int64_t>(row) * args.classes;
-    T* to = grad + slice.first;
+    T* to = plan.grad + slice.first;
     if constexpr (K::aligned) {
       const float zeros[n] = {};
 #pragma unroll 1
       for (int32_t i = thread(); i < slice.vectors; i += K::threads) {
-        store_streaming(pack_vector<K>(zeros), reinterpret_cast<Bits*>(to) + i);
+        store_vector(pack_vector<K>(zeros), reinterpret_cast<Bits*>(to) + i);
       }
     } else {
 #pragma unroll 1
       for (int32_t i = thread(); i < slice.vectors * n; i += K::threads) store(0.0f, to + i);
     }
-    if (edge >= 0) store(0.0f, grad + edge);
+    if (edge >= 0) store(0.0f, plan.grad + edge);
     if (thread() == 0 && rank == 0) {
-      const RowWeights w = load_row_weights(args, constants, targets, row);
-      store_loss(args, constants, {kNothing, 0.0f, 0.0f}, {0.0f, 0.0f, 1.0f, 1.0f}, targets, w,
-                 row);
+      store_loss(args, {kNothing, 0.0f, 0.0f}, {0.0f, 0.0f, 1.0f, 1.0f}, plan);
     }
   }
 };
 
 /* ---- kernels ---- */
 
-/* The sum of the partials, in one order, in every lane. */
-FASTMP_DEVICE float inv_divisor(const float* partials) {
-  float sum = 0.0f;
-  for (int32_t i = thread() % kWarp; i < kDivisorParts; i += kWarp) sum += read_only(partials + i);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  return reciprocal(sum);
-}
-
-FASTMP_DEVICE Constants load_constants(const fastmp_ring_args& args) {
-  const float* partials = args.divisor_partials;
-  const bool pair = args.target_b != nullptr;
-  return {partials == nullptr ? 1.0f : inv_divisor(partials),
-          partials == nullptr || !pair ? 1.0f : inv_divisor(partials + kDivisorParts),
-          args.grad_output == nullptr ? 1.0f : read_only(args.grad_output),
-          args.weight == nullptr ? static_cast<float>(args.classes) : read_only(args.weight_total)};
-}
-
 /* K::threads consumers and one warp of which a thread is the producer. */
 template <class K>
 FASTMP_DEVICE void take_rows(const fastmp_ring_args& args) {
   FASTMP_DYNAMIC_SHARED(memory);
   FASTMP_SHARED(Shared, shared);
-  const Ring<K> ring = Ring<K>::in(shared_address(memory), args.slots);
+  const Ring<K> ring = Ring<K>::in(memory, args.slots);
   const int32_t rank = K::cluster > 1 ? rank_in_cluster() : 0;
   if (thread() == 0) {
     ring.init_barriers();
@@ -234,21 +326,13 @@ FASTMP_DEVICE void take_rows(const fastmp_ring_args& args) {
   if constexpr (K::cluster > 1) sync_cluster();
   const int32_t first = block() / K::cluster, step = blocks() / K::cluster;
   if (thread() >= K::threads) {
-    if (thread() == K::threads) produce<K>(args, ring, first, step, rank);
+    const Constants constants = load_constants(args);
+    if (thread() == K::threads) produce<K>(args, ring, constants, first, step, rank);
     sync_warp();
   } else {
-    Consumer<K> consumer = {args, ring, shared, load_constants(args), rank, {0, 0u}, 0};
-    Targets targets = load_targets(args, first);
+    Consumer<K> consumer = {args, ring, shared, rank, {0, 0u}, 0};
 #pragma unroll 1
-    for (int32_t turn = first; turn < args.rows; turn += step) {
-      const int32_t row = row_at(args, turn);
-      if (targets.are_ignored()) {
-        consumer.take_ignored_row(row, targets);
-        targets = load_targets(args, turn + step);
-      } else {
-        targets = consumer.take_row(row, targets, turn + step);
-      }
-    }
+    for (int32_t turn = first; turn < args.rows; turn += step) consumer.take_row();
   }
   /* The other block may still write to this one's shared memory. */
   if constexpr (K::cluster > 1) sync_cluster();

@@ -7,7 +7,30 @@
 namespace fastmp {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.693147182f;
 constexpr float kLowest = -3.402823466e38f; /* finite: -inf - kLowest is -inf, and not NaN */
+
+/* ---- exponentials ---- */
+
+/* e^z = 2^(scale z - offset) 2^distance, the first factor by one multiply_add: for the largest
+ * logit z_max, offset = log2(e) z_max is rounded, by up to 64 at 2^30, but the same for all logits.
+ * From there on neighbouring fp32 numbers are so far apart that base 2 gives 0 and 1 as base e. */
+struct Reference {
+  float scale, offset;
+
+  __device__ __forceinline__ float exponent(float z) const {
+    return multiply_add(z, scale, -offset);
+  }
+};
+
+constexpr float kHuge = 1073741824.0f;
+/* Exponents that a sum may hold: 2^64 2^20 logits is finite. */
+constexpr float kFar = 64.0f;
+
+FASTMP_DEVICE Reference reference_to(float z) {
+  const float scale = z < kHuge && z > -kHuge ? kLog2E : 1.0f;
+  return {scale, z * scale};
+}
 
 /* ---- sums over a row ---- */
 
@@ -29,19 +52,42 @@ FASTMP_DEVICE void raise(Sums& sums, float max) {
   sums.max = max;
 }
 
-/* The sums over the 32 lanes, in every lane. */
-template <class K>
-FASTMP_DEVICE Sums sum_over_warp(Sums sums) {
-  float max = sums.max;
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) max = larger(max, shuffle_xor(max, mask));
-  raise(sums, max);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+/* The sums over groups of `lanes` lanes, in each of them; of one maximum. */
+template <class K, int lanes>
+FASTMP_DEVICE void add_lanes(Sums& sums) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
     sums.others += shuffle_xor(sums.others, mask);
     if constexpr (K::smooth != Smooth::none) {
       sums.below += shuffle_xor(sums.below, mask);
       sums.count += shuffle_xor(sums.count, mask);
     }
   }
+}
+
+/* The sums over the 32 lanes, in every lane. Before, others = Σ 2^exponent and below = Σ w exponent
+ * of a thread's own reference. */
+template <class K>
+FASTMP_DEVICE Sums sum_over_warp(Sums sums, const Reference& reference) {
+  sums.max = max_over_warp(sums.max);
+  const float distance = -reference.exponent(sums.max);
+  sums.others *= exp2_fast(distance);
+  if (sums.count > 0.0f) {
+    const float ln_base = reference.scale == 1.0f ? 1.0f : kLn2;
+    sums.below = ln_base * multiply_add(sums.count, distance, sums.below);
+  }
+  add_lanes<K, kWarp>(sums);
+  return sums;
+}
+
+/* Of all warps, in every lane; a power of two of lanes has them all. */
+template <class K>
+FASTMP_DEVICE Sums sum_over_warps(const Sums* warps) {
+  constexpr int lanes = K::warps > 16 ? 32 : K::warps > 8 ? 16 : K::warps > 4 ? 8 : 4;
+  static_assert(K::warps <= kWarp && lanes >= K::warps, "one lane for each");
+  const int32_t lane = thread() % min_of(lanes, kWarp);
+  Sums sums = lane < K::warps ? warps[lane] : kNothing;
+  raise(sums, max_over_warp(sums.max));
+  add_lanes<K, min_of(lanes, kWarp)>(sums);
   return sums;
 }
 
@@ -117,20 +163,30 @@ FASTMP_DEVICE Bits pack_vector(const float (&values)[K::vector]) {
   return v.bits;
 }
 
-/* The largest of the values of v, which z has in fp32. */
-template <class K>
-FASTMP_DEVICE float max_of(const Vector& v, const float (&z)[K::vector]) {
-  if constexpr (K::vector == 4) {
-    return larger(larger(z[0], z[1]), larger(z[2], z[3]));
-  } else {
-    typedef typename K::T T;
+/* The largest logit so far; of 16-bit logits in each half of a word. */
+template <class T>
+struct Top {
+  uint32_t pair = lowest_pair(T());
+
+  __device__ __forceinline__ void raise(const Vector& v) {
+    pair = larger_pair(larger_pair(pair, v.words[0], T()), v.words[1], T());
+    pair = larger_pair(larger_pair(pair, v.words[2], T()), v.words[3], T());
+  }
+  __device__ __forceinline__ float value() const {
     float low, high;
-    unpack(larger_pair(larger_pair(v.words[0], v.words[1], T()),
-                       larger_pair(v.words[2], v.words[3], T()), T()),
-           low, high, T());
+    unpack(pair, low, high, T());
     return larger(low, high);
   }
-}
+};
+template <>
+struct Top<float> {
+  float max = kLowest;
+
+  __device__ __forceinline__ void raise(const Vector& v) {
+    for (int i = 0; i < 4; ++i) max = larger(max, float_from_bits(v.words[i]));
+  }
+  __device__ __forceinline__ float value() const { return max; }
+};
 
 template <int n>
 FASTMP_DEVICE float sum_of(const float (&values)[n]) {
@@ -140,19 +196,16 @@ FASTMP_DEVICE float sum_of(const float (&values)[n]) {
   if constexpr (n > 1) return sum_of(pairs);
 }
 
-/* Σ w (z - max) of n classes from `at` on; counts their weights. */
+/* Σ w exponent of n classes from `at` on; counts class weights, if there are any. */
 template <class K, int n>
-FASTMP_DEVICE float weighted_sum(Sums& sums, const float (&below)[n], int32_t at,
+FASTMP_DEVICE float weighted_sum(Sums& sums, const float (&exponents)[n], int32_t at,
                                  const float* weight) {
-  if constexpr (K::smooth == Smooth::equal) {
-    sums.count += static_cast<float>(n);
-    return sum_of(below);
-  }
+  if constexpr (K::smooth == Smooth::equal) return sum_of(exponents);
   float terms[n];
   for (int i = 0; i < n; ++i) {
     const float w = read_only(weight + at + i);
     sums.count += w;
-    terms[i] = w * below[i];
+    terms[i] = w * exponents[i];
   }
   return sum_of(terms);
 }
@@ -162,23 +215,25 @@ FASTMP_DEVICE bool is_among(int32_t y, int32_t at) {
   return static_cast<uint32_t>(y - at) < static_cast<uint32_t>(n);
 }
 
-/* Adds the logits of n classes from `at` on, of which the largest is max; keeps those of targets.
- */
-template <class K, int n>
-FASTMP_DEVICE void add(Sums& sums, float (&z)[n], float max, int32_t at, const float* weight,
-                       const Targets& targets, float* target_logits) {
-  if (max > sums.max) raise(sums, max);
-  const bool has_target = is_among<n>(targets.a, at) || is_among<n>(targets.b, at);
-  if (has_target) {
-    for (int i = 0; i < n; ++i) {
-      if (targets.a == at + i) target_logits[0] = z[i];
-      if (targets.b == at + i) target_logits[1] = z[i];
+/* Adds the logits of n classes from `at` on, and makes them exponentials: 0 for targets, whose
+ * logits it keeps. has_targets: whether targets may be among them. */
+template <class K, bool has_targets, int n>
+FASTMP_DEVICE void add(Sums& sums, const Reference& reference, float (&z)[n], int32_t at,
+                       const float* weight, const Targets& targets, float* target_logits) {
+  bool found = false;
+  if constexpr (has_targets) {
+    found = is_among<n>(targets.a, at) || is_among<n>(targets.b, at);
+    if (found) {
+      for (int i = 0; i < n; ++i) {
+        if (targets.a == at + i) target_logits[0] = z[i];
+        if (targets.b == at + i) target_logits[1] = z[i];
+      }
     }
   }
-  for (int i = 0; i < n; ++i) z[i] -= sums.max;
+  for (int i = 0; i < n; ++i) z[i] = reference.exponent(z[i]);
   if constexpr (K::smooth != Smooth::none) sums.below += weighted_sum<K>(sums, z, at, weight);
-  for (int i = 0; i < n; ++i) z[i] = exp2_fast(z[i] * kLog2E);
-  if (has_target) {
+  for (int i = 0; i < n; ++i) z[i] = exp2_fast(z[i]);
+  if (found) {
     for (int i = 0; i < n; ++i) {
       if (targets.a == at + i || targets.b == at + i) z[i] = 0.0f;
     }

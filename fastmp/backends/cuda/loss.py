@@ -20,7 +20,7 @@ MINIMUM_CAPABILITY = 9
 _C_TYPES = ("float", "fastmp::f16", "fastmp::bf16")  # by fastmp_dtype
 WARP = 32
 VECTOR_BYTES = 16  # of a chunk, for each consumer
-BARRIER_BYTES = 16  # of a chunk
+SLOT_BYTES = 16 + 112  # beside a chunk: two barriers, and a row's plan
 DIVISOR_PARTS = 64
 _SMALL_SHARED = 1280  # bytes beside the ring; loss.cu asserts it
 _BLOCK_RESERVED = 1024  # bytes of shared memory that CUDA keeps for each block
@@ -33,28 +33,34 @@ class RingSize(NamedTuple):
     threads: int  # consumers
     cluster: int  # blocks that share a row
     blocks: int  # on a multiprocessor, which share its memory
+    each: int  # vectors of a chunk that a consumer takes
 
 
-# Measured on an H200 with a prototype of this kernel: bf16 alone, one layout, one target formula
-# (device time, % of a copy; by threads, cluster, chunks, blocks):
+# The kernel alone on an H200, 2026-11-27, smoothing and a pair of targets, torch 2.11 (device time,
+# % of a copy of 4,245 GB/s; by threads, cluster, blocks, each):
 #
-#     16384 x 8192    16 KB   128, 1, 12, 7: 79     256, 1, 13, 4: 72
-#      8192 x 32000   64 KB   512, 1, 13, 2: 84     256, 1, 17, 3: 82    256, 1, 25, 2: 74
-#                             768, 1, 17, 1: 73     512, 1, 26, 1: 67
-#      8192 x 50304  101 KB   768, 1, 17, 1: 81     512, 1, 13, 2: 80
-#      4096 x 128256 257 KB   768, 2, 17, 1: 77     512, 2, 26, 1: 72    512, 4, 26, 1: 33
+#   16384 x 8192    bf16   64, 1, 8, 2: 86    128, 1, 7, 2: 85   128, 1, 7, 1: 83   256, 1, 4, 1: 77
+#   16384 x 16384   bf16   128, 1, 5, 2: 88   256, 1, 3, 1: 86   256, 1, 3, 2: 86
+#    8192 x 32000   bf16   512, 1, 2, 1: 89   512, 1, 2, 2: 89   256, 1, 3, 2: 88   256, 1, 3, 1: 87
+#                          128, 1, 3, 4: 88   384, 1, 2, 1: 87
+#                   fp16   512, 1, 2, 1: 90   512, 1, 2, 2: 89   256, 1, 3, 2: 88   256, 1, 3, 1: 87
+#    8192 x 50257   bf16   768, 1, 1, 1: 85   768, 1, 1, 2: 85   512, 1, 2, 1: 85   256, 1, 2, 2: 83
+#    4096 x 128256  bf16   768, 2, 1, 2: 91   768, 2, 1, 1: 90   512, 2, 1, 1: 89
 #
-# Several blocks on a multiprocessor hide each other's meetings. A cluster meets once more for each
-# row and waits for its slowest block, so there are two only where a row fits into no
-# multiprocessor, and never four. The rows between those measured take the size whose ring holds
-# about one and a half of them: so much of the next row is on its way while one is written.
+# Several blocks on a multiprocessor hide each other's meetings, and few warps do little besides
+# the logits. A cluster meets once more for each row and waits for its slower block, so there are
+# two only where a row fits into no multiprocessor. The rows between those measured take the size
+# whose ring holds about one and a half of them: so much of the next row is on its way while one is
+# written. Tried as well, and worth 0 to 0.3%: the exponentials of a row's first one to four vectors
+# kept in registers between the passes, and a start before the divisors have been added up.
 RING_SIZES = (
-    RingSize(20 << 10, threads=128, cluster=1, blocks=7),
-    RingSize(36 << 10, threads=256, cluster=1, blocks=4),
-    RingSize(48 << 10, threads=256, cluster=1, blocks=3),
-    RingSize(104 << 10, threads=512, cluster=1, blocks=2),
-    RingSize(216 << 10, threads=768, cluster=1, blocks=1),
-    RingSize(432 << 10, threads=768, cluster=2, blocks=1),
+    RingSize(18 << 10, threads=64, cluster=1, blocks=8, each=2),
+    RingSize(22 << 10, threads=128, cluster=1, blocks=7, each=2),
+    RingSize(36 << 10, threads=128, cluster=1, blocks=5, each=2),
+    RingSize(52 << 10, threads=256, cluster=1, blocks=3, each=2),
+    RingSize(88 << 10, threads=512, cluster=1, blocks=2, each=1),
+    RingSize(216 << 10, threads=768, cluster=1, blocks=1, each=1),
+    RingSize(432 << 10, threads=768, cluster=2, blocks=1, each=2),
 )
 
 
@@ -81,20 +87,20 @@ def ring_for(row_bytes: int, sm_shared: int) -> Ring | None:
 
 def ring_of(size: RingSize, row_bytes: int, sm_shared: int) -> Ring | None:
     """The ring of one size, with all the memory that it may have; None: a row does not fit."""
-    chunk = VECTOR_BYTES * size.threads
+    chunk = VECTOR_BYTES * size.threads * size.each
     room = sm_shared // size.blocks - _BLOCK_RESERVED - _SMALL_SHARED
-    slots = room // (chunk + BARRIER_BYTES)
+    slots = room // (chunk + SLOT_BYTES)
     vectors = -(-(row_bytes // VECTOR_BYTES) // size.cluster)
-    if slots < -(-vectors // size.threads):
+    if slots < -(-vectors // (size.threads * size.each)):
         return None
-    return Ring(size, slots, slots * (chunk + BARRIER_BYTES))
+    return Ring(size, slots, slots * (chunk + SLOT_BYTES))
 
 
 def kernel_name(dtype: torch.dtype, smooth: str, aligned: bool, size: RingSize) -> str:
     """The C++ name of the kernel; smooth: none, equal or weighted."""
     config = (
         f"fastmp::Config<{_C_TYPES[DTYPE_CODES[dtype]]}, fastmp::Smooth::{smooth}, "
-        f"{str(aligned).lower()}, {size.threads}, {size.cluster}>"
+        f"{str(aligned).lower()}, {size.threads}, {size.cluster}, {size.each}>"
     )
     if size.cluster > 1:
         return f"fastmp::loss_half_rows<{config}>"

@@ -37,7 +37,10 @@ def spilled_registers() -> int:
 
 
 class Kernel(NamedTuple):
-    """One compiled kernel: its resources, and how often each machine instruction stands in it."""
+    """One compiled kernel: its resources, and how often each machine instruction stands in it.
+
+    A loop is what lies between a label and a jump back to it.
+    """
 
     name: str
     arch: int
@@ -48,6 +51,7 @@ class Kernel(NamedTuple):
     shared: int
     spills: int
     instructions: Counter[str]
+    loops: tuple[Counter[str], ...]
 
     def stays_in_registers(self) -> bool:
         """Neither local arrays nor more spills than this compiler is known for."""
@@ -57,6 +61,17 @@ class Kernel(NamedTuple):
     def count(self, pattern: str) -> int:
         """How many instructions match, e.g. ``r"LDG.*\\.128"``."""
         return sum(n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
+
+    def loop(self, **counts: int) -> int:
+        """How many instructions the shortest loop has with so many of these, e.g. ``MUFU=8``."""
+        return min(
+            sum(body.values())
+            for body in self.loops
+            if all(
+                sum(n for name, n in body.items() if name.partition(".")[0] == kind) == count
+                for kind, count in counts.items()
+            )
+        )
 
     def occupancy(self) -> float:
         """Resident warps over possible warps, by registers, shared memory and blocks."""
@@ -164,9 +179,17 @@ def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kern
             # -ndf: without an analysis of the data flow, which takes half of its time
             for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
         )
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     # An address in a comment, perhaps a predicate, and the instruction with its modifiers.
     line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)"
+    loops, labels = [], {}
+    lines = code.splitlines()
+    for i, text in enumerate(lines):
+        if label := re.match(r"(\.L_\w+):", text):
+            labels[label[1]] = i
+        elif (jump := re.search(r"BRA `\((\.L_\w+)\)", text)) and jump[1] in labels:
+            body = "\n".join(lines[labels[jump[1]] : i + 1])
+            loops.append(Counter(re.findall(line, body, re.MULTILINE)))
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     instructions = Counter(re.findall(line, code, re.MULTILINE))
     return Kernel(
         name,
@@ -178,4 +201,5 @@ def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kern
         shared,
         sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
         instructions,
+        tuple(loops),
     )

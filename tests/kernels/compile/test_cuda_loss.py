@@ -34,13 +34,13 @@ def build_rows(dtype, smooth, aligned, size):
 # Every size, every dtype, every kind of smoothing, and gradients with other boundaries.
 CASES = [
     *[(BF16, "equal", True, size) for size in SIZES],
-    *[(dtype, smooth, True, 104 << 10) for dtype in (F16, F32) for smooth in ("none", "equal")],
-    (BF16, "none", True, 104 << 10),
+    *[(dtype, smooth, True, 88 << 10) for dtype in (F16, F32) for smooth in ("none", "equal")],
+    (BF16, "none", True, 88 << 10),
     (BF16, "none", True, 432 << 10),
-    (F16, "weighted", True, 104 << 10),
-    (F32, "weighted", False, 104 << 10),
-    (BF16, "equal", False, 104 << 10),
-    (F16, "equal", False, 20 << 10),
+    (F16, "weighted", True, 88 << 10),
+    (F32, "weighted", False, 88 << 10),
+    (BF16, "equal", False, 88 << 10),
+    (F16, "equal", False, 18 << 10),
     (BF16, "equal", False, 432 << 10),
 ]
 
@@ -58,14 +58,31 @@ def test_rows(dtype, smooth, aligned, row_bytes):
         if size.threads == 512:
             assert kernel.registers <= 60, where
         assert kernel.count("UBLKCP.*") == 1
-        # Chunks are read 16 bytes a thread in both passes, and so is the gradient written.
-        assert kernel.count(r"LDS\.128") >= (2 if aligned else 1)
-        assert kernel.count(r"STG\.E\..*128") == (2 if aligned else 0)  # and zeros
-        # Two exponentials a logit, those of an edge logit in both, and a few for the row.
+        # Chunks are read 16 bytes a thread in both passes, and so is the gradient written: in the
+        # loop, in the last chunk, and as zeros.
+        assert kernel.count(r"LDS\.128") >= (4 if aligned else 2) * size.each
+        assert kernel.count(r"STG?\.E\..*128") == (2 * size.each + 1 if aligned else 0)
+        # An exponential for each logit of both passes, and again of the chunks that are checked,
+        # and a few for the row.
+        logits = (4 if aligned else 3) * size.each * vector
         exponentials = kernel.count(r"MUFU\.EX2.*")
-        assert 2 * vector + 2 <= exponentials <= 2 * vector + 12, where
+        assert logits + 2 <= exponentials <= logits + 12, where
         clusters = kernel.count("UCGABAR_.*")
         assert clusters == (4 if size.cluster > 1 else 0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("row_bytes", SIZES)
+def test_instructions_of_a_logit(dtype, row_bytes):
+    """8 and 7 with smoothing, and fewer where a thread takes two vectors of a chunk."""
+    size = SIZES[row_bytes]
+    each, logits = size.each, 8 * size.each
+    for kernel in build_rows(dtype, "equal", True, size):
+        first = kernel.loop(MUFU=logits, FFMA=logits, LDS=each, ST=0)
+        second = kernel.loop(MUFU=logits, FFMA=2 * logits, LDS=each, ST=each)
+        most = (64, 60) if each == 1 else (54 * each, 50 * each)
+        assert first <= most[0], kernel.arch
+        assert second <= most[1], kernel.arch
 
 
 def test_divisors():

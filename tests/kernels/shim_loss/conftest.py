@@ -17,8 +17,8 @@ from fastmp.backends.cuda import launch, loss, nvrtc
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-pthread", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 # Sixteen consumers; a ring that holds one row and a little of the next.
-ONE_BLOCK = loss.RingSize(1 << 30, threads=16, cluster=1, blocks=1)
-TWO_BLOCKS = ONE_BLOCK._replace(cluster=2)
+ONE_BLOCK = loss.RingSize(1 << 30, threads=16, cluster=1, blocks=1, each=2)
+TWO_BLOCKS = ONE_BLOCK._replace(cluster=2, each=1)
 
 
 def build(source, target, *flags):
@@ -45,9 +45,9 @@ def library(tmp_path_factory):
 def ring(size, row_bytes, spare=3):
     """A ring for rows of so many bytes, with so many chunks more than one row takes."""
     vectors = -(-row_bytes // (loss.VECTOR_BYTES * size.cluster))
-    slots = max(1, -(-vectors // size.threads)) + spare
-    chunk = loss.VECTOR_BYTES * size.threads
-    return loss.Ring(size, slots, slots * (chunk + loss.BARRIER_BYTES))
+    slots = max(1, -(-vectors // (size.threads * size.each))) + spare
+    chunk = loss.VECTOR_BYTES * size.threads * size.each
+    return loss.Ring(size, slots, slots * (chunk + loss.SLOT_BYTES))
 
 
 class Function:

@@ -13,13 +13,11 @@ struct Named {
 
 std::map<std::string, Named> make_table() {
   std::map<std::string, Named> table;
-#define FASTMP_CONFIG(T, smooth, aligned, cluster) \
-  "fastmp::Config<" #T ", fastmp::Smooth::" #smooth ", " #aligned ", 16, " #cluster ">"
-#define FASTMP_ADD(T, smooth, aligned)                                          \
-  table["fastmp::loss_rows<" FASTMP_CONFIG(T, smooth, aligned, 1) ", 1>"] = {   \
-      loss_kernel<T, Smooth::smooth, aligned, 1>(), 1};                         \
-  table["fastmp::loss_half_rows<" FASTMP_CONFIG(T, smooth, aligned, 2) ">"] = { \
-      loss_kernel<T, Smooth::smooth, aligned, 2>(), 2};
+#define FASTMP_ADD(T, smooth, aligned)                                                         \
+  table["fastmp::loss_rows<fastmp::Config<" #T ", fastmp::Smooth::" #smooth ", " #aligned      \
+        ", 16, 1, 2>, 1>"] = {loss_kernel<T, Smooth::smooth, aligned, 1>(), 1};                \
+  table["fastmp::loss_half_rows<fastmp::Config<" #T ", fastmp::Smooth::" #smooth ", " #aligned \
+        ", 16, 2, 1>>"] = {loss_kernel<T, Smooth::smooth, aligned, 2>(), 2};
 #define FASTMP_ADD_SMOOTH(T, aligned) \
   FASTMP_ADD(T, none, aligned)        \
   FASTMP_ADD(T, equal, aligned) FASTMP_ADD(T, weighted, aligned)

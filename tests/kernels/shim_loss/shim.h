@@ -75,6 +75,14 @@ FASTMP_DEVICE T shuffle_xor(T value, int mask) {
   return value;
 }
 
+FASTMP_DEVICE float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+FASTMP_DEVICE float max_over_warp(float value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = larger(value, shuffle_xor(value, mask));
+  return value;
+}
+
 typedef uintptr_t SharedAddress;
 
 FASTMP_DEVICE SharedAddress shared_address(const void* pointer) {
@@ -134,12 +142,15 @@ FASTMP_DEVICE void wait_for_phase(SharedAddress at, uint32_t parity) {
     now = barrier->counts.load();
   }
 }
-FASTMP_DEVICE void wait(SharedAddress barrier, uint32_t parity) {
+FASTMP_DEVICE void wait(SharedAddress at, uint32_t parity) {
   const bool producer = here.thread >= kConsumers;
   if (missing != (producer ? Missing::empty : Missing::full)) {
-    wait_for_phase(barrier, parity);
+    wait_for_phase(at, parity);
   } else if (producer) { /* or it would be done before a consumer has begun */
     std::this_thread::sleep_for(std::chrono::milliseconds(3));
+  } else { /* a plan that is not there is no address to read from: late, and without order */
+    const auto& counts = reinterpret_cast<Barrier*>(at)->counts;
+    while (counts.load(std::memory_order_relaxed).phase == parity) std::this_thread::yield();
   }
 }
 
@@ -192,7 +203,7 @@ FASTMP_DEVICE T read_only(const T* from) {
   return *from;
 }
 template <class T>
-FASTMP_DEVICE void store_streaming(T value, T* to) {
+FASTMP_DEVICE void store_vector(T value, T* to) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) __builtin_trap();
   *to = value;
 }
@@ -209,8 +220,11 @@ FASTMP_DEVICE float log_of(float x) {
 FASTMP_DEVICE float log_1_plus(float x) {
   return std::log1p(x);
 }
-FASTMP_DEVICE float larger(float a, float b) {
-  return std::fmax(a, b);
+FASTMP_DEVICE constexpr uint32_t lowest_pair(bf16) {
+  return 0xff7fff7fu;
+}
+FASTMP_DEVICE constexpr uint32_t lowest_pair(f16) {
+  return 0xfbfffbffu;
 }
 
 template <class T>
@@ -241,9 +255,10 @@ namespace fastmp {
 
 typedef void (*LossKernel)(const fastmp_ring_args);
 
+/* One block takes two vectors of a chunk a thread, two take one. */
 template <class T, Smooth smooth, bool aligned, int cluster>
 static LossKernel loss_kernel() {
-  typedef Config<T, smooth, aligned, kConsumers, cluster> K;
+  typedef Config<T, smooth, aligned, kConsumers, cluster, cluster == 1 ? 2 : 1> K;
   if constexpr (cluster == 1) {
     return loss_rows<K, 1>;
   } else {

@@ -166,3 +166,39 @@ def test_the_loss_of_a_sure_row_keeps_its_digits(served):
     exact = torch.nn.functional.cross_entropy(z.double(), spec.target_a, reduction="none")
     found = loss.forward(z, None, True, spec)[0].double()
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponents_from_far_away(served, dtype):
+    """Sums are relative to the first logits of a thread, and begin again where those were low."""
+    z = torch.randn(12, 1001) * 3
+    z[0] = -3e4
+    z[1] += 3e4
+    z[2, ::2] = -3e4
+    z[3, 500:] += 100
+    z[4, :960] = -torch.inf
+    z[5, 77], z[6, 1000], z[7, 0] = 300.0, 300.0, 300.0
+    if dtype != torch.float16:
+        z[8], z[9, ::3], z[10], z[11, :960] = -1e9, 2.0**30, -(2.0**31), -1e30
+    z = z.to(dtype)
+    a, b = torch.randint(961, 1001, (2, 12))
+    spec = LossSpec(a, b, torch.tensor(0.25), None, -100, Reduction.NONE, 0.0)
+    found, stats, grad = loss.forward(z, torch.tensor(8.0), True, spec)
+    wide = spec._replace(lam=torch.tensor(0.25).double())
+    exact, exact_stats, exact_grad = forward_reference(
+        z.double(), torch.tensor(8.0).double(), True, wide
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(stats.double(), exact_stats, rtol=2e-6, atol=1e-30)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=max(eps, 4e-6), atol=1e-7)
+
+
+def test_a_thread_without_logits_beside_a_large_one(served):
+    """The lowest number, its maximum, is further from 2e37 than any fp32 number is large."""
+    z = torch.zeros(2, 9)
+    z[:, 3] = 2e37
+    spec = LossSpec(torch.tensor([3, 4]), None, None, None, -100, Reduction.NONE, 0.1)
+    exact = forward_reference(z.double(), None, False, spec)[0]
+    found = loss.forward(z, None, True, spec)[0].double()
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
