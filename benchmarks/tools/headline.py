@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "headline.svg"
-GPU = "nvidia-h200/47dcdbf/gpu.json"
+GPU = "nvidia-h200/15f42a5/gpu.json"
 CPU = "amd-epyc-zen5-2-threads"
 
 
@@ -31,8 +31,8 @@ class Headline(NamedTuple):
 HEADLINES = (
     Headline(GPU, "whole step, float16, 105 M",
              "Optimizer step, 105 M fp16 weights", "GradScaler + AdamW(fused=True)"),
-    Headline(GPU, "whole step, float16, ResNet-50",
-             "Optimizer step, ResNet-50 in fp16", "GradScaler + AdamW(fused=True)"),
+    Headline(GPU, "Muon, fp32, ViT-B",
+             "Muon's step, ViT-B", "torch.optim.Muon + AdamW(fused)"),
     Headline(GPU, "loss, bfloat16, 65536 x 4096",
              "Mixup + smoothing loss, 65536 x 4096", "torch.compile"),
     Headline(f"{CPU}/optimizer.json", "whole step, bfloat16, 50 x 500,000",
