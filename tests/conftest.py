@@ -1,6 +1,8 @@
 """One seed, one hypothesis profile, the threads of a worker process and the order of the tests."""
 
+import hashlib
 import os
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +22,13 @@ if another := os.environ.get("FASTMP_TEST_LIBRARY"):
     cpu._library_path = lambda: Path(another)
     cpu.load.cache_clear()
     assert cpu.load()[0]._name == another
+
+# Inductor keeps what it compiled between runs, and does not see that an operation gives other shapes.
+OPERATIONS = sorted(Path(linear.__file__).parent.rglob("*.py"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in OPERATIONS)).hexdigest()[:16]
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"fastmp-inductor-{DIGEST}"))
+)
 
 # pytest-xdist starts one worker per core: each has its share of the threads, as do its children.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
