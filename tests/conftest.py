@@ -23,7 +23,7 @@ if another := os.environ.get("FASTMP_TEST_LIBRARY"):
     cpu.load.cache_clear()
     assert cpu.load()[0]._name == another
 
-# Inductor keeps what it compiled between runs, and does not see that an operation gives other shapes.
+# Inductor keeps what it compiled between runs, and does not see an operation's outputs change.
 OPERATIONS = sorted(Path(linear.__file__).parent.rglob("*.py"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in OPERATIONS)).hexdigest()[:16]
 os.environ.setdefault(
