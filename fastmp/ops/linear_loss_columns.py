@@ -197,9 +197,7 @@ def second_sweep_reference(
         largest = q.abs().amax() / largest_in_fp16(input)
         factor = torch.where(largest > 0, largest, 1)
         rows = torch.cat((rows[:, :1], rows[:, 1:] / factor), 1)
-    dx, dw, db = _second_sweep_fake(
-        input, linear_weight, linear_bias, stats, row_grad, chunk, needs, spec
-    )
+    dx, dw, db = _empty_gradients(input, linear_weight, needs)
     sum_dx = input.new_zeros(dx.shape, dtype=wide)
     width = max(_VECTOR, chunk * classes // max(1, count) // _VECTOR * _VECTOR)
     for begin in range(0, classes, width):
@@ -224,15 +222,8 @@ def second_sweep_reference(
     return dx, dw, db
 
 
-def _second_sweep_fake(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    stats: Tensor,
-    row_grad: Tensor,
-    chunk: int,
-    needs: list[bool],
-    spec: LossSpec,
+def _empty_gradients(
+    input: Tensor, linear_weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = input.shape, linear_weight.shape, linear_weight.shape[:1]
     dx, dw, db = (
@@ -254,7 +245,9 @@ LINEAR_LOSS_COLUMNS = (
         f"linear_loss_second_sweep({_OPERANDS}, Tensor stats, Tensor row_grad, int chunk, "
         f"bool[3] needs, {SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor)",
         second_sweep_reference,
-        _second_sweep_fake,
+        lambda input, weight, bias, stats, row_grad, chunk, needs, spec: _empty_gradients(
+            input, weight, needs
+        ),
         spec=LossSpec,
     ),
     TorchOp(
