@@ -157,9 +157,10 @@ def record_launches(launch: Callable[..., object], arguments: tuple[Any, ...]) -
         def get_device_properties(self, _: int) -> dict[str, int]:
             return {"max_shared_mem": BLOCK_SHARED[90]}
 
-    driver = _Driver(90)
-    driver.launcher_cls, driver.utils = Launcher, Utils()  # type: ignore[attr-defined]
-    triton.runtime.driver.set_active(driver)
+    class Driver(_Driver):
+        launcher_cls, utils = Launcher, Utils()
+
+    triton.runtime.driver.set_active(Driver(90))
     launch(*arguments)
     return made
 
