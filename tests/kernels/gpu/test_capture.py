@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastmp
 from fastmp.training.cuda_graph import CudaRecorder, Unsupported
+from tests.kernels.gpu.graph_cases import check_process
 
 if not torch.cuda.is_available():
     pytest.skip("a GPU is needed: steps are recorded there", allow_module_level=True)
@@ -89,21 +90,6 @@ def by_the_user(recorder):
 
 
 FAILURES = [in_the_beginning, in_a_pool_without_graphs, in_the_middle, in_python, by_the_user]
-
-
-def check_process():
-    """Draws, the current stream, the allocator, the captures of others."""
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.randn(8, device=GPU)
-    torch.randn(8).pin_memory().to(GPU, non_blocking=True)
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn = torch.rand(8, device=GPU)
-    graph.replay()
-    first = drawn.clone()
-    graph.replay()
-    assert not torch.equal(first, drawn)
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -11,6 +11,7 @@ from fastmp.data.mixup import Mixup
 from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
 from fastmp.training.trainer import Trainer
+from tests.kernels.gpu.graph_cases import check_process
 
 if not torch.cuda.is_available():
     pytest.skip("a GPU is needed: the step is recorded there", allow_module_level=True)
@@ -108,15 +109,7 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(capsys):
         assert trainer.step == int(trainer.optimizer.applied_steps) == 8
     assert "no CUDA graph: " in capsys.readouterr().out
     assert torch.equal(*trained)  # the same dropout: no number was drawn twice
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.randn(1000, device=GPU)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn = torch.randn(1000, device=GPU)
-    graph.replay()
-    first = drawn.clone()
-    graph.replay()
-    assert not torch.equal(first, drawn)
+    check_process()
 
 
 def test_hyperparameters_that_change_are_recorded_again():
