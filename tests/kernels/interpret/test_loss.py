@@ -191,7 +191,7 @@ def test_two_runs_give_the_same_bits():
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_a_foretold_divisor_is_put_right_where_rows_are_ignored(classes):
+def test_an_assumed_divisor_is_put_right_where_rows_are_ignored(classes):
     """The bits are those of rows counted first, which a named ignore_index asks for."""
     results = []
     z, spec = problem(rows=6, classes=classes, reduction=Reduction.MEAN)

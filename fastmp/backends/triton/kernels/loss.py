@@ -139,10 +139,10 @@ def _inputs(logits: Tensor, spec: LossSpec) -> _Inputs:
     return _Inputs(tensors, options, logits)
 
 
-def _foretold(spec: LossSpec) -> bool:
+def _assumes_divisor(spec: LossSpec) -> bool:
     """Whether the forward takes the number of rows for the divisor, without counting them first.
 
-    Who names an ignore_index has rows to ignore: for these the gradient would be written twice.
+    A call that names an ignore_index has rows to ignore: its gradient would be written twice.
     """
     return (
         spec.reduction == Reduction.MEAN
@@ -160,19 +160,19 @@ def forward(
     """
     grad = logits.new_empty(logits.shape if compute_grad else 0)
     written = grad if compute_grad else None
-    return *_forward(logits, assumed_grad_output, spec, written, _foretold(spec)), grad
+    return *_forward(logits, assumed_grad_output, spec, written, _assumes_divisor(spec)), grad
 
 
 def forward_in_place(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:
     """``fastmp::loss_forward_`` of dense logits that are not empty: nothing can be put right."""
-    return _forward(logits, assumed_grad_output, spec, logits, foretold=False)
+    return _forward(logits, assumed_grad_output, spec, logits, assumed_divisor=False)
 
 
 def _forward(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor | None,
-    foretold: bool,
+    assumed_divisor: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, c = logits.shape
     arguments, options, logits = _inputs(logits, spec)
@@ -180,7 +180,7 @@ def _forward(
     mean, each = spec.reduction == Reduction.MEAN, spec.reduction == Reduction.NONE
     stats = logits.new_empty((n + 1, 2), dtype=torch.float32)
     partial = None
-    if grad is not None and mean and not foretold:
+    if grad is not None and mean and not assumed_divisor:
         targets = 2 if pair else 1
         partial = logits.new_empty((targets, _PARTIALS), dtype=torch.float32)
         divisor_kernel[(_PARTIALS, targets)](
@@ -204,7 +204,7 @@ def _forward(
     if sums is not None:
         finish_kernel[(1,)](
             sums, loss, stats, n, programs, PAIR=pair, MEAN=mean, WEIGHTED=weighted,
-            FORETOLD=foretold, BLOCK_P=4096, num_warps=8,
+            ASSUMED=assumed_divisor, BLOCK_P=4096, num_warps=8,
         )  # fmt: skip
     return loss, stats
 
@@ -220,7 +220,7 @@ def _launch_backward(
     kernel[(min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device)),)](
         *arguments, *_strided(grad_output), *_strided(assumed), stats, grad, *options,
         MEAN=spec.reduction == Reduction.MEAN, SMOOTH=spec.smoothing > 0, CHECK=check,
-        FORETOLD=_foretold(spec), **_constants(tile, logits, spec.weight is not None),
+        ASSUMED=_assumes_divisor(spec), **_constants(tile, logits, spec.weight is not None),
     )  # fmt: skip
 
 

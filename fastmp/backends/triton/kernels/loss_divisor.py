@@ -76,7 +76,7 @@ def finish_kernel(
     sums,  # (4, P)
     loss,  # ()
     stats,  # (N + 1, 2)
-    N, P, PAIR: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, FORETOLD: tl.constexpr,
+    N, P, PAIR: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, ASSUMED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The loss from the sums of the programs, and its divisors into the last row of stats.
@@ -106,7 +106,7 @@ def finish_kernel(
     if PAIR:
         total += total_b / divisor_b
     tl.store(loss, total)
-    if FORETOLD:
+    if ASSUMED:
         divisor_a = tl.where(divisor_a == N, divisor_a, -divisor_a)
         divisor_b = tl.where(divisor_b == N, divisor_b, -divisor_b)
     p_divisors = stats + 2 * (N + tl.zeros((), tl.int64))
@@ -116,18 +116,18 @@ def finish_kernel(
 
 @triton.jit
 def wanted_rows(grad_output, stride_grad_output, assumed_grad_output, stride_assumed, stats, N,
-                 MEAN: tl.constexpr, CHECK: tl.constexpr, FORETOLD: tl.constexpr):  # fmt: skip
+                 MEAN: tl.constexpr, CHECK: tl.constexpr, ASSUMED: tl.constexpr):  # fmt: skip
     """1 / divisor_a, 1 / divisor_b, and N, or 0 where the forward's assumptions were right."""
     p_divisors = stats + 2 * (N + tl.zeros((), tl.int64))
     divisor_a = tl.load(p_divisors) if MEAN else 1.0
     divisor_b = tl.load(p_divisors + 1) if MEAN else 1.0
-    per_a = 1.0 / (tl.abs(divisor_a) if FORETOLD else divisor_a)
-    per_b = 1.0 / (tl.abs(divisor_b) if FORETOLD else divisor_b)
+    per_a = 1.0 / (tl.abs(divisor_a) if ASSUMED else divisor_a)
+    per_b = 1.0 / (tl.abs(divisor_b) if ASSUMED else divisor_b)
     wanted = N
     if CHECK:
         assumed = load_number(assumed_grad_output, stride_assumed, 0, None)
         wrong = load_number(grad_output, stride_grad_output, 0, None) != assumed
-        if FORETOLD:
+        if ASSUMED:
             wrong = wrong | (divisor_a < 0) | (divisor_b < 0)
         wanted = tl.where(wrong, N, 0)
     return per_a, per_b, wanted

@@ -1,4 +1,4 @@
-"""Rows of the loss: their targets, their online softmax and their gradient. Formulas: ``loss.py``.
+"""Rows of the loss: their targets and their online softmax. Formulas: ``loss.py``.
 
 A row is taken by a program: what there is once a row is a scalar, which each thread computes once.
 As tensors of one element these came in three layouts, each with loads and arithmetic of its own: a
@@ -203,7 +203,7 @@ def coefficients(t, other, grad_output, row_max, others, weight_total, target_pr
 
 
 @triton.jit
-def _load_logits(p_z, mask, WHOLE: tl.constexpr = False):
+def load_logits(p_z, mask, WHOLE: tl.constexpr = False):
     """In fp32; -inf where masked, neutral to a maximum and to a sum. WHOLE: nothing is masked."""
     if WHOLE:
         return tl.load(p_z).to(tl.float32)
@@ -212,7 +212,7 @@ def _load_logits(p_z, mask, WHOLE: tl.constexpr = False):
 
 
 @triton.jit
-def _load_class_weights(weight, o_c, mask):
+def load_class_weights(weight, o_c, mask):
     """w of these classes; 1 without class weights."""
     if weight is not None:
         return tl.load(weight + o_c, mask=mask, other=0.0).to(tl.float32)
@@ -263,7 +263,7 @@ def widen(block, DTYPE: tl.constexpr, BLOCK_C: tl.constexpr):
 def block_weights(weight, row, i_c, BLOCK_C: tl.constexpr):
     """Class weights of block i_c; 1 without."""
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    return _load_class_weights(weight, row.prologue + o_c, o_c < row.body)
+    return load_class_weights(weight, row.prologue + o_c, o_c < row.body)
 
 
 # ---- sums ----
@@ -371,7 +371,7 @@ def add_rest(s, t, i_t, row, VECTOR: tl.constexpr):
     if VECTOR > 1:
         o_c = i_t * VECTOR + tl.arange(0, VECTOR)
         mask = (i_t >= 0) & (row.prologue + o_c != t.y)
-        e = exp(_load_logits(row.p_body + o_c, mask) - finite(s.row_max))
+        e = exp(load_logits(row.p_body + o_c, mask) - finite(s.row_max))
         return Softmax(s.row_max, s.others + tl.sum(e, 0), s.smooth_sum, s.weight_sum)
     else:
         return s
@@ -380,7 +380,7 @@ def add_rest(s, t, i_t, row, VECTOR: tl.constexpr):
 @triton.jit
 def update_edges(s, row, weight, o_c, mask, t, SMOOTH: tl.constexpr):
     """The sums with prologue and tail, but for the larger target."""
-    b_z = _load_logits(row.p_row + o_c, mask)
+    b_z = load_logits(row.p_row + o_c, mask)
     row_max = tl.maximum(s.row_max, tl.max(b_z, 0))
     shift = finite(row_max)
     below = b_z - shift
@@ -388,78 +388,6 @@ def update_edges(s, row, weight, o_c, mask, t, SMOOTH: tl.constexpr):
     others = s.others * exp(s.row_max - shift) + tl.sum(e, 0)
     smooth_sum = s.smooth_sum
     if SMOOTH:
-        b_w = _load_class_weights(weight, o_c, mask)
+        b_w = load_class_weights(weight, o_c, mask)
         smooth_sum = _raised(s, row_max) - tl.sum(tl.where(mask, b_w * below, 0.0), 0)
     return Softmax(row_max, others, smooth_sum, s.weight_sum)
-
-
-# ---- gradient ----
-
-
-@triton.jit
-def _gradient(b_e, b_w, softmax_coef, smooth_coef, SMOOTH: tl.constexpr):
-    """The formula but for the targets."""
-    grad = b_e * softmax_coef
-    if SMOOTH:
-        grad -= smooth_coef * b_w
-    return grad
-
-
-@triton.jit
-def _store(p_grad, grad, mask, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(p_grad, grad.to(p_grad.dtype.element_ty))
-    else:
-        tl.store(p_grad, grad.to(p_grad.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_and_store_gradient(p_z, p_grad, weight, o_c, mask, m, row_max, k,
-                             SMOOTH: tl.constexpr, WHOLE: tl.constexpr = False):  # fmt: skip
-    b_e = exp(_load_logits(p_z, mask, WHOLE) - row_max)
-    b_w = _load_class_weights(weight, o_c, mask)
-    grad = tl.where(m, _gradient(b_e, b_w, k.softmax, k.smooth, SMOOTH), 0.0)
-    _store(p_grad, grad, mask, WHOLE)
-
-
-@triton.jit
-def store_gradient(
-    grad, i_n, row, b_e, block_max, weight, t, other, k, row_max, C, PAIR: tl.constexpr,
-    SMOOTH: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr,
-    ON_CHIP: tl.constexpr, WHOLE: tl.constexpr, IN_PLACE: tl.constexpr = False,
-):  # fmt: skip
-    """Row i_n of grad (N, C), from its b_e = exp(z - block_max) or, not on the chip, from memory.
-
-    Zeros for an ignored row, which may hold NaN.
-    """
-    out = locate(grad, C, i_n, C, VECTOR, PEEL)
-    if IN_PLACE:  # of the logits: every thread has read the targets' vectors and the edges
-        tl.debug_barrier()
-    lane = tl.arange(0, BLOCK_C)
-    if ON_CHIP:
-        if t.m:
-            b_w = block_weights(weight, row, 0, BLOCK_C)
-            coef = k.softmax
-            if PEEL:
-                coef *= exp(block_max - row_max)
-            b_grad = _gradient(b_e, b_w, coef, k.smooth, SMOOTH)
-            _store(out.p_body + lane, b_grad, lane < row.body, WHOLE)
-        else:
-            _store(out.p_body + lane, tl.zeros_like(b_e), lane < row.body, WHOLE)
-    else:
-        blocks = tl.cdiv(C, BLOCK_C)
-        for i_c in tl.range(0, blocks, num_stages=3):
-            o_c = (blocks - 1 - i_c) * BLOCK_C + lane
-            _load_and_store_gradient(
-                row.p_body + o_c, out.p_body + o_c, weight, row.prologue + o_c, o_c < row.body,
-                t.m, row_max, k, SMOOTH, WHOLE)  # fmt: skip
-    if PEEL:
-        o_c, mask = peeled(row, C, VECTOR)
-        _load_and_store_gradient(row.p_row + o_c, out.p_row + o_c, weight, o_c, mask, t.m, row_max,
-                                 k, SMOOTH)  # fmt: skip
-    # The targets' logits again: to find them among all the others takes three instructions a
-    # logit for each. The barrier orders stores of different threads to one address.
-    tl.debug_barrier()
-    tl.store(out.p_row + t.y, k.grad_t.to(grad.dtype.element_ty), mask=t.m)
-    if PAIR:
-        tl.store(out.p_row + other.y, k.grad_o.to(grad.dtype.element_ty), mask=other.m)

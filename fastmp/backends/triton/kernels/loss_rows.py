@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastmp.backends.triton.kernels.loss_divisor import per_divisor, store_sums, wanted_rows
+from fastmp.backends.triton.kernels.loss_gradient import store_gradient
 from fastmp.backends.triton.kernels.loss_row import (
     Softmax,
     Target,
@@ -22,7 +23,6 @@ from fastmp.backends.triton.kernels.loss_row import (
     pair_losses,
     peeled,
     softmax_of_block,
-    store_gradient,
     sums_of_row,
     update_edges,
     update_vectors,
@@ -162,14 +162,14 @@ def backward_kernel(
     stats,  # (N + 1, 2): row_max, others; the divisors
     grad,  # (N, C)
     N, C, ignore_index, target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr,
-    CHECK: tl.constexpr, FORETOLD: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
+    CHECK: tl.constexpr, ASSUMED: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
     PEEL: tl.constexpr, ON_CHIP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The gradient, from stats; with CHECK only if an assumption of the forward was wrong."""
     PAIR: tl.constexpr = target_b is not None
     per_a, per_b, wanted = wanted_rows(
         grad_output, stride_grad_output, assumed_grad_output, stride_assumed, stats, N, MEAN,
-        CHECK, FORETOLD)  # fmt: skip
+        CHECK, ASSUMED)  # fmt: skip
     weight_total = 1.0 * C if weight is None else tl.load(weight_total)
     for i_n in tl.range(tl.program_id(0), wanted, tl.num_programs(0)):
         block, y_a, y_b, lam_n = _load_row(

@@ -145,12 +145,12 @@ def backward_short_kernel(
     logits, stride_logits, target_a, target_b, lam, stride_lam, weight, weight_total, grad_output,
     stride_grad_output, assumed_grad_output, stride_assumed, stats, grad, N, C: tl.constexpr,
     ignore_index, target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr,
-    CHECK: tl.constexpr, FORETOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr, ASSUMED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``backward_kernel`` with BLOCK_N rows at a time."""
     per_a, per_b, wanted = wanted_rows(
         grad_output, stride_grad_output, assumed_grad_output, stride_assumed, stats, N, MEAN,
-        CHECK, FORETOLD)  # fmt: skip
+        CHECK, ASSUMED)  # fmt: skip
     weight_total = 1.0 * C if weight is None else tl.load(weight_total)
     for i in tl.range(tl.program_id(0), tl.cdiv(wanted, BLOCK_N), tl.num_programs(0)):
         o_n = tl.cast(i, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
