@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
 _MUON_LRS = (4e-3, 8e-3, 16e-3, 32e-3)
 PLANS = {
-    "convnet": Plan({"adamw": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "muon": _MUON_LRS}, 1200, 0.915),
+    "convnet": Plan({"adamw": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "muon": _MUON_LRS}, 1200, 0.915),
     "vit": Plan({"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": _MUON_LRS}, 800, None),
 }
 
