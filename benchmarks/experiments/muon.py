@@ -35,6 +35,7 @@ from benchmarks.experiments import RunAll, fashion_mnist
 from fastmp import data, models, optim
 from fastmp.bench.results import folder
 from fastmp.optim.base import FusedOptimizer
+from fastmp.report.environment import device_name
 from fastmp.schedule import OneCycle
 
 DECAY = 0.02
@@ -242,8 +243,8 @@ def main() -> None:
 
 def write(found: Sequence[dict[str, Any]], device: str) -> None:
     lines = [
-        f"\nFashion-MNIST, bf16, batches of {BATCH}, one-cycle; final test accuracy on {device}, "
-        f"mean of {found[0]['seeds']} seeds; a step was timed alone, on the same device.",
+        f"\nFashion-MNIST, bf16, batches of {BATCH}, one-cycle; final test accuracy on "
+        f"{device_name(device)}, mean of {found[0]['seeds']} seeds; a step was timed alone, there.",
     ]
     for result in found:
         rates = (
@@ -305,9 +306,10 @@ def draw(result: dict[str, Any], device: str) -> None:
         seconds = [n * result["ms_per_step"][kind] / 1e3 for n in result["lengths"]]
         axes[0].plot(result["lengths"], percent, marker="o", label=label)
         axes[1].plot(seconds, percent, marker="o", label=label)
-    units = ("steps", f"seconds of its steps ({device})")
+    units = ("steps", f"seconds of its steps, {device_name(device)}")
     for axis, unit in zip(axes, units, strict=True):
-        axis.axhline(100 * result["target"], color="gray", linewidth=0.8, linestyle="--")
+        target = result["target"]
+        axis.axhline(100 * target, color="gray", linestyle="--", label=f"target, {target:.2%}")
         axis.set_xlabel(f"length of the run, {unit}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy at the end, %")
