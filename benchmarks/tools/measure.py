@@ -14,6 +14,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -231,10 +232,17 @@ def place(name: str) -> int:
     return next((i for i, part in enumerate(ORDER) if part in name), len(ORDER))
 
 
+def in_order(makes: dict[str, Make], wanted: re.Pattern[str]) -> dict[str, Make]:
+    """Those in whose name the pattern is found, as they are to begin."""
+    names = sorted(filter(wanted.search, makes), key=place)
+    return {name: makes[name] for name in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.tools.measure", description=__doc__)
     parser.add_argument("results", type=Path, help="folder for goals.md, gpu.md, gpu.json, *.png")
     parser.add_argument("--seconds", type=float, default=600, help="for all cases")
+    parser.add_argument("--cases", type=re.compile, default="", help="regular expression of names")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     makes = {
@@ -245,7 +253,9 @@ def main() -> None:
             make(device, device == "cpu")[: 1 if device == "cpu" else None]
         )
     }
-    makes = dict(sorted(makes.items(), key=lambda item: place(item[0])))
+    makes = in_order(makes, options.cases)
+    if not makes:
+        parser.error(f"no case has {options.cases.pattern!r} in its name")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of 16 processes
     # of semaphores of tqdm's, when a process is killed
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

@@ -1,6 +1,7 @@
 """The stage that measures: cases compile side by side, are timed one by one, and end in goals."""
 
 import multiprocessing
+import re
 import subprocess
 import sys
 from functools import partial
@@ -118,6 +119,13 @@ def test_the_goals_that_matter_come_first():
     assert set(range(len(measure.ORDER))) <= set(placed)
     last = [name for name, place in zip(names, placed, strict=True) if place == len(measure.ORDER)]
     assert all("accuracy" in name or name.startswith("scaling") for name in last)
+
+
+def test_cases_are_chosen_by_a_pattern():
+    """Any of its places in a name; in the order of the goals."""
+    makes = dict.fromkeys(["linear: plain_case (1, 2)", "loss: 8 x 10", "train: GPT-2"], case)
+    found = measure.in_order(makes, re.compile("plain|GPT"))
+    assert list(found) == ["train: GPT-2", "linear: plain_case (1, 2)"]
 
 
 def test_every_case_has_a_name_of_its_own():
