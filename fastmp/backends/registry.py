@@ -35,7 +35,8 @@ class TorchOp(NamedTuple):
     """An entry point of an operation: ``torch.ops.fastmp.<name>``.
 
     Attributes:
-        schema: as ``torch.library`` reads it, "<name>(Tensor input, ...) -> ...".
+        schema: as ``torch.library`` reads it, "<name>(Tensor input, ...) -> ...". torch.compile
+            finds code kept on disk by the name: other arguments or outputs need another one.
         reference: the operation in plain PyTorch, for any device.
         fake: shapes and dtypes of its results.
         check: raises where a value is wrong; called before a kernel. The reference calls it itself.
