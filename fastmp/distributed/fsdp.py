@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmp import amp
@@ -118,6 +118,22 @@ class Shards:
             )
         optimizer.step_context.reduce_step = GroupReducer()
 
+    def reshard(self) -> None:
+        """Drop the gathered weights: the next forward gathers the shards as they are then.
+
+        The root stays gathered after a forward without a backward, such as an evaluation. In a loop
+        of your own call it in a block of ``optimizer.averaged()``, first, and again after it.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The model's ``state_dict``, not copied, each parameter as its plain shard."""
+        state = self.model.state_dict(keep_vars=True)  # which reshards
+        own = {id(param): self._own[name] for name, param in self.model.named_parameters()}
+        return {name: own.get(id(value), value) for name, value in state.items()}
+
     # ---- full state, for checkpoints; every rank must call these ----
 
     def full_model_state(self) -> dict[str, Any]:
@@ -130,6 +146,20 @@ class Shards:
         held = self.model.state_dict()
         shards = {k: _shard_of(v, held[k]) if k in held else v for k, v in state.items()}
         self.model.load_state_dict(shards)
+
+    def full_tensors(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``values``, by names and in the shapes of ``state_tensors``, with full tensors."""
+        like = self.model.state_dict()
+        return {
+            k: _full_tensor(v, like[k]) if isinstance(like[k], DTensor) else v
+            for k, v in values.items()
+        }
+
+    def own_parts(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of ``full_tensors``."""
+        like = self.model.state_dict()
+        parts = {k: _shard_of(v, like[k]) for k, v in values.items()}
+        return {k: v.to_local() if isinstance(v, DTensor) else v for k, v in parts.items()}
 
     def full_optimizer_state(self, optimizer: FusedOptimizer) -> dict[str, Any]:
         """The optimizer's ``state_dict`` with full tensors, moments in fp32."""
@@ -147,6 +177,7 @@ class Shards:
         change: Callable[[Tensor, DTensor], Tensor],
     ) -> dict[str, Any]:
         """``state`` with ``change`` applied to every tensor of its parameter's shape."""
+        self.reshard()  # named_parameters has the gathered ones, where there are some
         sharded = {id(self._own[name]): p for name, p in self.model.named_parameters()}
         params = [sharded[id(p)] for group in optimizer.param_groups for p in group["params"]]
         changed = {

@@ -244,9 +244,9 @@ class TrainConfig:
                 "layer whether it trains"
             )
 
-        if self.shard and (self.ema or self.cuda_graph or self.telemetry or self.unfreeze_every):
+        if self.shard and (self.cuda_graph or self.telemetry or self.unfreeze_every):
             raise ConfigError(
-                "shard: expected none of ema, cuda_graph, telemetry, unfreeze_every with it; they "
+                "shard: expected none of cuda_graph, telemetry, unfreeze_every with it; they "
                 "need whole parameters"
             )
         if self.shard and self.optimizer == "muon":

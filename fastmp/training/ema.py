@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmp.distributed.fsdp import Shards
 from fastmp.optim.averages import AveragedOptimizer
 
 
@@ -28,13 +29,18 @@ class EMA:
         decay: in [0, 1).
         optimizer: one of ``fastmp.optim``, which then averages its parameters; None, or another:
             all is averaged here.
+        shards: of the model, where it is split: a rank has the averages of its own.
 
     Raises:
         ValueError: a decay outside [0, 1), or another one than the optimizer's.
     """
 
     def __init__(
-        self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        decay: float,
+        optimizer: torch.optim.Optimizer | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the average must lie in [0, 1), got {decay}")
@@ -47,11 +53,9 @@ class EMA:
                     "optimizer: expected the same, or one of them left out"
                 )
             self._optimizer.ema = decay
-        self._weights = {
-            name: value
-            for name, value in model.state_dict(keep_vars=True).items()
-            if value.is_floating_point()
-        }
+        self._shards = shards
+        state = model.state_dict(keep_vars=True) if shards is None else shards.state_tensors()
+        self._weights = {n: value for n, value in state.items() if value.is_floating_point()}
         groups = () if self._optimizer is None else self._optimizer.param_groups
         params = [param for group in groups for param in group["params"]]
         positions = {param: i for i, param in enumerate(params)}
@@ -84,10 +88,17 @@ class EMA:
         own = {name: self._weights[name].detach().clone() for name in self._own}
         with nullcontext() if self._optimizer is None else self._optimizer.averaged():
             self._write(self._own)
+            self._reshard()
             try:
                 yield
             finally:
                 self._write(own)
+                self._reshard()
+
+    def _reshard(self) -> None:
+        """The next forward of a split model reads the shards, which have just been written."""
+        if self._shards is not None:
+            self._shards.reshard()
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
@@ -96,12 +107,13 @@ class EMA:
             self._weights[name].data.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, by the model's names, fp32."""
+        """The averages, by the model's names, fp32; full tensors, so every rank must call it."""
         averages = [] if self._optimizer is None else self._optimizer.averages()
-        return {
+        values = {
             name: averages[self._moved[name]] if name in self._moved else self._own[name]
             for name in self._weights
         }
+        return values if self._shards is None else self._shards.full_tensors(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``.
@@ -115,7 +127,7 @@ class EMA:
                 f"the averages are those of another model: {', '.join(differing[:5])} "
                 f"{'is' if len(differing) == 1 else 'are'} only on one side"
             )
-        self._load(state_dict)
+        self._load(state_dict if self._shards is None else self._shards.own_parts(state_dict))
 
     @torch.no_grad()
     def _load(self, values: dict[str, Tensor]) -> None:

@@ -85,12 +85,8 @@ class Settings:
                 f"expected the model itself, got it in {wrapped[0]}: the trainer makes it data "
                 "parallel; to split it, see fastmp.distributed.fsdp.shard"
             )
-        if self.shards is not None and (
-            self.ema or self.unfreeze or self.cuda_graph or self.telemetry
-        ):
-            raise ValueError(
-                "ema, unfreeze, cuda_graph, telemetry: expected none of them with shards"
-            )
+        if self.shards is not None and (self.unfreeze or self.cuda_graph or self.telemetry):
+            raise ValueError("unfreeze, cuda_graph, telemetry: expected none of them with shards")
 
     def _check_scaler(self) -> None:
         groups = self.optimizer.param_groups

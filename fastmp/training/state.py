@@ -182,6 +182,7 @@ class TrainState:
         """Tensors, numbers, strings and containers of them."""
         settings, shards = self._settings, self._settings.shards
         model, optimizer = settings.model, settings.optimizer
+        saved = shards.full_optimizer_state(optimizer) if shards else optimizer.state_dict()
         own = {
             "rng": rng.state(settings.device),
             "mixup": None if settings.mixup is None else settings.mixup.state_dict(),
@@ -190,9 +191,7 @@ class TrainState:
         }
         return {
             "model": shards.full_model_state() if shards else model.state_dict(),
-            "optimizer": shards.full_optimizer_state(optimizer)
-            if shards
-            else _without_averages(optimizer.state_dict()),
+            "optimizer": saved if self._ema is None else _without_averages(saved),
             "scaler": settings.scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "progress": asdict(self.progress),
@@ -368,7 +367,7 @@ class TrainState:
 
 
 def _without_averages(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without the averages: a checkpoint has them by the model's names."""
+    """An optimizer's state without the averages: "ema" has them by the model's names."""
     states = {
         index: {key: value for key, value in own.items() if key != "average"}
         for index, own in state["state"].items()

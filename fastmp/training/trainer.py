@@ -133,7 +133,7 @@ class Trainer:
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.scaler, self.mixup, self.accumulate = settings.scaler, mixup, accumulate
         self.shards, self.folder, self.world = shards, settings.folder, world
-        self.ema = None if ema is None else EMA(model, ema, optimizer)
+        self.ema = None if ema is None else EMA(model, ema, optimizer, shards)
         self._state = TrainState(settings, self.ema)
         self.checkpoints = self._state.checkpoints
         self._stop_signal = StopSignal(self.world)

@@ -322,6 +322,58 @@ def sharded_resumes(world, folder, state_dtype=None):
     }
 
 
+class WithHead(torch.nn.Module):
+    """The head belongs to no container: FSDP2's root has it, and keeps it gathered."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = model_in(norm=True), torch.nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+def sharded_average(world, folder):
+    """Evaluated twice between steps and saved; against one rank, and resumed with and without."""
+    data = batches(8, 2 * BATCH)  # the same on both ranks: batch norm's statistics are a rank's own
+    split = in_shards(WithHead(), ema=0.8)
+    alone = trainer_for(WithHead(), ema=0.8, world=World())
+    evaluations, unchanged = [], []
+
+    @torch.no_grad()
+    def predict(trainer):  # the root has its weights gathered afterwards
+        trainer.model.eval()(data[0][0])
+        trainer.model.train()
+
+    for number, batch in enumerate(data):
+        for trainer in (split, alone):
+            trainer.train_step([batch])
+        if number in (2, 3):
+            before = [p.detach().clone() for _, p in split.shards.named_parameters()]
+            predict(split)
+            evaluations.append([t.evaluate(data[:2]).loss for t in (split, alone)])
+            after = [p for _, p in split.shards.named_parameters()]
+            unchanged += map(torch.equal, before, after)
+        if number == 3:
+            split.save(folder / "average")
+    again = in_shards(WithHead(), ema=0.8)
+    whole = trainer_for(WithHead(), ema=0.8, world=World())
+    for trainer in (again, whole):
+        predict(trainer)
+        trainer.resume(folder / "average")
+        for batch in data[4:]:
+            trainer.train_step([batch])
+    states = [t.state_dict() for t in (split, again, whole, alone)]
+    predict(split)
+    return {
+        "states": [[state["model"], state["ema"]] for state in states],
+        "optimizer": list(states[0]["optimizer"]["state"][0]),
+        "loose": split.shards.full_optimizer_state(split.optimizer)["state"],
+        "evaluations": evaluations,
+        "unchanged": unchanged,
+    }
+
+
 def main(folder):
     torch.set_num_threads(1)
     with rendezvous.torchrun_group(CPU) as world:
@@ -344,6 +396,7 @@ def main(folder):
             "sharded overflow": sharded_overflow(world),
             "sharded resumes": sharded_resumes(world, folder),
             "sharded bf16 moments": sharded_resumes(world, folder, torch.bfloat16),
+            "sharded average": sharded_average(world, folder),
             "terminated": terminated(world, folder),
         }
         torch.save(results, folder / f"rank-{world.rank}.pt")

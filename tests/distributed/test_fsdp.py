@@ -61,20 +61,34 @@ def test_shards_resume_bitwise_and_without_shards(results, case):
     assert moment.dtype == (torch.bfloat16 if "moments" in case else torch.float32)
 
 
+def test_shards_have_averages_that_are_evaluated_saved_and_resumed(results):
+    one, two = (part["sharded average"] for part in results[:2])
+    torch.testing.assert_close(one["states"], two["states"], rtol=0, atol=0)
+    split, again, whole, alone = one["states"]
+    torch.testing.assert_close(again, split, rtol=0, atol=0)
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split, alone, rtol=1e-5, atol=1e-6)
+    for found, expected in one["evaluations"]:
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert all(one["unchanged"] + two["unchanged"])
+    assert "average" not in one["optimizer"]  # it is saved once, by its name
+    torch.testing.assert_close(one["loose"][0]["average"], split[1]["body.1.weight"])
+
+
 def test_shards_need_several_processes():
     with pytest.raises(RuntimeError, match="start with torchrun"):
         fsdp.shard(torch.nn.Linear(2, 2), torch.bfloat16)
     with pytest.raises(ConfigError, match="shard: expected several processes"):
         TrainConfig(shard=True).resolved()
-    for other in ("ema", "cuda_graph", "telemetry", "unfreeze_every"):
-        value = 0.9 if other == "ema" else True
+    for other in ("cuda_graph", "telemetry", "unfreeze_every"):
         with pytest.raises(ConfigError, match=f"shard: expected none of .*{other}"):
-            TrainConfig(shard=True, **{other: value})
+            TrainConfig(shard=True, **{other: True})
 
 
 @pytest.mark.slow
 def test_the_command_line_trains_in_shards(tmp_path):
     flags = ["--model", "convnet", "--epochs", "2", "--dtype", "bf16", "--threads", "1", "--shard"]
+    flags += ["--ema", "0.9"]
     where = ["--out", tmp_path / "run"]
     done = torchrun("-m", "fastmp", "train", *flags, *where)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -190,6 +190,18 @@ def test_a_run_without_an_average_begins_one_at_its_weights():
         assert torch.equal(average, one.model.state_dict()[name])
 
 
+def test_averages_that_only_the_optimizer_was_asked_for_are_saved():
+    def trainer():
+        model = small_model()
+        return Trainer(model, SGD(model.parameters(), lr=0.1, ema=0.5), CrossEntropyLoss())
+
+    one, two = trainer(), trainer()
+    one.fit(batches(3), epochs=1)
+    two.load_state_dict(one.state_dict())
+    assert not torch.equal(one.optimizer.averages()[0], one.optimizer.masters()[0])
+    assert all(map(torch.equal, one.optimizer.averages(), two.optimizer.averages()))
+
+
 def test_the_state_of_another_model_or_optimizer_is_refused_and_nothing_has_changed():
     saved = trainer_for(small_model()).state_dict()
     wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
