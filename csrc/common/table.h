@@ -124,19 +124,22 @@ typedef struct {
   const void* logits; /* rows x classes, the classes of a row side by side */
   int64_t row_stride; /* elements from one row of logits to the next */
   const int64_t* target_a;
-  const int64_t* target_b; /* NULL: one target, lam is not read */
-  const float* lam;        /* weight of target_a */
+  const int64_t* target_b; /* NULL: one target, and lam is 1 */
+  const float* lam;        /* weight of target_a; NULL: lam_value */
   int64_t lam_stride;      /* 0: one lambda for all rows */
   const float* weight;     /* per class; NULL: all 1 */
   const float* weight_total;
-  const float* grad_output; /* gradient of the loss; NULL: 1 */
+  const float* grad_output; /* gradient of the loss; NULL: grad_output_value */
   float* divisor_partials;  /* 2 x 64: of target a, of target b; NULL: the divisors are 1 */
   float* loss;              /* one per row */
-  float* stats;             /* rows x 2, as in fastmp_loss_args */
+  float* total;             /* their sum; not written where nothing adds them up */
+  float* stats;             /* rows x 2, as in fastmp_loss_args, then both divisors */
   void* grad;               /* rows x classes, dense */
   int64_t ignore_index;
   float target_prob; /* 1-ε */
   float smooth_prob; /* ε/C */
+  float lam_value;
+  float grad_output_value;
   int32_t rows;
   int32_t classes;
   int32_t slots; /* chunks in the ring: all of a row's */

@@ -88,6 +88,19 @@ FASTMP_DEVICE void copy_bulk(SharedAddress to, const void* from, int32_t bytes,
       : "memory");
 }
 
+/* ---- launches that overlap: launch.Function.launch(early=True) ---- */
+
+/* Once all blocks have called it, or ended, blocks of the next launch may begin beside them. */
+FASTMP_DEVICE void allow_next_launch() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+/* Until the launch before has ended and its stores are visible here; of a launch that was not early
+ * it has. */
+FASTMP_DEVICE void wait_for_previous_launch() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 /* ---- threads ---- */
 
 FASTMP_DEVICE void sync_warp() {

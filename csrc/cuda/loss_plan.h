@@ -92,14 +92,15 @@ struct TargetPair {
   int64_t a, b;
 };
 
+FASTMP_DEVICE TargetPair targets_of(const fastmp_ring_args& args, int32_t row) {
+  return {read_only(args.target_a + row),
+          args.target_b == nullptr ? args.ignore_index : read_only(args.target_b + row)};
+}
+
 /* Past the last row: ignored. */
 FASTMP_DEVICE TargetPair read_targets(const fastmp_ring_args& args, int32_t turn) {
-  TargetPair pair = {args.ignore_index, args.ignore_index};
-  if (turn < args.rows) {
-    pair.a = read_only(args.target_a + row_at(args, turn));
-    if (args.target_b != nullptr) pair.b = read_only(args.target_b + row_at(args, turn));
-  }
-  return pair;
+  if (turn < args.rows) return targets_of(args, row_at(args, turn));
+  return {args.ignore_index, args.ignore_index};
 }
 
 FASTMP_DEVICE Targets classes_of(const fastmp_ring_args& args, const TargetPair& pair) {
@@ -124,28 +125,48 @@ FASTMP_DEVICE float class_weight(const float* weight, int32_t y) {
 
 FASTMP_DEVICE RowWeights load_row_weights(const fastmp_ring_args& args, const Constants& constants,
                                           const Targets& targets, int32_t row) {
-  float lam = 1.0f;
-  if (args.target_b != nullptr) lam = read_only(args.lam + row * args.lam_stride);
+  const float lam =
+      args.lam == nullptr ? args.lam_value : read_only(args.lam + row * args.lam_stride);
   const float mix_b = (1.0f - lam) * constants.inv_divisor_b;
   return {lam * constants.inv_divisor_a, args.target_b == nullptr ? 0.0f : mix_b,
           class_weight(args.weight, targets.a), class_weight(args.weight, targets.b)};
 }
 
-/* The sum of the partials, in one order, in every lane. */
-FASTMP_DEVICE float inv_divisor(const float* partials) {
-  float sum = 0.0f;
-  for (int32_t i = thread() % kWarp; i < kDivisorParts; i += kWarp) sum += read_only(partials + i);
+/* In every lane. */
+FASTMP_DEVICE float sum_over_lanes(float sum) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  return reciprocal(sum);
+  return sum;
 }
 
-/* By all lanes of a warp. */
-FASTMP_DEVICE Constants load_constants(const fastmp_ring_args& args) {
+/* Of targets a and b; of a twice without a second one. */
+struct Divisors {
+  float a, b;
+};
+
+/* By all lanes of a warp, from partials of another launch. */
+FASTMP_DEVICE float sum_of_partials(const float* partials) {
+  float sum = 0.0f;
+  for (int32_t i = thread() % kWarp; i < kDivisorParts; i += kWarp) sum += partials[i];
+  return sum_over_lanes(sum);
+}
+
+FASTMP_DEVICE Divisors load_divisors(const fastmp_ring_args& args) {
   const float* partials = args.divisor_partials;
-  const bool pair = args.target_b != nullptr;
-  return {partials == nullptr ? 1.0f : inv_divisor(partials),
-          partials == nullptr || !pair ? 1.0f : inv_divisor(partials + kDivisorParts),
-          args.grad_output == nullptr ? 1.0f : read_only(args.grad_output),
+  if (partials == nullptr) return {1.0f, 1.0f};
+  const float a = sum_of_partials(partials);
+  return {a, args.target_b == nullptr ? a : sum_of_partials(partials + kDivisorParts)};
+}
+
+/* For the backward: the last row of the statistics. */
+FASTMP_DEVICE void store_divisors(const fastmp_ring_args& args, const Divisors& divisors) {
+  float* to = args.stats + 2 * static_cast<int64_t>(args.rows);
+  to[0] = divisors.a;
+  to[1] = divisors.b;
+}
+
+FASTMP_DEVICE Constants constants_of(const fastmp_ring_args& args, const Divisors& divisors) {
+  return {reciprocal(divisors.a), reciprocal(divisors.b),
+          args.grad_output == nullptr ? args.grad_output_value : read_only(args.grad_output),
           args.weight == nullptr ? static_cast<float>(args.classes) : read_only(args.weight_total)};
 }
 

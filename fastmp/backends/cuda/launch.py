@@ -34,6 +34,21 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if current else torch.cuda.device(device)
 
 
+def _early(shape: tuple[int, ...]) -> Any:
+    """The configuration of a launch that may begin before the one ahead of it has ended."""
+    from cuda.bindings import driver
+
+    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    kinds = driver.CUlaunchAttributeID
+    attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape[3:6]
+    config.sharedMemBytes, config.hStream = shape[6], driver.CUstream(shape[7])
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
+
+
 class Function:
     """A compiled kernel, loaded on one device; its argument is one struct.
 
@@ -78,16 +93,30 @@ class Function:
         *,
         shared: int = 0,
         cooperative: bool = False,
+        early: bool = False,
     ) -> None:
-        """Launch on the current stream; ``args`` is copied."""
+        """Launch on the current stream; ``args`` is copied.
+
+        Args:
+            blocks: of the grid.
+            threads: of a block.
+            args: the kernel's argument.
+            shared: bytes of shared memory of a block, beside what the kernel declares.
+            cooperative: all blocks run at a time, or the launch fails.
+            early: blocks may begin before the kernel ahead of this one in the stream has ended, if
+                that allows it; this one must wait for it (``csrc/cuda/async.h``).
+        """
         from cuda.bindings import driver
 
         call = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
         last = () if cooperative else (0,)  # cuLaunchKernel has another way to pass arguments
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        given = ctypes.addressof(parameters)
         with _on(self.device):
             shape = (blocks, 1, 1, threads, 1, 1, shared, current_stream(self.device))
-            launch = (self._function, *shape, ctypes.addressof(parameters), *last)
+            launch = (self._function, *shape, given, *last)
+            if early:
+                call, launch = driver.cuLaunchKernelEx, (_early(shape), self._function, given, 0)
             (status,) = call(*launch)
             if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # the first call of a thread
                 _check(driver.cuCtxSetCurrent(self._context))

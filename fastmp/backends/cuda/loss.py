@@ -1,4 +1,4 @@
-"""Long rows of the loss on ``csrc/cuda/loss.cu``: the sizes of its ring, and its two launches."""
+"""Long rows of the loss on ``csrc/cuda/loss.cu``: the sizes of its ring, and its launches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ WARP = 32
 VECTOR_BYTES = 16  # of a chunk, for each consumer
 SLOT_BYTES = 16 + 112  # beside a chunk: two barriers, and a row's plan
 DIVISOR_PARTS = 64
+SUM_THREADS = 1024  # of the one block that adds up the losses
 _SMALL_SHARED = 1280  # bytes beside the ring; loss.cu asserts it
 _BLOCK_RESERVED = 1024  # bytes of shared memory that CUDA keeps for each block
 
@@ -164,56 +165,56 @@ def _forward(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     n, c = logits.shape
-    loss = logits.new_empty(n, dtype=torch.float32)
+    row_losses = logits.new_empty(n, dtype=torch.float32)
     stats = logits.new_empty((n + 1, 2), dtype=torch.float32)
     ring = ring_for(c * logits.element_size(), sm_shared(logits.device))
     assert ring is not None
-    partials = run(logits, assumed_grad_output, spec, loss, stats, grad, ring)
-    # The Triton kernel of the backward reads the divisors there.
-    if partials is None:
-        stats[n].fill_(1.0)
-    else:
-        both = partials if spec.target_b is not None else partials[:1].expand(2, -1)
-        torch.sum(both, 1, out=stats[n])
-    return loss if spec.reduction == Reduction.NONE else loss.sum(), stats
+    return run(logits, assumed_grad_output, spec, row_losses, stats, grad, ring), stats
 
 
-def _on_device(values: Tensor | None, logits: Tensor) -> Tensor | None:
-    """In fp32; a number of the host by a launch that a CUDA graph can capture, as no copy."""
-    if values is None or values.dim() or not values.is_cpu:
-        return None if values is None else values.float()
-    return logits.new_full((), float(values), dtype=torch.float32)
+def _tensor_or_number(values: Tensor | None) -> tuple[Tensor | None, float]:
+    """In fp32, on the device; or a number from the host, an argument of the kernel. None: 1."""
+    if values is None:
+        return None, 1.0
+    if values.dim() or not registry.on_host(values):
+        return values.float(), 1.0
+    return None, float(values)
 
 
 def run(
     logits: Tensor,
     grad_output: Tensor | None,
     spec: LossSpec,
-    loss: Tensor,
+    row_losses: Tensor,
     stats: Tensor,
     grad: Tensor,
     ring: Ring,
-) -> Tensor | None:
-    """Write loss (N), stats (N, 2) and grad (N, C); ``ring`` holds at least a row of logits.
+) -> Tensor:
+    """Write row_losses (N), stats (N + 1, 2) and grad (N, C); ``ring`` holds at least a row.
+
+    Three launches, which overlap: the divisors of the mean, the rows, the sum of their losses.
 
     Returns:
-        (2, DIVISOR_PARTS), whose sums are the divisors of the mean; None for other reductions.
+        the loss: their sum, or ``row_losses`` for reduction none.
     """
     n, c = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     target_a = spec.target_a.contiguous()
     target_b = None if spec.target_b is None else spec.target_b.contiguous()
-    lam, grad_output = _on_device(spec.lam, logits), _on_device(grad_output, logits)
+    lam, lam_value = _tensor_or_number(spec.lam)
+    grad_output, grad_output_value = _tensor_or_number(grad_output)
     weight = None if spec.weight is None else spec.weight.float().contiguous()
-    total = None if weight is None else weight.sum()
-    partials = None
+    weight_total = None if weight is None else weight.sum()
+    partials, loss = None, row_losses
     if spec.reduction == Reduction.MEAN:
         partials = logits.new_empty((2, DIVISOR_PARTS), dtype=torch.float32)
+    if spec.reduction != Reduction.NONE:
+        loss = logits.new_empty((), dtype=torch.float32)
     tensors = {
         "logits": logits, "target_a": target_a, "target_b": target_b, "lam": lam, "weight": weight,
-        "weight_total": total, "grad_output": grad_output, "divisor_partials": partials,
-        "loss": loss, "stats": stats, "grad": grad,
+        "weight_total": weight_total, "grad_output": grad_output, "divisor_partials": partials,
+        "loss": row_losses, "total": loss, "stats": stats, "grad": grad,
     }  # fmt: skip
     args = RingArgs(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
@@ -222,6 +223,8 @@ def run(
         ignore_index=spec.ignore_index,
         target_prob=1.0 - spec.smoothing,
         smooth_prob=spec.smoothing / c,
+        lam_value=lam_value,
+        grad_output_value=grad_output_value,
         rows=n,
         classes=c,
         slots=ring.slots,
@@ -237,8 +240,12 @@ def run(
     name = kernel_name(logits.dtype, smooth, aligned, size)
     clusters = min(n, size.blocks * _num_sms(device) // size.cluster)
     rows = launch.function(FILE, name, device, ring.shared)
-    rows.launch(clusters * size.cluster, size.threads + WARP, args, shared=ring.shared)
-    return partials
+    early, blocks = partials is not None, clusters * size.cluster
+    rows.launch(blocks, size.threads + WARP, args, shared=ring.shared, early=early)
+    if loss is not row_losses:
+        name = f"fastmp::loss_sum<{SUM_THREADS}>"
+        launch.function(FILE, name, device).launch(1, SUM_THREADS, args, early=True)
+    return loss
 
 
 def supports_in_place(

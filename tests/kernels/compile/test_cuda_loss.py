@@ -69,6 +69,7 @@ def test_rows(dtype, smooth, aligned, row_bytes):
         assert logits + 2 <= exponentials <= logits + 12, where
         clusters = kernel.count("UCGABAR_.*")
         assert clusters == (4 if size.cluster > 1 else 0)
+        assert overlaps(kernel) == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -89,6 +90,18 @@ def test_divisors():
     for kernel in build(f"fastmp::loss_divisors<{loss.DIVISOR_PARTS}>", 8):
         assert kernel.stays_in_registers()
         assert kernel.occupancy() >= 0.5
+        assert overlaps(kernel) == (0, 1)
+
+
+def test_the_sum_of_the_losses():
+    for kernel in build(f"fastmp::loss_sum<{loss.SUM_THREADS}>", loss.SUM_THREADS // 32):
+        assert kernel.stays_in_registers()
+        assert overlaps(kernel) == (1, 0)
+
+
+def overlaps(kernel):
+    """How often it waits for the launch before it, and allows the next one to begin."""
+    return kernel.count("ACQBULK"), kernel.count("PREEXIT")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -26,6 +26,7 @@ std::map<std::string, Named> make_table() {
   FASTMP_ADD_TYPE(fastmp::f16)
   FASTMP_ADD_TYPE(fastmp::bf16)
   table["fastmp::loss_divisors<2>"] = {loss_divisors<kDivisorParts>, 1};
+  table["fastmp::loss_sum<20>"] = {loss_sum<kThreads>, 1};
   return table;
 }
 

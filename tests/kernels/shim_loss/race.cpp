@@ -12,7 +12,8 @@ template <int cluster>
 static void run(int32_t slots) {
   std::vector<bf16> logits(kRows * kClasses), grad(logits.size());
   std::vector<int64_t> a(kRows), b(kRows);
-  std::vector<float> loss(kRows), stats(2 * kRows), partials(2 * kDivisorParts), lam(1, 0.25f);
+  std::vector<float> loss(kRows), stats(2 * kRows + 2), partials(2 * kDivisorParts);
+  float total;
   for (size_t i = 0; i < logits.size(); ++i) {
     store(static_cast<float>(i * 37 % 101) / 10.0f, &logits[i]);
   }
@@ -27,9 +28,10 @@ static void run(int32_t slots) {
   args.rows = kRows;
   args.target_a = a.data();
   args.target_b = b.data();
-  args.lam = lam.data();
+  args.lam_value = 0.25f;
   args.divisor_partials = partials.data();
   args.loss = loss.data();
+  args.total = &total;
   args.stats = stats.data();
   args.grad = grad.data();
   args.ignore_index = -100;
@@ -37,13 +39,21 @@ static void run(int32_t slots) {
   args.smooth_prob = 0.1f / kClasses;
   args.slots = slots;
   const size_t bytes = static_cast<size_t>(slots) * (32 * kConsumers + 128);
+  std::atomic<bool> has_divisors{false}; /* the launch of the rows begins before that */
+  std::thread rows([&] {
+    const LossKernel kernel = loss_kernel<bf16, Smooth::equal, true, cluster>();
+    launch(kernel, cluster, cluster, &args, bytes, &has_divisors);
+  });
   launch(loss_divisors<kDivisorParts>, kDivisorParts, 1, &args, bytes);
-  launch(loss_kernel<bf16, Smooth::equal, true, cluster>(), cluster, cluster, &args, bytes);
+  has_divisors = true;
+  has_divisors.notify_all();
+  rows.join();
+  launch(loss_sum<kThreads>, 1, 1, &args, bytes);
 }
 
 int main(int count, char** arguments) {
-  const char* names[] = {"none", "full", "empty", "block", "warp", "cluster"};
-  for (int i = 0; count > 1 && i < 6; ++i) {
+  const char* names[] = {"none", "full", "empty", "block", "warp", "cluster", "launch"};
+  for (int i = 0; count > 1 && i < 7; ++i) {
     if (std::strcmp(arguments[1], names[i]) == 0) missing = static_cast<Missing>(i);
   }
   for (int32_t spare = 0; spare < 3; ++spare) {

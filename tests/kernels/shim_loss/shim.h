@@ -15,6 +15,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -37,7 +38,7 @@ constexpr int32_t kDivisorParts = 2;
 constexpr size_t kSharedBytes = 2048;
 
 /* One that a test takes out, to see that its absence is noticed. */
-enum class Missing { none, full, empty, block, warp, cluster };
+enum class Missing { none, full, empty, block, warp, cluster, launch };
 static Missing missing = Missing::none;
 
 struct Block {
@@ -47,6 +48,7 @@ struct Block {
   Block* in_cluster[2];
   alignas(16) unsigned char lanes[kThreads][16];
   alignas(16) unsigned char shared[kSharedBytes];
+  const std::atomic<bool>* previous_ended = nullptr; /* of the launch before; NULL: it has */
   std::unique_ptr<unsigned char, decltype(&std::free)> ring{nullptr, std::free};
   size_t ring_bytes = 0;
 
@@ -164,6 +166,16 @@ FASTMP_DEVICE void copy_bulk(SharedAddress to, const void* from, int32_t bytes,
   change(barrier, [&](Counts& counts) {
     counts.vectors = static_cast<int16_t>(counts.vectors - bytes / 16);
   });
+}
+
+/* ---- launches that overlap, where a test lets them ---- */
+
+FASTMP_DEVICE void allow_next_launch() {}
+FASTMP_DEVICE void wait_for_previous_launch() {
+  const auto* ended = here.block->previous_ended;
+  if (ended == nullptr) return;
+  if (missing != Missing::launch) return ended->wait(false);
+  while (!ended->load(std::memory_order_relaxed)) std::this_thread::yield(); /* late, no order */
 }
 
 /* ---- clusters ---- */
@@ -294,11 +306,13 @@ struct Grid {
   }
 
   /* Shared memory starts as NaN. */
-  void launch(LossKernel chosen, const fastmp_ring_args* given, size_t ring_bytes) {
+  void launch(LossKernel chosen, const fastmp_ring_args* given, size_t ring_bytes,
+              const std::atomic<bool>* previous_ended) {
     kernel = chosen;
     args = given;
     for (Block& block : blocks) {
       std::memset(block.shared, 0xff, kSharedBytes);
+      block.previous_ended = previous_ended;
       if (block.ring_bytes != ring_bytes) {
         block.ring.reset(
             static_cast<unsigned char*>(std::aligned_alloc(128, (ring_bytes + 127) / 128 * 128)));
@@ -318,11 +332,17 @@ struct Grid {
 };
 
 static void launch(LossKernel kernel, int32_t blocks, int32_t cluster, const fastmp_ring_args* args,
-                   size_t ring_bytes) {
+                   size_t ring_bytes, const std::atomic<bool>* previous_ended = nullptr) {
   static std::map<std::pair<int32_t, int32_t>, Grid*> grids;
-  Grid*& grid = grids[{blocks, cluster}];
-  if (grid == nullptr) grid = new Grid(blocks, cluster);
-  grid->launch(kernel, args, ring_bytes);
+  static std::mutex lock;
+  Grid* grid;
+  {
+    const std::lock_guard<std::mutex> hold(lock);
+    Grid*& found = grids[{blocks, cluster}];
+    if (found == nullptr) found = new Grid(blocks, cluster);
+    grid = found;
+  }
+  grid->launch(kernel, args, ring_bytes, previous_ended);
 }
 
 }  // namespace fastmp

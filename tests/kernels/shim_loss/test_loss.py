@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from fastmp.backends import registry
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.cuda import loss
 from fastmp.functional import cross_entropy
@@ -126,9 +127,28 @@ def test_the_launches(served):
     assert [name.partition("<")[0] for name in Function.launches] == [
         "fastmp::loss_divisors",
         "fastmp::loss_rows" if served.cluster == 1 else "fastmp::loss_half_rows",
+        "fastmp::loss_sum",
     ]
-    loss.forward(z, None, True, spec._replace(reduction=Reduction.SUM))
-    assert len(Function.launches) == 3
+    for reduction, launches in ((Reduction.SUM, 2), (Reduction.NONE, 1)):
+        Function.launches.clear()
+        loss.forward(z, None, True, spec._replace(reduction=reduction))
+        assert len(Function.launches) == launches
+
+
+def test_numbers_of_the_host_and_of_the_device_are_the_same(served, monkeypatch):
+    z, spec = problem(reduction=Reduction.MEAN)
+    of_host = loss.forward(z, torch.tensor(8.0), True, spec)
+    monkeypatch.setattr(registry, "on_host", lambda tensor: False)
+    assert all(map(torch.equal, of_host, loss.forward(z, torch.tensor(8.0), True, spec)))
+
+
+@pytest.mark.parametrize("rows", [19, 160, 347])
+def test_the_sum_of_many_rows(served, rows):
+    """A thread takes 8 rows at a time: 160 rows are a whole turn."""
+    z, spec = problem(rows, 9, torch.float32)
+    each = loss.forward(z, None, True, spec._replace(reduction=Reduction.NONE))[0]
+    total = loss.forward(z, None, True, spec)[0]
+    torch.testing.assert_close(total.double(), each.double().sum(), rtol=1e-6, atol=0)
 
 
 def test_what_is_left_to_the_other_backend(monkeypatch):

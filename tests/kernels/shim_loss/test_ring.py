@@ -13,7 +13,7 @@ from fastmp.backends.cuda import loss
 from fastmp.ops.loss import forward_reference
 from tests.kernels.shim_loss.conftest import ONE_BLOCK, TWO_BLOCKS, build, ring
 
-BARRIERS = ["full", "empty", "block", "warp", "cluster"]
+BARRIERS = ["full", "empty", "block", "warp", "cluster", "launch"]
 SIZES = [ONE_BLOCK, TWO_BLOCKS]
 
 
@@ -68,7 +68,7 @@ def test_no_byte_outside_the_tensors_is_touched(dtype, classes, at_end, size):
     a[1] = b[1] = -100
     tensors = [z, a, b, torch.rand(5), torch.rand(classes) + 0.1]
     z, a, b, lam, weight = (guarded(t, at_end) for t in tensors)
-    outputs = [torch.empty(5), torch.empty(5, 2), torch.empty(5, classes, dtype=dtype)]
+    outputs = [torch.empty(5), torch.empty(6, 2), torch.empty(5, classes, dtype=dtype)]
     outputs = [guarded(t, at_end) for t in outputs]
     spec = LossSpec(a, b, lam, weight, -100, Reduction.MEAN, 0.1)
     loss.run(z, torch.tensor(8.0), spec, *outputs, ring(size, classes * z.element_size()))
@@ -85,7 +85,7 @@ def test_rows_further_apart_than_2_31_logits():
     z = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, 1000), (stride, 1))
     z.copy_(torch.randn(2, 1000))
     y = torch.tensor([3, 999])
-    outputs = torch.empty(2), torch.empty(2, 2), torch.empty(2, 1000, dtype=z.dtype)
+    outputs = torch.empty(2), torch.empty(3, 2), torch.empty(2, 1000, dtype=z.dtype)
     spec = LossSpec(y, None, None, None, -100, Reduction.SUM, 0.0)
     loss.run(z, None, spec, *outputs, ring(ONE_BLOCK, 2000))
     exact = torch.nn.functional.cross_entropy(z.double(), y, reduction="none")
@@ -140,7 +140,7 @@ def test_the_ring_s_length_changes_no_bit(spare):
     spec = LossSpec(a, b, torch.rand(9), None, -100, Reduction.MEAN, 0.1)
     results = []
     for chunks in (3, spare):
-        outputs = torch.empty(9), torch.empty(9, 2), torch.empty(9, 1003)
+        outputs = torch.empty(9), torch.empty(10, 2), torch.empty(9, 1003)
         loss.run(z, None, spec, *outputs, ring(ONE_BLOCK, 4012, chunks))
         results.append(outputs)
     assert all(map(torch.equal, *results))

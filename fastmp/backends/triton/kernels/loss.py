@@ -68,6 +68,8 @@ from fastmp.backends.triton.tiles import LossTile, loss_tile
 
 # Each divisor of the mean is the sum of so many partials, each by one program.
 _PARTIALS = 64
+# On each multiprocessor.
+_PROGRAMS_OF_A_CHECK = 8
 # Below this many classes the edges of a row cost more than accesses of one logit.
 _SHORTEST_PEELED = 256
 _IGNORE_INDEX = -100  # torch's default
@@ -217,7 +219,9 @@ def _launch_backward(
     arguments, options, logits = _inputs(logits, spec)
     tile = loss_tile(c, architecture(logits.device), logits.element_size())
     kernel: Any = backward_kernel if tile.rows == 1 else backward_short_kernel
-    kernel[(min(triton.cdiv(n, tile.rows), tile.programs * num_sms(logits.device)),)](
+    # A check starts programs that most often have nothing to do: so many as run at a time.
+    programs = min(tile.programs, _PROGRAMS_OF_A_CHECK) if check else tile.programs
+    kernel[(min(triton.cdiv(n, tile.rows), programs * num_sms(logits.device)),)](
         *arguments, *_strided(grad_output), *_strided(assumed), stats, grad, *options,
         MEAN=spec.reduction == Reduction.MEAN, SMOOTH=spec.smoothing > 0, CHECK=check,
         ASSUMED=_assumes_divisor(spec), **_constants(tile, logits, spec.weight is not None),
