@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FASTMP_ABI_VERSION 8
+#define FASTMP_ABI_VERSION 9
 
 #if defined(__GNUC__)
 #define FASTMP_EXPORT __attribute__((visibility("default")))
@@ -161,31 +161,46 @@ typedef struct {
 FASTMP_EXPORT int32_t fastmp_activation(const fastmp_activation_args* args);
 FASTMP_EXPORT int32_t fastmp_activation_backward(const fastmp_activation_args* args);
 
-/* ---- tensors: addresses and layouts of Python's tensors in one call (cpu/tensors.cpp) ---- */
+/* ---- tensors: gradients and layouts of Python's tensors in one call (cpu/tensors.cpp) ---- */
 
-/* The functions are those of torch's stable C ABI, aoti_torch_get_*. An object holds the address of
- * a torch handle, and that of a tensor's metadata its dispatch keys, at offsets that the caller has
- * found out. The caller holds the GIL. */
+/* The functions are CPython's for a list, those of torch's stable C ABI (aoti_torch_get_*), and
+ * torch's C++ functions that read and raise the version of a tensor. An object holds the address of
+ * a tensor's metadata, which is a torch handle; the metadata hold the dispatch keys and the address
+ * of what autograd keeps of the tensor, and that the gradient's handle, at offsets that the caller
+ * has found out. The caller holds the GIL. */
 typedef struct {
   int64_t size;
-  const int64_t* objects; /* addresses of the Python objects: fixed ones, then bound ones */
-  int64_t fixed;          /* identity and address are part of their layout */
-  int64_t bound;          /* their addresses are written */
-  int64_t handle_offset;  /* bytes, in an object */
-  int64_t keys_offset;    /* bytes, in the metadata that the handle points to */
+  const int64_t* lists; /* addresses of Python lists of tensors: the parameters of each group */
+  int64_t list_count;
+  int64_t handle_offset;   /* bytes, in an object */
+  int64_t keys_offset;     /* bytes, in the metadata */
+  int64_t autograd_offset; /* bytes, in the metadata; the word is 0 where autograd keeps nothing */
+  int64_t grad_offset;     /* bytes, in what autograd keeps */
+  int64_t no_grad;         /* that word of a tensor without a gradient */
+  const void* list_size;
+  const void* list_item;
   const void* get_data_ptr;
   const void* get_dtype;
   const void* get_device_index;
   const void* get_dim;
   const void* get_sizes;
   const void* get_strides;
+  const void* get_version;
+  const void* raise_version;
   int64_t* layout; /* compared with `words` words of it; write: at most as many are written */
   int64_t words;
-  int64_t* addresses; /* out, bound */
-  int32_t write;      /* 1: the layout is an output too, and words the number written */
-  int32_t same;       /* out: every word was written or equal, no function of torch failed */
+  int64_t* addresses; /* out, of the gradients, `address_stride` words apart */
+  int64_t address_stride;
+  int64_t* handles;    /* out, of the tensors that have a gradient */
+  int64_t with_grad;   /* how many they are */
+  int64_t version_sum; /* out, over these */
+  int32_t write;       /* 1: the layout is an output too, and words the number written */
+  int32_t same;        /* out: every word was written or equal, no function of torch failed */
 } fastmp_tensors_args;
 FASTMP_EXPORT int32_t fastmp_tensors(fastmp_tensors_args* args);
+
+/* Raises the version of the tensors at `handles` by 1: they have been written to. */
+FASTMP_EXPORT int32_t fastmp_raise_versions(const fastmp_tensors_args* args);
 
 #ifdef __cplusplus
 }

@@ -90,26 +90,28 @@ class NativeTable:
         self._copies: list[Tensor] = []
         self._directions = [row.direction for row in tensor_rows if row.direction is not None]
         self.rows = _layout(tensor_rows, grads)
-        self.bind_gradients(grads, None)
+        #: Of the gradients, in the memory that the kernel reads.
+        self.addresses: np.ndarray = self.rows["grad"]
 
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are where they were when the table was laid out."""
         return list(map(_data_ptr, params)) == self._param_ptrs
 
-    def bind_gradients(self, grads: Sequence[Tensor], addresses: np.ndarray | None) -> None:
+    def bind_gradients(self, grads: Sequence[Tensor] | None) -> None:
         """Use these gradients, one per row, in the next step; of the layouts of the first ones.
 
-        Only their addresses are kept, which the caller may know: int64, one per row.
+        Only their addresses are kept. None: the parameters' own, whose addresses have been written.
         """
-        if addresses is None:
-            addresses = np.fromiter(map(_data_ptr, grads), np.int64, len(grads))
-        self.rows["grad"] = addresses
+        if grads is not None:
+            self.addresses[:] = np.fromiter(map(_data_ptr, grads), np.int64, len(grads))
         for i in self._reordered:
             # Another order of the same elements (a channels_last weight with a contiguous gradient,
             # say): copied into the weight's order, a slower path with the same result.
-            copy = torch.empty_like(self._params[i], dtype=grads[i].dtype).copy_(grads[i])
+            grad = self._params[i].grad if grads is None else grads[i]
+            assert grad is not None
+            copy = torch.empty_like(self._params[i], dtype=grad.dtype).copy_(grad)
             self._copies.append(copy)
-            self.rows["grad"][i] = copy.data_ptr()
+            self.addresses[i] = copy.data_ptr()
 
     def free_copies(self) -> None:
         """After the launch: what is allocated next on its stream comes after it."""
@@ -204,7 +206,9 @@ def request(options: Options, record: Tensor) -> tuple[Request, list[Tensor | No
 
 
 def _fp32(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.detach().to(device, torch.float32, non_blocking=True)
+    if value is None or (value.dtype == torch.float32 and value.device == device):
+        return value
+    return value.detach().to(device, torch.float32, non_blocking=True)
 
 
 def _address(value: Tensor | None) -> int | None:

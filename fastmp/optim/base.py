@@ -165,18 +165,18 @@ class FusedOptimizer(AveragedOptimizer):
 
     def _step(self) -> None:
         self._require_own_weights()
-        params, grads = self._collect(self._params())
         reducer = self._reducer()
-        if not params and reducer is None:
-            return
-        self._warn_of_group_rates()
         hypers = [self._hyper(group) for group in self.param_groups]
-        if params:
-            table = self._tables.bind(self, params, grads, [h.rule for h in hypers])
-        else:
-            table = StepTable((), ())
-        options, reduced = self._decide_options(table, grads, reducer)
-        if not params and (reduced is None or not float(reduced.grad_count)):
+        rules = [h.rule for h in hypers]
+        table = self._tables.rebind(self, rules)
+        if table is None:
+            params, grads = self._collect(self._params())
+            if not params and reducer is None:
+                return
+            table = self._tables.bind(self, params, grads, rules) if params else StepTable((), ())
+        self._warn_of_group_rates()
+        options, reduced = self._decide_options(table, reducer)
+        if not table.params and (reduced is None or not float(reduced.grad_count)):
             return  # no rank has a gradient
         self._run(table, hypers, options)
         self._record_step(table, reduced)
@@ -190,11 +190,11 @@ class FusedOptimizer(AveragedOptimizer):
         return params, grads
 
     def _decide_options(
-        self, table: StepTable, grads: list[Tensor], reducer: StepReducer | None
+        self, table: StepTable, reducer: StepReducer | None
     ) -> tuple[Options, ReducedStep | None]:
         """The options of the step, after an exchange with other ranks if there is a reducer."""
         context = self.step_context
-        device = grads[0].device if grads else self._device()
+        device = table.params[0].device if table.params else self._device()
         options = Options(
             update.NO_CLIP if self.max_grad_norm is None else self.max_grad_norm,
             context.grad_scale,
@@ -206,6 +206,7 @@ class FusedOptimizer(AveragedOptimizer):
         )
         if reducer is None:
             return options, None
+        _, grads = self._collect(table.params)
         indices = [row.param_index for row in table.rows]
         count = len(self._params())
         local = LocalStep(grads, indices, count, options, self.applied_steps, device)
@@ -231,8 +232,7 @@ class FusedOptimizer(AveragedOptimizer):
             self.grad_norm.copy_(reduced.grad_norm)
             first = reduced.first_nonfinite
             self.first_nonfinite.copy_(torch.where(first < 0, self.first_nonfinite, first))
-        # autograd has not seen the kernel's writes: a backward through the old weights must raise
-        torch.autograd.graph.increment_version(table.params)
+        table.raise_versions()
         self._tables.remainders.record()
 
     def has_gradients_on(self, device: torch.device) -> bool:

@@ -229,7 +229,7 @@ class Muon(FusedOptimizer, _TorchMuon):
         if on_host(self.found_inf) and self.found_inf:
             return  # on a GPU the second pass finds that out: the host does not wait
         directions.orthogonalize()
-        second.bind(second.params, directions.results)
+        second.bind_alike(directions.results)
         applied = [h._replace(rule=_APPLY) if h.rule == _MOMENTUM else h for h in hypers]
         super()._run(second, applied, options._replace(continues=True))
 

@@ -23,8 +23,26 @@ class TableCache:
     def __init__(self, split_fp16: bool = False) -> None:
         self.table: StepTable | None = None
         self._rules: list[float] = []
+        self._sizes: list[int] = []  # of the groups
         self._held = HeldState({})
+        self._version_sum: int | None = None  # of the parameters, unless one was changed since
         self.remainders = Remainders(split_fp16)
+
+    def rebind(self, optimizer: FusedOptimizer, rules: list[float]) -> StepTable | None:
+        """The table of the last step, bound to the gradients that there are now.
+
+        None: collect them and call ``bind``.
+        """
+        table = self.table
+        if table is None or table.reader is None or self._is_outdated(optimizer, rules):
+            return None
+        if not table.rebind([group["params"] for group in optimizer.param_groups]):
+            return None
+        versions = table.reader.version_sum
+        if versions != self._version_sum or self.remainders.are_loaded:
+            self.remainders.drop_stale()
+        self._version_sum = versions + len(table.params)  # every version after this step
+        return table
 
     def bind(
         self,
@@ -34,22 +52,30 @@ class TableCache:
         rules: list[float],
     ) -> StepTable:
         """A table of ``params`` bound to their ``grads``; ``rules``: one for each group."""
-        table = self.table
+        table, groups = self.table, [group["params"] for group in optimizer.param_groups]
+        sizes = list(map(len, groups))
         if (
             table is None
-            or rules != self._rules
-            or (optimizer._state_is_shared and not self._held.is_unchanged(optimizer._own_state))
+            or sizes != self._sizes
+            or self._is_outdated(optimizer, rules)
             or not table.bind(params, grads)
         ):
             rows = optimizer._prepare_rows(_rows(optimizer, rules))
-            table = self.table = StepTable(rows, grads)
-            self._rules = rules
+            table = self.table = StepTable(rows, grads, groups)
+            self._rules, self._sizes = rules, sizes
             self._held = HeldState(optimizer._own_state)
             masters = [(r.param, r.master) for r in rows if r.master is not None]
             split = [(p, m) for p, m in masters if m.dtype == torch.int16]
             self.remainders.use([p for p, _ in split], [m for _, m in split])
+        self._version_sum = None
         self.remainders.drop_stale()
         return table
+
+    def _is_outdated(self, optimizer: FusedOptimizer, rules: list[float]) -> bool:
+        if rules != self._rules:
+            return True
+        shared = optimizer._state_is_shared
+        return shared and not self._held.is_unchanged(optimizer._own_state)
 
 
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:

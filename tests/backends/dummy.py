@@ -51,6 +51,8 @@ POLICIES = {
 class Step:
     """The kernel of update: the reference on the tensors behind the handles."""
 
+    addresses = None  # it takes the tensors
+
     def __init__(self, rows, grads):
         self.rows = [
             row._replace(
@@ -61,12 +63,11 @@ class Step:
             )
             for row in rows
         ]
-        self.bind_gradients(grads, None)
 
     def matches(self, params):
         return True
 
-    def bind_gradients(self, grads, addresses):
+    def bind_gradients(self, grads):
         self.grads = [to_host(grad) for grad in grads]
 
     def step(self, hypers, record, options, lrs):

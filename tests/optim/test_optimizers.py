@@ -265,6 +265,22 @@ def test_parameters_without_gradients_keep_their_own_count():
         assert a.state[p]["step"] == b.state[q]["step"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # kernel, reference
+def test_a_parameter_that_moves_to_another_group_takes_its_lr(dtype):
+    params = [torch.zeros(2, dtype=dtype, requires_grad=True) for _ in range(3)]
+    optimizer = fastmp.optim.SGD(
+        [{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], lr=1.0
+    )
+    for step in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if step == 0:
+            first, second = (group["params"] for group in optimizer.param_groups)
+            second.insert(0, first.pop())  # the order of all parameters is the same
+    assert [p[0].item() for p in params] == [-2.0, -3.0, -4.0]
+
+
 def test_groups_join_later_and_mix_dtypes():
     ours = [*parameters(torch.float16, seed=1), *parameters(torch.float32, seed=2)]
     theirs = [p.detach().float().requires_grad_() for p in ours]

@@ -2,11 +2,13 @@
 
 import ctypes
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 from fastmp.backends import layouts
+from fastmp.optim import SGD
 from tests.native import needs_native
 from tests.optim.optim_cases import adam_w, give_gradients, parameters
 
@@ -68,40 +70,87 @@ def test_grad_mode_is_as_before_after_a_step_and_an_error(enabled):
 
 
 @needs_native
-def test_tensors_are_read_in_one_call():
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema": 0.9}], ids=str)
+def test_a_step_is_one_reading(monkeypatch, options):
     """Here and wherever the suite runs: Python would do it too, ten times as slowly."""
-    params = parameters()
-    optimizer = adam_w(params)
-    give_gradients(params)
+    optimizer = prepared(**options)
     optimizer.step()
-    give_gradients(params, seed=1)
-    grads = [p.grad for p in params]
-    addresses = optimizer._tables.table._layouts.addresses(params, grads)
-    assert addresses.tolist() == [grad.data_ptr() for grad in grads]
+    monkeypatch.setattr(type(optimizer), "_collect", None)
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", None)
+    for seed in range(3):
+        give_gradients(optimizer.param_groups[0]["params"], seed=seed)
+        optimizer.step()
+    assert optimizer.applied_steps == 4
+
+
+def reader_of(params):
+    """Of one group; with the addresses that it writes."""
+    addresses = np.zeros(sum(p.grad is not None for p in params), np.int64)
+    reader = layouts.TensorReader.of([params], addresses)
+    return reader, addresses
+
+
+@needs_native
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradients_and_versions_are_read(strided):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    for p in params[1:]:
+        p.grad = torch.ones(2, 3)
+    addresses = np.zeros((3, 5), np.int64)[:, 2] if strided else np.zeros(3, np.int64)
+    reader = layouts.TensorReader.of([params[:2], params[2:]], addresses)
+    for p in params[1:]:
+        p.grad = torch.zeros(2, 3)
+        p.detach().add_(1)
+    assert reader.read([params[:2], params[2:]])
+    assert addresses.tolist() == [p.grad.data_ptr() for p in params[1:]]
+    assert reader.version_sum == sum(p._version for p in params)
+    reader.raise_versions()
+    assert [p._version for p in params] == [0, 2, 2, 2]
 
 
 @needs_native
 def test_other_tensors_are_told_apart(capfd):
-    a, b, grad = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)
-    known = layouts.Layouts([a], [grad])
-    assert known.addresses([a], [torch.zeros(2, 3)]) is not None
-    others = [
-        grad.half(),
-        grad[:1],
-        grad[0],
-        torch.ones(3, 2).t(),
-        torch._neg_view(grad),
-        grad.to("meta"),
-        grad.to_sparse(),
-        grad.to_mkldnn(),
-    ]
-    for other in others:
-        assert known.addresses([a], [other]) is None
-    assert known.addresses([b], [grad]) is None
-    assert known.addresses([a, a], [grad]) is None
-    a.data = a.data.clone()
-    assert known.addresses([a], [grad]) is None
+    p, other = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2, 3))
+    p.grad_dtype = None  # any
+    p.grad = grad = torch.ones(2, 3)
+    reader, _ = reader_of([p])
+    p.grad = torch.zeros(2, 3)
+    assert reader.read([[p]])
+    for p.grad in (None, grad.half(), torch._neg_view(grad), grad.to_sparse()):
+        assert not reader.read([[p]])
+    p.grad = other.grad = grad
+    for groups in ([[other]], [[p, p]], [[p], [p]], [[p], []], [[]], [], [(p,)]):
+        assert not reader.read(groups)
+    grad.data = torch.ones(3, 2).t()
+    assert not reader.read([[p]])
+    grad.data = torch.ones(3, 2)
+    assert not reader.read([[p]])
+    grad.data = torch.ones(2, 3)
+    assert reader.read([[p]])
+    p.data = p.data.clone()
+    assert not reader.read([[p]])
     assert capfd.readouterr().err == ""  # torch would report a failed call there
+
+
+class Subclass(torch.nn.Parameter):
+    """Gradients of another name."""
+
+    @property
+    def grad(self):
+        return torch.full_like(self, 2.0)
+
+
+@needs_native
+def test_parameters_with_an_own_gradient_are_read_by_python():
+    with torch.inference_mode():
+        without_version = torch.ones(3)
+    for p in (Subclass(torch.ones(3)), without_version):
+        assert reader_of([p])[0] is None
+    p = Subclass(torch.ones(3))
+    optimizer = SGD([p], lr=1.0)
+    for _ in range(2):
+        optimizer.step()
+    assert p.tolist() == [-3.0] * 3
 
 
 @needs_native

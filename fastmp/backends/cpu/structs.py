@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from fastmp.backends.abi import Request
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 
 class Status(IntEnum):
@@ -156,20 +156,30 @@ class TensorsArgs(Structure):
 
     _fields_ = (
         ("size", c_int64),
-        ("objects", c_void_p),
-        ("fixed", c_int64),
-        ("bound", c_int64),
+        ("lists", c_void_p),
+        ("list_count", c_int64),
         ("handle_offset", c_int64),
         ("keys_offset", c_int64),
+        ("autograd_offset", c_int64),
+        ("grad_offset", c_int64),
+        ("no_grad", c_int64),
+        ("list_size", c_void_p),
+        ("list_item", c_void_p),
         ("get_data_ptr", c_void_p),
         ("get_dtype", c_void_p),
         ("get_device_index", c_void_p),
         ("get_dim", c_void_p),
         ("get_sizes", c_void_p),
         ("get_strides", c_void_p),
+        ("get_version", c_void_p),
+        ("raise_version", c_void_p),
         ("layout", c_void_p),
         ("words", c_int64),
         ("addresses", c_void_p),
+        ("address_stride", c_int64),
+        ("handles", c_void_p),
+        ("with_grad", c_int64),
+        ("version_sum", c_int64),
         ("write", c_int32),
         ("same", c_int32),
     )
@@ -186,4 +196,5 @@ ENTRY_POINTS: dict[str, type[Structure]] = {
     "fastmp_activation": ActivationArgs,
     "fastmp_activation_backward": ActivationArgs,
     "fastmp_tensors": TensorsArgs,
+    "fastmp_raise_versions": TensorsArgs,
 }

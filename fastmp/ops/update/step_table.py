@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import Protocol
 
@@ -11,19 +12,26 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import registry
-from fastmp.backends.layouts import Layouts
+from fastmp.backends.layouts import TensorReader, layouts
 from fastmp.backends.native_table import Lrs, Options, TensorRow
 
 
 class _Kernel(Protocol):
-    """The object that a backend's kernel of ``update`` makes of (rows, gradients).
+    """The object that a backend's kernel of ``update`` makes of (rows, gradients), not yet bound.
 
     The methods of ``StepTable``, and ``step`` with the arguments of ``ops.update.run``. Gradients
-    are let go of after it.
+    are let go of after it. ``bind_gradients(None)``: of the parameters' own, whose addresses have
+    been written.
+
+    Attributes:
+        addresses: of the gradients, int64, one per row, where the kernel reads them. None: it takes
+            the tensors.
     """
 
+    addresses: np.ndarray | None
+
     def matches(self, params: Sequence[Tensor]) -> bool: ...
-    def bind_gradients(self, grads: Sequence[Tensor], addresses: np.ndarray | None) -> None: ...
+    def bind_gradients(self, grads: Sequence[Tensor] | None) -> None: ...
     def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None: ...
 
 
@@ -35,10 +43,21 @@ class StepTable:
         grads: for the reference, until the step; empty if there is a kernel.
         kernel: None: the step runs on the reference.
         fallback: the reason for that.
+        reader: of all tensors in one call; None: Python reads them.
     """
 
-    def __init__(self, rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[TensorRow],
+        grads: Sequence[Tensor],
+        groups: Sequence[list[Tensor]] = (),
+    ) -> None:
         """Check the tensors and have a backend lay them out.
+
+        Args:
+            rows, grads: as many.
+            groups: the parameters that ``rebind`` is called with; those of them that have a
+                gradient are the ones of the rows, and these are their gradients.
 
         Raises:
             ValueError: parameters on several devices, or a gradient of another shape or device.
@@ -47,16 +66,29 @@ class StepTable:
         _check(rows, grads)
         self.rows = list(rows)
         self.params = [row.param for row in rows]
-        self._layouts = Layouts(self.params, grads)
+        self._layouts = layouts(chain(self.params, grads))
         self.kernel: _Kernel | None = None
         self.fallback: str | None = "no tensors"
         self.grads: list[Tensor] = []
+        self.reader: TensorReader | None = None
         if rows:
             make, reason = registry.select("update", rows[0].param.device, rows, grads)
             self.fallback = reason if make is None else None
             self.kernel = None if make is None else make(rows, grads)
-        if self.kernel is None:
-            self.grads = list(grads)
+        if groups and self.kernel is not None and self.kernel.addresses is not None:
+            self.reader = TensorReader.of(groups, self.kernel.addresses)
+        self.bind_alike(grads)
+
+    def rebind(self, groups: Sequence[list[Tensor]]) -> bool:
+        """Use the gradients that these parameters have now in the next step.
+
+        False: something is not as in the step before, as far as one call of the native library can
+        tell; ``bind`` can tell more.
+        """
+        if self.reader is None or self.kernel is None or not self.reader.read(groups):
+            return False
+        self.kernel.bind_gradients(None)
+        return True
 
     def bind(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Use these gradients, one per row, in the next step; False if the table cannot hold them.
@@ -64,21 +96,32 @@ class StepTable:
         The parameters are others then, or elsewhere, or layouts differ, perhaps at the same
         addresses. Make another table, which says what is wrong if anything is.
         """
-        addresses = self._layouts.addresses(params, grads)
-        if addresses is None and not self._fits(params, grads):
+        if not self._fits(params, grads):
             return False
+        self.bind_alike(grads)
+        return True
+
+    def bind_alike(self, grads: Sequence[Tensor]) -> None:
+        """As ``bind``, of gradients that are known to fit."""
         if self.kernel is not None:
-            self.kernel.bind_gradients(grads, addresses)
+            self.kernel.bind_gradients(grads)
         else:
             self.grads = list(grads)
-        return True
+
+    def raise_versions(self) -> None:
+        """Autograd has not seen the writes of a kernel: a backward through the old weights must
+        raise."""
+        if self.reader is not None:
+            self.reader.raise_versions()
+        else:
+            torch.autograd.graph.increment_version(self.params)
 
     def _fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         if self.kernel is not None and not self.kernel.matches(params):
             return False
-        return self._layouts.match(params, grads)
+        return layouts(chain(params, grads)) == self._layouts
 
 
 def _check(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
