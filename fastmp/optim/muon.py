@@ -57,6 +57,9 @@ class Muon(FusedOptimizer, _TorchMuon):
     parameter of the largest batch of one shape for the iteration, 10 for square matrices; on a GPU
     with Triton 4, and at most 4 more, to 256 MB.
 
+    A matrix whose direction has a norm beyond 1.8e19, the square of which exceeds fp32, gets no
+    update but the decay, as in torch. ``grad_norm`` is infinite in the step that brought it there.
+
     Args:
         params: tensors, dicts or (name, tensor) pairs: fp32, fp16, bf16 or fp64.
             ``muon_groups(model)`` sorts those of a model. A group with ``"rule": "adamw"`` takes

@@ -165,6 +165,22 @@ def test_one_overflow_changes_nothing_in_any_group(dtype):
     assert not same_bits(before, snapshot(optimizer, params))
 
 
+def test_a_norm_whose_square_exceeds_fp32_gives_no_update_as_torchs():
+    """Finite gradients are no overflow: the record has the norm, other matrices are updated."""
+    ours, theirs = parameters(shapes=[(16, 24), (24, 16)]), parameters(shapes=[(16, 24), (24, 16)])
+    a, b = optim.Muon(ours, lr=0.5), torch.optim.Muon(theirs, lr=0.5)
+    give_gradients(ours, theirs)
+    ours[0].grad *= 1e21
+    theirs[0].grad *= 1e21
+    decayed = ours[0].detach() * (1 - 0.5 * 0.1)
+    a.step()
+    b.step()
+    torch.testing.assert_close(ours[0].detach(), decayed)
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    assert a.grad_norm == torch.inf
+    assert a.applied_steps == 1
+
+
 def test_results_do_not_depend_on_threads_or_on_the_run():
     def run(threads):
         before = torch.get_num_threads()

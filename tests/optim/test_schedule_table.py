@@ -6,22 +6,24 @@ import pytest
 import torch
 
 import fastmp
-from tests.optim.optim_cases import give_gradients, masters, parameters, same_bits, snapshot
+from tests.optim.optim_cases import SHAPES, give_gradients, masters, parameters, same_bits, snapshot
 
 LRS, MOMENTA, NORMS = [0.1, 0.2, 0.05, 0.3], [0.5, 0.9, 0.7, 0.8], [1.0, 1e6, 0.1, 2.0]
 DTYPES = [torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion", "Muon"])
 def test_a_table_is_followed_by_applied_steps(name, dtype):
     """Against the same numbers written into the groups; the overflow in between shifts nothing."""
     make = getattr(fastmp.optim, name)
     extra = {"momentum": 0.3} if name == "SGD" else {}
+    shapes = [(24, 120), (5, 3, 2, 2), (0, 4), (7,), (3, 5)] if name == "Muon" else SHAPES
+    second = {"rule": "adamw"} if name == "Muon" else {}
     runs = []
     for follows in (True, False):
-        params = parameters(dtype)
-        groups = [{"params": params[:3]}, {"params": params[3:], "lr_scale": 0.5}]
+        params = parameters(dtype, shapes)
+        groups = [{"params": params[:3]}, {"params": params[3:], "lr_scale": 0.5, **second}]
         optimizer = make(groups, lr=1.0, **extra)
         if follows:
             optimizer.set_schedule(LRS, MOMENTA, NORMS)
@@ -34,7 +36,7 @@ def test_a_table_is_followed_by_applied_steps(name, dtype):
                 optimizer.max_grad_norm = NORMS[k]
                 for group, factor in zip(optimizer.param_groups, (1, 0.5), strict=True):
                     group["lr"] = LRS[k] * factor
-                    if name == "SGD":
+                    if "momentum" in group:
                         group["momentum"] = MOMENTA[k]
                     else:
                         group["betas"] = (MOMENTA[k], group["betas"][1])

@@ -1,5 +1,7 @@
 """From a recipe to model, optimizer, schedule and trainer."""
 
+import copy
+
 import pytest
 import torch
 
@@ -44,6 +46,27 @@ def test_muon_and_lion_train(name, kind):
         trainer.train_step([batch])
     assert optimizer.applied_steps == 2
     assert not any(map(torch.equal, before, optimizer.masters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", ["bf16", "8bit"])
+def test_muon_with_every_setting_of_an_optimizer_resumes_to_the_bit(dtype, state_dtype):
+    config = TrainConfig(
+        model="mlp", optimizer="muon", schedule="cyclic", warmup=0.0, layer_decay=0.5, ema=0.75,
+        accumulate=2, unfreeze_every=1, max_grad_norm=0.5, state_dtype=state_dtype,
+        master="split" if dtype == torch.float16 else "auto",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.rand(16, 1, 8, 8, generator=generator), torch.arange(16) % 10) for _ in range(4)]
+    whole, resumed = build(config, dtype), build(config, dtype)
+    found = whole.fit(data, data, 1)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    last = [trainer.fit(data, data, 4)[-1].val_loss for trainer in (whole, resumed)]
+    assert last[0] == last[1] < found[0].val_loss
+    saved = [trainer.state_dict() for trainer in (whole, resumed)]
+    states = [[state["model"], state["optimizer"]["state"], state["ema"]] for state in saved]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert whole.optimizer.applied_steps == 2 * 5
 
 
 @pytest.mark.slow
