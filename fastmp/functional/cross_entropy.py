@@ -253,12 +253,12 @@ def _check_target(input: Tensor, target: Tensor, name: str) -> Tensor:
             )
     else:
         expected = input.shape[:1] + input.shape[2:]
-        if target.shape[:1] != expected[:1]:
-            got = target.shape[0] if target.dim() else "none, a scalar"
-            raise ValueError(
-                f"Expected input batch_size ({expected[0]}) to match {name} batch_size ({got})."
-            )
         if target.shape != expected:
+            if target.shape[:1] != expected[:1]:
+                got = target.shape[0] if target.dim() else "none, a scalar"
+                raise ValueError(
+                    f"Expected input batch_size ({expected[0]}) to match {name} batch_size ({got})."
+                )
             raise RuntimeError(
                 f"Expected {name} size {list(expected)}, got {list(target.shape)} "
                 f"for an input of shape {list(input.shape)}"

@@ -31,9 +31,9 @@ def check_lam(lam: Tensor | None) -> None:
     """Raise ValueError unless every λ that is on the host lies in [0, 1]."""
     if lam is None or not on_host(lam) or lam.numel() == 0:
         return
-    low, high = (lam, lam) if lam.dim() == 0 else torch.aminmax(lam)
-    if not (low.item() >= 0 and high.item() <= 1):
-        raise ValueError(f"lam must lie in [0, 1], got values from {low.item()} to {high.item()}")
+    low, high = (lam.item(),) * 2 if lam.dim() == 0 else (x.item() for x in torch.aminmax(lam))
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"lam must lie in [0, 1], got values from {low} to {high}")
 
 
 def check_values(spec: LossSpec, classes: int) -> None:

@@ -1,6 +1,7 @@
 """fastmp.functional.cross_entropy against torch's in fp64, on values, gradients and errors."""
 
 import itertools
+from ctypes import CFUNCTYPE, c_int64, c_void_p
 
 import pytest
 import torch
@@ -152,6 +153,27 @@ def test_the_same_bits_for_any_number_of_threads(dtype, shape):
                 assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(1024, True), (100, False)])
+def test_many_short_rows_are_shared_by_the_threads(rows, shared):
+    """A row of 10 classes takes 50 ns, five times what 10 logits of a long one do."""
+    library = cpu.load()[0]
+    parts = []
+    run = CFUNCTYPE(None, c_int64, c_int64, c_void_p)
+
+    @CFUNCTYPE(None, c_int64, c_int64, c_int64, c_void_p, c_void_p)
+    def parallel_for(begin, end, grain, body, context):
+        parts.append(-(-(end - begin) // grain))
+        run(body)(begin, end, context)
+
+    library.fastmp_set_parallel_for(parallel_for)
+    try:
+        cross_entropy(torch.randn(rows, 10), torch.randint(10, (rows,)))
+    finally:
+        cpu.use_torch_thread_pool(library)
+    assert bool(parts) == shared
+    assert all(n >= 4 for n in parts)
 
 
 # ---- autograd ----

@@ -14,6 +14,8 @@ from fastmp.backends import cpu, registry
 from fastmp.backends.abi import DTYPE_CODES, LossSpec, Reduction, unsupported_dtype
 from fastmp.backends.cpu.structs import LossArgs, Status
 
+_DENSE = torch.contiguous_format
+
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
@@ -68,7 +70,7 @@ def forward(
     logits: Tensor, assumed_grad_output: Tensor | None, compute_grad: bool, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmp::loss_forward``; raises IndexError where a target is out of range."""
-    grad = torch.empty(logits.shape if compute_grad else 0, dtype=logits.dtype)
+    grad = torch.empty_like(logits, memory_format=_DENSE) if compute_grad else logits.new_empty(0)
     return *_forward(logits, assumed_grad_output, spec, grad), grad
 
 
@@ -86,7 +88,7 @@ def forward_in_place(
 def _forward(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = len(logits)
+    rows = logits.shape[0]
     loss = torch.empty(rows if spec.reduction == Reduction.NONE else (), dtype=torch.float32)
     stats = torch.ones((rows + 1, 2), dtype=torch.float32)
     _call(
@@ -104,7 +106,7 @@ def _forward(
 def backward(grad_output: Tensor, logits: Tensor, stats: Tensor, spec: LossSpec) -> Tensor:
     """``fastmp::loss_backward``; raises IndexError where a target is out of range."""
     stats = stats.contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = torch.empty_like(logits, memory_format=_DENSE)
     _call(
         "fastmp_loss_backward",
         grad_output,
