@@ -54,26 +54,35 @@ FASTMP_FN RandomKey random_key(int64_t seed, float step, int64_t param_index, in
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-/* Of the elements 4 group to 4 group + 3. */
+/* Of the elements 4 group to 4 group + 3. Bits: uint32_t, or a vector of them. */
 constexpr int kRandomGroup = 4;
-FASTMP_FN uint32_t random_hash(const RandomKey& key, uint32_t group) {
-  uint32_t x = group ^ key.first;
+template <class Bits>
+FASTMP_FN Bits random_hash(const RandomKey& key, Bits group) {
+  Bits x = group ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du + key.second;
   return x ^ (x >> 15);
 }
 
-/* Of an element of the group. The factors are those of lowbias32 and PCG32. */
-FASTMP_FN uint32_t random_word(uint32_t hash, int64_t element) {
+/* The factors are those of lowbias32 and PCG32. */
+FASTMP_FN constexpr uint32_t random_factor(int64_t element) {
   constexpr uint32_t factor = 0x2c9277b5u;
   const int place = static_cast<int>(element % kRandomGroup);
-  const uint32_t power = (place & 1 ? factor : 1u) * (place & 2 ? factor * factor : 1u);
-  const uint32_t x = hash * (0x846ca68bu * power);
-  return x ^ (x >> 16);
+  return 0x846ca68bu * (place & 1 ? factor : 1u) * (place & 2 ? factor * factor : 1u);
+}
+
+template <class Bits>
+FASTMP_FN Bits finish_word(Bits product) {
+  return product ^ (product >> 16);
+}
+
+/* Of an element of the group. */
+FASTMP_FN uint32_t random_word(uint32_t hash, int64_t element) {
+  return finish_word(hash * random_factor(element));
 }
 
 /* The random bits of state s; a maximum takes none, so two states share a word. */
-template <int count>
-FASTMP_FN uint32_t bits_for_state(uint32_t word, int s) {
+template <int count, class Bits>
+FASTMP_FN Bits bits_for_state(Bits word, int s) {
   return s == 0 ? word & ((1u << count) - 1u) : word >> (32 - count);
 }
 
@@ -158,15 +167,17 @@ struct State8Bit {
     return float_from_bits(bits_of(magnitude) | sign);
   }
 
-  /* Of a block by the largest magnitude in it, as bits. The largest code stands for 15.5/16 of the
-   * next power of two: a maximum above it, which may be rounded up, takes the next one. */
-  template <Quantity quantity>
-  FASTMP_FN uint32_t scale_of(uint32_t largest) {
+  /* Of a block by the largest magnitude in it, as bits (uint32_t, or a vector of them). The largest
+   * code stands for 15.5/16 of the next power of two: a maximum above it, which may be rounded up,
+   * takes the next one. */
+  template <Quantity quantity, class Bits>
+  FASTMP_FN Bits scale_of(Bits largest) {
     const uint32_t below = quantity == Quantity::kSigned ? 6u : 14u; /* binades above U */
-    const uint32_t top = (largest + 0x7ffffu) >> 23;
-    const uint32_t bounded = top < kLeastScale + below ? kLeastScale : top - below;
-    const uint32_t finite = bounded > 254u - below ? 254u - below : bounded;
-    return largest == 0u ? 0u : largest >= 0x7f800000u ? 255u : finite;
+    const Bits none = {}, least = none + kLeastScale, most = none + (254u - below);
+    const Bits top = (largest + 0x7ffffu) >> 23;
+    const Bits bounded = top < least + below ? least : top - below;
+    const Bits finite = bounded > most ? most : bounded;
+    return largest == 0u ? none : largest >= 0x7f800000u ? none + 255u : finite;
   }
 
   /* The largest code of a block. Under the scales 0 and 255 it is the only one. */

@@ -78,6 +78,7 @@ void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, 
   StateBlock<Rule, Kind> states;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = min_of(kBlock, end - at);
+    if (at + kPrefetch + kBlock <= end) prefetch_block<Rule, Kind>(row, at + kPrefetch);
     float* master = read_master(row, at, n, masters);
     states.read(row, at, n);
     apply_block<Rule>(master, read_grad(row, at, n, grads), states.values[0], states.values[1],

@@ -4,13 +4,35 @@
 #define FASTMP_UPDATE_BLOCK_H
 
 #include "../common/rules.h"
+#include "state_codes.h"
 #include "vec.h"
 
 namespace fastmp {
 namespace FASTMP_TARGET {
 namespace {
 
-constexpr int64_t kBlock = 128; /* elements staged in L1 as fp32: 512 bytes a stream */
+/* Elements from the block that is updated to the one whose lines are asked for. */
+constexpr int64_t kPrefetch = 512;
+
+FASTMP_FN void prefetch(const void* base, int64_t width, int64_t offset) {
+  constexpr int64_t kLine = 64;
+  const char* first = static_cast<const char*>(base) + offset * width;
+  for (int64_t at = 0; at < kBlock * width; at += kLine) __builtin_prefetch(first + at);
+}
+
+/* All that a block reads: while one is computed in L1, the processor's own prefetching asks for
+ * nothing, and it starts again at every page of 4 KiB. A step out of memory, on one core: bf16
+ * moments 1.12x, fp32 moments beside bf16 weights 1.15x, fp32 throughout 1.0x to 1.05x. */
+template <class Rule, class Kind>
+FASTMP_FN void prefetch_block(const fastmp_row& row, int64_t offset) {
+  prefetch(row.param, bytes_of(row.param_dtype), offset);
+  prefetch(row.grad, bytes_of(row.grad_dtype), offset);
+  if (row.master_kind == FASTMP_FULL) prefetch(row.master, sizeof(float), offset);
+  if (row.master_kind == FASTMP_SPLIT) prefetch(row.master, sizeof(int16_t), offset);
+  const void* const states[3] = {row.state0, row.state1, row.state2};
+  for (int s = 0; s < Rule::states; ++s) prefetch(states[s], sizeof(typename Kind::Item), offset);
+  if (row.average != nullptr) prefetch(row.average, sizeof(float), offset);
+}
 
 /* n gradients from offset on as fp32: in place where they are fp32 already, else through buffer. */
 const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
@@ -115,11 +137,10 @@ inline void for_each_block(int64_t n, const Body& body) {
 
 /* n values of a state as fp32: in place where they are kept so, else in buffer. */
 template <class Kind, Quantity quantity>
-float* read_state(const StateItems<Kind>& state, int64_t n, float* __restrict buffer) {
+__attribute__((noinline)) void read_items(const StateItems<Kind>& state, int64_t n,
+                                          float* __restrict buffer) {
   const typename Kind::Item* __restrict items = state.items;
-  if constexpr (Kind::kind == FASTMP_STATE_F32) {
-    return state.items;
-  } else if constexpr (Kind::block > 0) {
+  if constexpr (Kind::block > 0) {
     /* Widened first: GCC would take the width of its vectors from the bytes. */
     alignas(64) uint32_t codes[kBlock];
     for (int64_t i = 0; i < n; ++i) codes[i] = items[i];
@@ -132,12 +153,25 @@ float* read_state(const StateItems<Kind>& state, int64_t n, float* __restrict bu
   } else {
     for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::template load<quantity>(items[i], 0u);
   }
-  return buffer;
 }
 
 template <class Kind, Quantity quantity>
-void write_state(const StateItems<Kind>& state, int64_t n, const float* __restrict values,
-                 const uint32_t* __restrict random, int s) {
+inline float* read_state(const StateItems<Kind>& state, int64_t n, float* buffer) {
+  if constexpr (Kind::kind == FASTMP_STATE_F32) {
+    return state.items;
+  } else {
+    if constexpr (Kind::block > 0) {
+      if (n == kBlock && read_codes<quantity>(state.items, state.scales, buffer)) return buffer;
+    }
+    read_items<Kind, quantity>(state, n, buffer);
+    return buffer;
+  }
+}
+
+template <class Kind, Quantity quantity, int s>
+__attribute__((noinline)) void write_items(const StateItems<Kind>& state, int64_t n,
+                                           const float* __restrict values,
+                                           const uint32_t* __restrict random) {
   typename Kind::Item* __restrict items = state.items;
   if constexpr (Kind::block > 0) {
     alignas(64) uint32_t codes[kBlock];
@@ -163,11 +197,25 @@ void write_state(const StateItems<Kind>& state, int64_t n, const float* __restri
   }
 }
 
+template <class Kind, Quantity quantity, int s>
+inline void write_state(const StateItems<Kind>& state, int64_t n, const float* values,
+                        const uint32_t* random, const BlockScales& scales) {
+  if (n == kBlock) {
+    if constexpr (Kind::block > 0) {
+      if (write_codes<quantity, s>(values, random, scales, state.items, state.scales)) return;
+    } else if constexpr (quantity != Quantity::kMaximum) {
+      if (write_bf16<s>(values, random, state.items)) return;
+    }
+  }
+  write_items<Kind, quantity, s>(state, n, values, random);
+}
+
 /* The elements of one block, with the states and the random bits that round them. */
 template <class Rule, class Kind>
 struct StateBlock {
   alignas(64) float buffers[3][kBlock]; /* unused where the rule has no such state */
   alignas(64) uint32_t random[kBlock];
+  BlockScales scales[3];
   float* values[3];
 
   template <int s>
@@ -185,24 +233,28 @@ struct StateBlock {
   }
 
   template <int s>
+  void find_scales() {
+    if constexpr (s < Rule::states) scales[s] = scales_of_blocks<Rule::quantity(s)>(values[s]);
+  }
+  template <int s>
   void write(const fastmp_row& row, int64_t offset, int64_t n) {
     if constexpr (s < Rule::states) {
-      write_state<Kind, Rule::quantity(s)>(StateItems<Kind>(row, s, offset), n, values[s], random,
-                                           s);
+      const StateItems<Kind> state(row, s, offset);
+      write_state<Kind, Rule::quantity(s), s>(state, n, values[s], random, scales[s]);
     }
   }
   void write(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key) {
-    if constexpr (Kind::kind == FASTMP_STATE_F32 || Rule::states == 0) return;
-    const uint32_t first = static_cast<uint32_t>(offset / kRandomGroup);
-    for (int64_t group = 0; group < kBlock / kRandomGroup; ++group) {
-      const uint32_t hash = random_hash(key, first + static_cast<uint32_t>(group));
-      for (int e = 0; e < kRandomGroup; ++e) {
-        random[kRandomGroup * group + e] = random_word(hash, e);
+    if constexpr (Kind::kind != FASTMP_STATE_F32 && Rule::states > 0) {
+      if (Kind::block > 0 && n == kBlock) {
+        find_scales<0>();
+        find_scales<1>();
+        find_scales<2>();
       }
+      random_words(key, static_cast<uint32_t>(offset / kRandomGroup), random);
+      write<0>(row, offset, n);
+      write<1>(row, offset, n);
+      write<2>(row, offset, n);
     }
-    write<0>(row, offset, n);
-    write<1>(row, offset, n);
-    write<2>(row, offset, n);
   }
 };
 
