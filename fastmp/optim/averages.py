@@ -33,16 +33,17 @@ def decay_table(ema: Ema) -> Tensor:
     Raises:
         ValueError: no decay, or one outside [0, 1).
     """
-    if callable(ema):
-        ema = [float(ema(step)) for step in range(getattr(ema, "length", None) or MAX_ENTRIES)]
-    table = torch.as_tensor(ema, dtype=torch.float64).reshape(-1).clone()
+    expected = "ema: expected a decay in [0, 1), or a sequence or function of them by applied steps"
+    try:
+        if callable(ema):
+            ema = [float(ema(step)) for step in range(getattr(ema, "length", None) or MAX_ENTRIES)]
+        table = torch.as_tensor(ema, dtype=torch.float64).reshape(-1).clone()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}, got {ema!r}: {error}") from error
     inside = (table >= 0) & (table < 1)
     if not len(table) or not bool(inside.all()):
-        bad = table[~inside][:1].tolist() or "none"
-        raise ValueError(
-            "ema: expected a decay in [0, 1), or a sequence or function of them by applied "
-            f"steps, got {bad[0] if isinstance(bad, list) else bad}"
-        )
+        bad = table[~inside][:1].tolist() or ["none"]
+        raise ValueError(f"{expected}, got {bad[0]}")
     return table
 
 

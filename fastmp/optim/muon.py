@@ -239,11 +239,11 @@ class Muon(FusedOptimizer, _TorchMuon):
     # ---- states of torch's ----
 
     def torch_states(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state for ``torch.optim.Muon`` and ``torch.optim.AdamW``, in the groups of each rule.
+        """``torch_state_dict`` for ``torch.optim.Muon`` and ``torch.optim.AdamW``, with its groups.
 
         With ``masters`` a run goes on in plain PyTorch, kernels of convolutions flattened.
         """
-        return muon_state.split(self.state_dict())
+        return muon_state.split(self.torch_state_dict())
 
     def load_torch_states(self, muon: dict[str, Any], adamw: dict[str, Any]) -> None:
         """Load what ``state_dict`` of torch's two optimizers gave, as ``load_state_dict`` does.

@@ -118,7 +118,10 @@ def test_a_step_recorded_now_would_keep_the_table():
     assert optimizer.ema == (0.9, 0.8)
 
 
-@pytest.mark.parametrize("bad", [1.0, -0.1, float("nan"), [], [0.5, 1.5], lambda step: 0.1 * step])
+BAD = [1.0, -0.1, float("nan"), [], [0.5, 1.5], lambda step: 0.1 * step, "0.9", lambda step: None]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_other_decays_are_refused(bad):
     optimizer = adam_w(parameters(), ema=0.5)
     with pytest.raises(ValueError, match=r"ema: expected a decay in \[0, 1\)"):

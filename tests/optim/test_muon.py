@@ -333,6 +333,21 @@ def test_states_of_torchs_two_optimizers_and_back():
         )
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"])
+def test_narrow_states_of_torchs_two_optimizers_are_fp32(state_dtype):
+    params = parameters(torch.float16, [(80, 70), (90, 60)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "rule": "adamw"}]
+    optimizer = optim.Muon(groups, lr=0.02, state_dtype=state_dtype, ema=0.5)
+    give_gradients(params, scale=0.1)
+    optimizer.step()
+    muon, adamw = (states["state"][0] for states in optimizer.torch_states())
+    assert muon.keys() == {"momentum_buffer", "step"}
+    assert adamw.keys() == {"exp_avg", "exp_avg_sq", "step"}
+    assert {value.dtype for value in (*muon.values(), *adamw.values())} == {torch.float32}
+    first = 0.05 * params[0].grad.float()  # the momentum; at most rounded to 8 bits
+    assert (muon["momentum_buffer"] - first).norm() < 0.05 * first.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_run_resumes_to_the_bit(dtype):
     def steps(optimizer, params, seeds):
