@@ -23,8 +23,8 @@ import fastmp.nn
 from fastmp import checkpoint
 from fastmp.checkpoint import weights
 from fastmp.checkpoint.manager import Checkpoints
+from fastmp.optim.muon_groups import WRAPPERS
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _SHOWN = 4  # names of each kind in a report
 
 
@@ -179,9 +179,9 @@ def _file_of_run(path: Path) -> Path:
 
 
 def _unwrapped(entries: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in entries):
-            entries = {name.removeprefix(wrapper): value for name, value in entries.items()}
+    for wrapper in WRAPPERS:
+        if all(name.startswith(f"{wrapper}.") for name in entries):
+            entries = {name.removeprefix(f"{wrapper}."): v for name, v in entries.items()}
     return {n.removeprefix(prefix): value for n, value in entries.items() if n.startswith(prefix)}
 
 
@@ -221,19 +221,28 @@ def layers(model: nn.Module) -> list[tuple[str, list[tuple[str, nn.Parameter]]]]
     """The model's layers with their named parameters, from the input to the head.
 
     A layer is a child of the model with parameters; of an ``nn.Sequential`` or ``nn.ModuleList``
-    the children are layers. Parameters of the model itself belong to the first layer.
+    the children are layers, of a compiled or data-parallel model those of the model itself.
+    Parameters of the model itself belong to the first layer, shared ones to the last that has them.
     """
-    found = [(name, list(module.named_parameters(name))) for name, module in _leaves(model, "")]
-    known = {p for _, named in found for _, p in named}
-    loose = [(name, p) for name, p in model.named_parameters() if p not in known]
+    leaves = [(name, list(module.parameters())) for name, module in _leaves(model, "")]
+    owner = {p: i for i, (_, params) in enumerate(leaves) for p in params}
+    names = {p: name for name, p in model.named_parameters()}
+    found = [
+        (layer, [(names[p], p) for p in params if owner[p] == i])
+        for i, (layer, params) in enumerate(leaves)
+    ]
+    found = [(layer, named) for layer, named in found if named]
+    loose = [(name, p) for p, name in names.items() if p not in owner]
     if loose and found:
         found[0][1].extend(loose)
     return found or [("", loose)]
 
 
 def _leaves(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
+    children = list(module.named_children())
+    wraps = len(children) == 1 and children[0][0] in WRAPPERS
+    for name, child in children:
+        if wraps or isinstance(child, nn.Sequential | nn.ModuleList):
             yield from _leaves(child, f"{prefix}{name}.")
         elif next(child.parameters(), None) is not None:
             yield f"{prefix}{name}", child

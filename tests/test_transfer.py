@@ -184,6 +184,21 @@ def test_layers_cover_every_parameter_once(name):
     assert len(found) > 2
 
 
+def test_shared_parameters_belong_to_the_last_layer_that_has_them():
+    """A tied head trains first, with the head's rate."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 5, bias=False)
+    )
+    model[2].weight = model[0].weight
+    shown = [[name for name, _ in named] for _, named in transfer.layers(model)]
+    assert shown == [["1.weight", "1.bias"], ["0.weight"]]
+    rates = {n: g["lr"] for g in layerwise_lr(model, 0.1, 0.5) for n, _ in g["params"]}
+    assert rates == {"1.weight": 0.05, "1.bias": 0.05, "0.weight": 0.1}
+    fastmp.optim.AdamW(layerwise_lr(model, 0.1, 0.5), lr=0.1)
+    GradualUnfreezing().plan(model, 0)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, False]
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 def test_layers_are_unfrozen_one_by_one(name):
     model = net()

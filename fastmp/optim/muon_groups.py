@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HEADS = ("head", "heads", "classifier", "lm_head", "score")  # first part of a name
+#: Names of the model in DistributedDataParallel or DataParallel, and in a compiled one.
+WRAPPERS = ("module", "_orig_mod")
 _NO_MATRICES = ("embed", "bias", "token", "position")  # in the name of a parameter of no layer
 
 
@@ -39,7 +41,7 @@ def muon_groups(
         Groups, none of them empty; by default Muon's, AdamW's matrices, AdamW's vectors.
 
     Raises:
-        ValueError: a pattern that no parameter's name fits.
+        ValueError: a pattern that no parameter's name fits, or ``groups`` of another model.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for pattern in exclude:
@@ -49,20 +51,24 @@ def muon_groups(
     candidates = [(n, p) for n, p in named if _is_matrix(model, n, p) and p not in embeddings]
     head = _head(model, candidates)
     matrices = {
-        name
+        _own_name(name)
         for name, p in candidates
         if p is not head
-        and name.split(".")[0] not in _HEADS
+        and _own_name(name).split(".")[0] not in _HEADS
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     }
     if groups is None:
         vectors = [(name, p) for name, p in named if p.ndim < 2]
         others = [(name, p) for name, p in named if p.ndim >= 2]
         groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    known = {_own_name(name) for name, _ in named}
     found: list[dict[str, Any]] = []
     for group in groups:
-        own = [(name, p) for name, p in group["params"] if name in matrices]
-        rest = [(name, p) for name, p in group["params"] if name not in matrices]
+        for name, _ in group["params"]:
+            if _own_name(name) not in known:
+                raise ValueError(f"groups: the model has no trainable parameter {name!r}")
+        own = [(name, p) for name, p in group["params"] if _own_name(name) in matrices]
+        rest = [(name, p) for name, p in group["params"] if _own_name(name) not in matrices]
         found.append({**group, "params": own, "rule": "muon"})
         found.append({**(adamw or {}), **group, "params": rest, "rule": "adamw"})
     return [group for group in found if group["params"]]
@@ -71,6 +77,12 @@ def muon_groups(
 def _embeddings(model: nn.Module) -> set[Tensor]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
     return {m.weight for m in model.modules() if isinstance(m, kinds)}
+
+
+def _own_name(name: str) -> str:
+    """The name of a parameter in the model that is wrapped."""
+    first, _, rest = name.partition(".")
+    return _own_name(rest) if rest and first in WRAPPERS else name
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
@@ -93,7 +105,7 @@ def _head(model: nn.Module, candidates: Sequence[tuple[str, Tensor]]) -> Tensor 
     """
     tied = _embeddings(model)
     linears = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
-    known = any(name.split(".")[0] in _HEADS for name, _ in candidates)
+    known = any(_own_name(name).split(".")[0] in _HEADS for name, _ in candidates)
     if len(candidates) < 2 or known or any(weight in tied for weight in linears):
         return None
     name, param = candidates[-1]

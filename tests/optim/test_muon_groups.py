@@ -42,6 +42,26 @@ def test_muon_groups_sort_a_model():
         optim.muon_groups(Net(), exclude=["nothing*"])
 
 
+def test_a_wrapped_model_is_sorted_as_the_model():
+    model = Net()
+    model.head, model.after = nn.Linear(8, 11), nn.Linear(8, 8)  # the head is known by its name
+    expected = optim.muon_groups(model, groups=layerwise_lr(model, 0.1, 0.5))
+    assert "head.weight" in [n for g in expected if g["rule"] == "adamw" for n, _ in g["params"]]
+    for wrapped in (
+        nn.DataParallel(model),
+        torch.compile(model),
+        torch.compile(nn.DataParallel(model)),
+    ):
+        for of in (model, wrapped):
+            found = optim.muon_groups(wrapped, groups=layerwise_lr(of, 0.1, 0.5))
+            for group, other in zip(found, expected, strict=True):
+                assert (group["rule"], group["lr"]) == (other["rule"], other["lr"])
+                pairs = zip(group["params"], other["params"], strict=True)
+                assert all(p is q for (_, p), (_, q) in pairs)
+    with pytest.raises(ValueError, match=r"the model has no trainable parameter 'tokens\.weight'"):
+        optim.muon_groups(nn.Linear(2, 2), groups=layerwise_lr(model, 0.1))
+
+
 def test_groups_of_layerwise_lr_keep_their_rates():
     groups = layerwise_lr(Net(), 0.1, 0.5, weight_decay=0.3)
     made = optim.muon_groups(Net(), groups=groups)
