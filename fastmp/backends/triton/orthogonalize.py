@@ -215,15 +215,15 @@ class _Group:
         """One for each instruction and way round, one more to normalise the first G."""
         applications = [i for i, code in enumerate(self._instructions) if code.kind == "apply"]
         for i, code in enumerate(self._instructions):
-            f = self._inverse_norms if i == applications[0] else self._ones
-            g = self._scales if i == applications[-1] else self._ones
+            inverse_norms = self._inverse_norms if i == applications[0] else self._ones
+            scales = self._scales if i == applications[-1] else self._ones
             for wide in (None,) if code.kind == "square" else (True, False):
-                yield from self._product(code, wide, f, g)
+                yield from self._product(code, wide, inverse_norms, scales)
             if i == 0:
                 yield self._normalize(code.out)
 
     def _product(
-        self, code: Instruction, wide: bool | None, f: Tensor, g: Tensor
+        self, code: Instruction, wide: bool | None, inverse_norms: Tensor, scales: Tensor
     ) -> Iterator[_Launch]:
         """The launch for wide or tall matrices, or both (None), if there are any."""
         from fastmp.backends.triton.kernels import orthogonalize as kernels
@@ -239,7 +239,10 @@ class _Group:
         of_rows, of_columns = (code.kind == "gram" and wide is way for way in (True, False))
         yield _Launch(
             kernels._product_kernel, len(table),
-            (a, b, out, c, d, self._partials, f, g, table, code.alpha, code.beta, code.gamma),
+            (
+                a, b, out, c, d, self._partials, inverse_norms, scales, table,
+                code.alpha, code.beta, code.gamma,
+            ),
             self._early,
             A_COLUMNS=of_columns, B_ROWS=of_rows, SYMMETRIC=code.kind != "apply",
             SLOTS=self._slots, FIELDS=FIELDS, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -251,13 +254,13 @@ class _Group:
         from fastmp.backends.triton.kernels import orthogonalize as kernels
 
         rows = [
-            (offset + begin, min(_NORMALIZE_BLOCK, size - begin), matrix * UNIT)
+            ((offset + begin) // UNIT, min(_NORMALIZE_BLOCK, size - begin) // UNIT, matrix)
             for matrix, (offset, size) in enumerate(
                 zip(self._square_offsets.tolist(), (self._short**2).tolist(), strict=True)
             )
             for begin in range(0, size, _NORMALIZE_BLOCK)
         ]
-        blocks = self._upload(np.array(rows, np.int64) // UNIT)
+        blocks = self._upload(np.array(rows))
         args = (self._buffers[gram], self._partials, self._inverse_norms, blocks, self._eps)
         return _Launch(
             kernels._normalize_kernel, len(rows), args, self._early, SLOTS=self._slots,
@@ -294,11 +297,12 @@ class _Group:
             made = np.empty((len(starts), FIELDS), np.int64)
             made[:, :9] = row
             made[:, 9:11] = starts
-            made[:, 11] = matrix * UNIT
+            made[:, 11] = matrix
             found.append(made)
         tiles = np.concatenate(found)
         tiles = tiles[np.argsort(-tiles[:, 8], kind="stable")]
-        return self._upload(tiles // UNIT), tile
+        tiles[:, :11] //= UNIT
+        return self._upload(tiles), tile
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table.astype(np.int32)).to(self.device)

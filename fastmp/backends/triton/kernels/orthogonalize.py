@@ -2,8 +2,9 @@
 
 ::
 
-    out = f (alpha a b + beta c + gamma d)        f: of each matrix, fp32
+    out = f (alpha a b + beta c + gamma d)
 
+f, of each matrix in fp32, is 1 / ||X|| in the first product with X, and in the last one the scale.
 Operands are bf16, sums fp32, a result is rounded once. A program has one tile of one matrix, which
 a row of a table describes, in units of 8 elements, 16 bytes, of which all are multiples: offsets of
 a, b and out, their strides, M, N, K, the tile's first row and column; and the matrix. Other sizes
@@ -111,7 +112,7 @@ def _product_kernel(
     a, b, out,  # the matrices
     c, d,  # as out; c None: a is b, and parts of the norm are written to partials
     partials,  # (matrices, SLOTS)
-    f, g,  # (matrices), factors of the result
+    inverse_norms, scales,  # (matrices), factors of the result; 1 where they are not due
     tiles,  # (programs, FIELDS)
     alpha, beta, gamma, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr, SYMMETRIC: tl.constexpr,
     SLOTS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -164,7 +165,7 @@ def _product_kernel(
         if gamma != 0.0:
             b_acc = _add_term(b_acc, d + o_c, stride_out, gamma, m_m, N - start_n)
     if not SYMMETRIC:
-        factor = tl.load(f + i_matrix) * tl.load(g + i_matrix)
+        factor = tl.load(inverse_norms + i_matrix) * tl.load(scales + i_matrix)
         b_acc = tl.where(factor == 0.0, 0.0, b_acc * factor)  # 0 inf is no NaN
     b_out = b_acc.to(out.dtype.element_ty)
     if SYMMETRIC and start_m != start_n:
