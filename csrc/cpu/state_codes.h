@@ -44,21 +44,19 @@ inline __m512i magnitude_at(const float* values) {
 /* Those of kBlock elements, from a group on. A lane of 128 bits has the groups of one element in
  * four, so that a shuffle within lanes hands each its group. */
 inline void random_words(const RandomKey& key, uint32_t group, uint32_t* words) {
-  alignas(16) uint32_t factors[kRandomGroup];
-  for (int e = 0; e < kRandomGroup; ++e) factors[e] = random_factor(e);
-  const __m512i factor =
-      _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(factors)));
+  UVec factors;
+  for (int e = 0; e < kWidth; ++e) factors[e] = random_factor(e); /* a constant */
   const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (uint32_t at = 0; at < kBlock / kRandomGroup; at += 16) {
     const UVec hash = random_hash(key, (UVec)lanes + (group + at));
     const __m512i spread[] = {
-        _mm512_shuffle_epi32((__m512i)hash, _MM_PERM_AAAA),
-        _mm512_shuffle_epi32((__m512i)hash, _MM_PERM_BBBB),
-        _mm512_shuffle_epi32((__m512i)hash, _MM_PERM_CCCC),
-        _mm512_shuffle_epi32((__m512i)hash, _MM_PERM_DDDD),
+        _mm512_maskz_shuffle_epi32(0xffff, (__m512i)hash, _MM_PERM_AAAA),
+        _mm512_maskz_shuffle_epi32(0xffff, (__m512i)hash, _MM_PERM_BBBB),
+        _mm512_maskz_shuffle_epi32(0xffff, (__m512i)hash, _MM_PERM_CCCC),
+        _mm512_maskz_shuffle_epi32(0xffff, (__m512i)hash, _MM_PERM_DDDD),
     };
     for (uint32_t i = 0; i < 4; ++i) {
-      const UVec word = finish_word((UVec)spread[i] * (UVec)factor);
+      const UVec word = finish_word((UVec)spread[i] * factors);
       _mm512_storeu_si512(words + kRandomGroup * at + 16 * i, (__m512i)word);
     }
   }
@@ -74,10 +72,6 @@ inline __m512i rounding_bits(const uint32_t* words) {
 /* False, with the items unfinished, if a value is not finite. */
 template <int s>
 inline bool write_bf16(const float* values, const uint32_t* words, bf16* items) {
-  HalfVec upper;
-  for (uint16_t i = 0; i < 16; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
-  const __m512i order = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)upper),
-                                           (__m256i)(upper + static_cast<uint16_t>(32)), 1);
   constexpr int kSpecial = 0x99; /* NaN, quiet and signalling, inf and -inf */
   uint32_t special = 0;
   for (int64_t i = 0; i < kBlock; i += 32) {
@@ -87,7 +81,7 @@ inline bool write_bf16(const float* values, const uint32_t* words, bf16* items) 
       special |= _mm512_fpclass_ps_mask((__m512)bits, kSpecial);
       sums[h] = _mm512_add_epi32(bits, rounding_bits<16, s>(words + i + 16 * h));
     }
-    _mm512_storeu_si512(items + i, _mm512_permutex2var_epi16(sums[0], order, sums[1]));
+    _mm512_storeu_si512(items + i, upper_halves(sums[0], sums[1]));
   }
   return special == 0;
 }
@@ -99,8 +93,13 @@ inline bool write_bf16(const float* values, const uint32_t* words, bf16* items) 
 template <Quantity quantity>
 inline bool read_codes(const uint8_t* codes, const uint8_t* scales, float* values) {
   constexpr float kRange = 0x1p14f; /* a code of 16 is U, and 2^-14 in fp16 */
+  int32_t packed;
+  memcpy(&packed, scales, sizeof packed);
+  const __m128i scale = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(packed));
+  if (_mm_cmpgt_epu32_mask(scale, _mm_set1_epi32(254 - 14)) != 0) return false;
+  alignas(16) float factors[kScales];
+  _mm_store_ps(factors, (__m128)_mm_slli_epi32(scale, 23) * kRange);
   for (int b = 0; b < kScales; ++b) {
-    if (scales[b] > 254 - 14) return false;
     const __m256i bytes =
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + State8Bit::block * b));
     __m512i halves;
@@ -110,7 +109,7 @@ inline bool read_codes(const uint8_t* codes, const uint8_t* scales, float* value
     } else {
       halves = _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 6);
     }
-    const Vec factor = broadcast(float_from_bits(static_cast<uint32_t>(scales[b]) << 23) * kRange);
+    const Vec factor = broadcast(factors[b]);
     const Vec low = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
     const Vec high = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
     save(low * factor, values + State8Bit::block * b);

@@ -4,6 +4,7 @@
 #define FASTMP_UPDATE_BLOCK_H
 
 #include "../common/rules.h"
+#include "masters.h"
 #include "state_codes.h"
 #include "vec.h"
 
@@ -45,69 +46,6 @@ const float* read_grad(const fastmp_row& row, int64_t offset, int64_t n, float* 
       return buffer;
     default:
       return static_cast<const float*>(row.grad) + offset;
-  }
-}
-
-/* current_master() on n elements of fp32 masters, in place. */
-template <class T>
-void update_masters(const T* weight, float* master, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const Vec value = load(weight + i), m = load(master + i);
-    T rounded[kWidth];
-    save(m, rounded);
-    save(load(rounded) == value ? m : value, master + i);
-  }
-  for (; i < n; ++i) master[i] = current_master(weight[i], master[i]);
-}
-
-template <class T>
-void join_masters(const T* __restrict weight, const int16_t* __restrict remainder, int64_t n,
-                  float* __restrict master) {
-  for (int64_t i = 0; i < n; ++i) master[i] = join_master(weight[i], remainder[i]);
-}
-
-template <class T>
-void split_masters(const float* __restrict master, int64_t n, T* __restrict weight,
-                   int16_t* __restrict remainder) {
-  for (int64_t i = 0; i < n; ++i) split_master(master[i], &weight[i], &remainder[i]);
-}
-
-float* read_master(const fastmp_row& row, int64_t offset, int64_t n, float* buffer) {
-  if (row.master_kind == FASTMP_SELF) return static_cast<float*>(row.param) + offset;
-  if (row.master_kind == FASTMP_OUTPUT) return buffer;
-  if (row.master_kind == FASTMP_FULL) {
-    float* master = static_cast<float*>(row.master) + offset;
-    if (row.param_dtype == FASTMP_F16) {
-      update_masters(static_cast<const f16*>(row.param) + offset, master, n);
-    } else {
-      update_masters(static_cast<const bf16*>(row.param) + offset, master, n);
-    }
-    return master;
-  }
-  const int16_t* remainder = static_cast<const int16_t*>(row.master) + offset;
-  if (row.param_dtype == FASTMP_F16) {
-    join_masters(static_cast<const f16*>(row.param) + offset, remainder, n, buffer);
-  } else {
-    join_masters(static_cast<const bf16*>(row.param) + offset, remainder, n, buffer);
-  }
-  return buffer;
-}
-
-void write_weight(const fastmp_row& row, int64_t offset, int64_t n,
-                  const float* __restrict master) {
-  if (row.master_kind == FASTMP_SELF) return;
-  if (row.master_kind == FASTMP_SPLIT) {
-    int16_t* remainder = static_cast<int16_t*>(row.master) + offset;
-    if (row.param_dtype == FASTMP_F16) {
-      split_masters(master, n, static_cast<f16*>(row.param) + offset, remainder);
-    } else {
-      split_masters(master, n, static_cast<bf16*>(row.param) + offset, remainder);
-    }
-  } else if (row.param_dtype == FASTMP_F16) {
-    narrow(master, static_cast<f16*>(row.param) + offset, n);
-  } else {
-    narrow(master, static_cast<bf16*>(row.param) + offset, n);
   }
 }
 

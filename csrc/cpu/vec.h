@@ -125,6 +125,30 @@ inline void save_part<f16>(Vec v, f16* p, int64_t n) {
 }
 #endif
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+/* The words of 16 bits first, first + step, ... of 64 in two vectors. */
+static inline __m512i word_order(int first, int step) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(first + step * i); /* a constant */
+  return (__m512i)order;
+}
+/* Of each of the 32 bits of a, then of b. */
+static inline __m512i upper_halves(__m512i a, __m512i b) {
+  return _mm512_permutex2var_epi16(a, word_order(1, 2), b);
+}
+static inline __m512i lower_halves(__m512i a, __m512i b) {
+  return _mm512_permutex2var_epi16(a, word_order(0, 2), b);
+}
+/* 32 bits of the words first to first + 15 of both. */
+static inline __m512i joined_words(__m512i low, __m512i high, int first) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  Words order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(first + i / 2 + i % 2 * 32);
+  return _mm512_permutex2var_epi16(low, (__m512i)order, high);
+}
+#endif
+
 /* min(n, kWidth) lanes, 0 < n. */
 template <class T>
 static inline Vec load_lanes(const T* p, int64_t n) {
