@@ -19,7 +19,7 @@ from fastmp.ops.update import Options, TensorRow
 from fastmp.ops.update.step_table import StepTable
 from fastmp.optim import state_kinds
 from fastmp.optim.averages import AveragedOptimizer, Ema, decay_table
-from fastmp.optim.options import norm_limit, plain
+from fastmp.optim.options import drop_repeats, norm_limit, plain
 from fastmp.optim.step_context import LocalStep, ReducedStep, StepContext, StepReducer
 from fastmp.optim.step_reducer import ReducerSearch, check_scaler, is_distributed, watch_wrappers
 from fastmp.optim.table_cache import TableCache
@@ -81,6 +81,8 @@ class FusedOptimizer(AveragedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, refusing parameters that no kernel and no reference can update.
 
+        A parameter that is in the group twice counts once.
+
         Raises:
             ValueError: a sparse, complex or integer parameter, a DTensor, or
                 ``differentiable=True``.
@@ -88,6 +90,7 @@ class FusedOptimizer(AveragedOptimizer):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         added.update(plain(added))
+        drop_repeats(added)
         try:
             if added.get("differentiable"):
                 raise ValueError("differentiable=True is not supported; use torch.optim for it")

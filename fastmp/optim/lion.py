@@ -20,9 +20,8 @@ class Lion(FusedOptimizer):
         optimizer = fastmp.optim.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
 
     The sign of an average of the gradients, and half of Adam's state. What to read after a step:
-    see ``AdamW``. The paper advises a third to
-    a tenth of AdamW's ``lr`` and three to ten times its ``weight_decay``. torch has no Lion; the
-    arguments are those of the paper's own code.
+    see ``AdamW``. The paper advises a third to a tenth of AdamW's ``lr`` and three to ten times its
+    ``weight_decay``. torch has no Lion; the arguments are those of the paper's own code.
 
     Args:
         params: tensors, dicts or (name, tensor) pairs: fp32, fp16, bf16 or fp64.

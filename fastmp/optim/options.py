@@ -21,6 +21,20 @@ def plain(value: Any) -> Any:
     return value
 
 
+def drop_repeats(group: dict[str, Any]) -> None:
+    """Leave each parameter of a group in it once, with its name.
+
+    torch warns of one that is there twice, and steps it twice; a fused step would do so at once.
+    """
+    first: dict[Any, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(param, i)
+    if len(first) < len(group["params"]):
+        group["params"] = list(first)
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][i] for i in first.values()]
+
+
 def norm_limit(value: Any) -> float | None:
     """``max_grad_norm`` as a number above 0, or None.
 

@@ -1,4 +1,4 @@
-"""Which remainders still belong to the bf16 weights beside them.
+"""Which remainders still belong to the 16-bit weights beside them.
 
 A remainder completes one weight to its master; beside another weight it is noise of up to half a
 unit in the last place. Every in-place change that autograd sees raises a tensor's version. At the
@@ -48,7 +48,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 class Remainders:
-    """The bf16 weights of an optimizer as its last step left them."""
+    """The 16-bit weights with remainders, as the optimizer's last step left them."""
 
     def __init__(self, split_fp16: bool = False) -> None:
         self.split_fp16 = split_fp16  # fp16 weights have remainders too
@@ -123,7 +123,7 @@ class Remainders:
             return
         if self._params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "bf16 weights were changed, or a checkpoint was loaded, since the last step: "
+                "16-bit weights were changed, or a checkpoint was loaded, since the last step: "
                 "expected one step before the capture of a CUDA graph"
             )
         for param, remainder in zip(self._params, self._remainders, strict=True):

@@ -11,7 +11,7 @@ import fastmp
 from fastmp import checkpoint
 from fastmp.optim.lr_scheduler import LRScheduler
 from fastmp.schedule import Cosine, OneCycle, scale_lr
-from tests.optim.optim_cases import give_gradients, parameters, snapshot
+from tests.optim.optim_cases import give_gradients, parameters, same_bits, snapshot
 
 NAMES = ["Adam", "AdamW", "SGD", "Lion"]
 OURS = {
@@ -132,6 +132,22 @@ def test_schedules_of_numpy(number):
     for made in (OneCycle(number(0.5), np.int64(5)), Cosine(number(0.5), np.int32(5))):
         optimizer.bind_schedule(made)
     assert type(scale_lr(np.float32(0.5), np.int64(512))) is float
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Muon"])
+def test_a_parameter_that_is_in_a_group_twice_is_updated_once(name):
+    make = getattr(fastmp.optim, name)
+    twice, once = (parameters(shapes=[(300, 300), (7, 5)]) for _ in range(2))
+    named = [("a", twice[0]), ("b", twice[1]), ("again", twice[0])]
+    with pytest.warns(UserWarning, match="a parameter group with duplicate parameters"):
+        first = make(named, lr=0.1, ema=0.5)
+    assert first.param_groups[0]["param_names"] == ["a", "b"]
+    second = make(once, lr=0.1, ema=0.5)
+    for step in range(3):
+        give_gradients(twice, once, seed=step)
+        first.step()
+        second.step()
+    assert same_bits(snapshot(first, twice), snapshot(second, once))
 
 
 # ---- max_grad_norm ----
