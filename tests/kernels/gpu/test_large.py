@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import fastmp
 from fastmp.functional import cross_entropy, linear, mix
-from tests.kernels.gpu.test_operations import DEVICE, MEAN, OBSTACLE, STD, assert_mixed
+from tests.kernels.gpu.test_addresses import assert_mixed
+from tests.kernels.gpu.test_operations import DEVICE, MEAN, OBSTACLE, STD
 
 pytestmark = [
     pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE or "there is a GPU"),
