@@ -15,24 +15,33 @@ namespace {
 /* Elements from the block that is updated to the one whose lines are asked for. */
 constexpr int64_t kPrefetch = 512;
 
-FASTMP_FN void prefetch(const void* base, int64_t width, int64_t offset) {
-  constexpr int64_t kLine = 64;
-  const char* first = static_cast<const char*>(base) + offset * width;
-  for (int64_t at = 0; at < kBlock * width; at += kLine) __builtin_prefetch(first + at);
+template <class T>
+FASTMP_FN void prefetch(const void* array, int64_t offset) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* first = static_cast<const T*>(array) + offset;
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(first + i);
 }
 
-/* All that a block reads: while one is computed in L1, the processor's own prefetching asks for
- * nothing, and it starts again at every page of 4 KiB. A step out of memory, on one core: bf16
- * moments 1.12x, fp32 moments beside bf16 weights 1.15x, fp32 throughout 1.0x to 1.05x. */
+FASTMP_FN void prefetch(int32_t dtype, const void* array, int64_t offset) {
+  dtype == FASTMP_F32 ? prefetch<float>(array, offset) : prefetch<bf16>(array, offset);
+}
+
+/* All that a block reads. While a block goes through L1, the processor's own prefetching asks for
+ * nothing, and it starts again at every page of 4 KiB. Out of memory, on one core of a Zen 5,
+ * it makes steps 1.07x (8 bits beside bf16 weights) to 1.22x (fp32 moments beside those) as fast. A
+ * step that is fp32 throughout streams: it gains nothing, and in cache it would lose 15%. */
 template <class Rule, class Kind>
 FASTMP_FN void prefetch_block(const fastmp_row& row, int64_t offset) {
-  prefetch(row.param, bytes_of(row.param_dtype), offset);
-  prefetch(row.grad, bytes_of(row.grad_dtype), offset);
-  if (row.master_kind == FASTMP_FULL) prefetch(row.master, sizeof(float), offset);
-  if (row.master_kind == FASTMP_SPLIT) prefetch(row.master, sizeof(int16_t), offset);
-  const void* const states[3] = {row.state0, row.state1, row.state2};
-  for (int s = 0; s < Rule::states; ++s) prefetch(states[s], sizeof(typename Kind::Item), offset);
-  if (row.average != nullptr) prefetch(row.average, sizeof(float), offset);
+  if (Kind::kind == FASTMP_STATE_F32 && row.master_kind == FASTMP_SELF) return;
+  prefetch(row.param_dtype, row.param, offset);
+  prefetch(row.grad_dtype, row.grad, offset);
+  if (row.master_kind == FASTMP_FULL) prefetch<float>(row.master, offset);
+  if (row.master_kind == FASTMP_SPLIT) prefetch<int16_t>(row.master, offset);
+  if constexpr (Rule::states > 0) prefetch<typename Kind::Item>(row.state0, offset);
+  if constexpr (Rule::states > 1) prefetch<typename Kind::Item>(row.state1, offset);
+  if constexpr (Rule::states > 2) prefetch<typename Kind::Item>(row.state2, offset);
+  if (row.average != nullptr) prefetch<float>(row.average, offset);
 }
 
 /* n gradients from offset on as fp32: in place where they are fp32 already, else through buffer. */
