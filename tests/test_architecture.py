@@ -66,6 +66,33 @@ def test_operations_name_no_device(path):
     assert not words, f"{path}: kernels register themselves, see backends/registry.py"
 
 
+#: Functions of torch that make tensors on the default device, and the files that should: commands
+#: and checks of a process of their own, and networks, which are made where the caller says.
+MAKERS = {
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand",
+    "randint", "randn", "randperm", "tensor", "zeros",
+}  # fmt: skip
+ON_THE_DEFAULT_DEVICE = {
+    "bench",
+    "cli",
+    "models/builtin.py",
+    "models/classifier.py",
+    "verification.py",
+}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_tensors_are_made_on_a_device_that_is_named(path):
+    """A user's torch.set_default_device("cuda") is for the user's tensors."""
+    own = path.relative_to(PACKAGE)
+    if own.parts[0] in ON_THE_DEFAULT_DEVICE or str(own) in ON_THE_DEFAULT_DEVICE:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
+            named = {keyword.arg for keyword in node.keywords} & {"device", None}
+            assert named or ast.unparse(node.func)[6:] not in MAKERS, ast.unparse(node)
+
+
 def test_importing_the_library_imports_no_package_of_the_trainer():
     """The drop-ins need torch and numpy; progress bars, plots and data sets belong to the CLI."""
     heavy = ["tyro", "matplotlib", "sklearn", "safetensors", "triton"]

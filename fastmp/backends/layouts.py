@@ -63,7 +63,7 @@ def find_offsets() -> dict[str, int] | None:
 
     None unless it is the same in tensors of several kinds.
     """
-    a = torch.zeros(2)
+    a = torch.zeros(2, device="cpu")
     kinds = [a, torch._neg_view(a), a.to_sparse(), a.to("meta"), torch.nn.Parameter(a.bfloat16())]
     try:
         keys = [torch._C._dispatch_keys(t).raw_repr() for t in kinds]
@@ -74,8 +74,12 @@ def find_offsets() -> dict[str, int] | None:
     metadata = [_words(t._cdata, _METADATA_WORDS) for t in kinds]
     in_metadata = [_where(words, key) for words, key in zip(metadata, keys, strict=True)]
     handle, key_set = set.intersection(*in_object), set.intersection(*in_metadata)
-    place = _gradient_place(torch.zeros(2))
-    leaves = [torch.zeros(2), a[:1], torch.nn.Parameter(a.bfloat16())]  # autograd knows views
+    place = _gradient_place(torch.zeros(2, device="cpu"))
+    leaves = [
+        torch.zeros(2, device="cpu"),
+        a[:1],
+        torch.nn.Parameter(a.bfloat16()),
+    ]  # autograd knows views
     if not handle or not key_set or place is None or not all(_is_place(place, t) for t in leaves):
         return None
     autograd, grad, no_grad = place

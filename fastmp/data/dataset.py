@@ -79,7 +79,7 @@ class Arrays:
 
     def batch(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of these indices; ``seed`` is unused, there is no augmentation."""
-        index = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
+        index = torch.as_tensor(indices, device="cpu").to(self.images.device, non_blocking=True)
         return self.images[index], self.labels[index]
 
     def to(self, device: torch.device) -> Arrays:

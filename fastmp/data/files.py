@@ -71,7 +71,7 @@ class Images:
             DataError: a file that is no image; the message has its name.
         """
         images = torch.stack([self._decoded(int(index), seed) for index in indices])
-        return images, self.labels[torch.as_tensor(indices)]
+        return images, self.labels[torch.as_tensor(indices, device="cpu")]
 
     def _decoded(self, index: int, seed: int | None) -> Tensor:
         channels, height, width = self._shape
@@ -278,7 +278,10 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
     pillow()
     found = folders.split(folder)
     parts = [
-        (Files([path for path, _ in pairs]), torch.tensor([label for _, label in pairs]))
+        (
+            Files([path for path, _ in pairs]),
+            torch.tensor([label for _, label in pairs], device="cpu"),
+        )
         for pairs in (found.train, found.test)
     ]
     return dataset_of(folders.shown(folder), parts, found.classes, size, found.notes)

@@ -83,7 +83,7 @@ class _Order:
             first, last = (self.samples * r // self.world for r in (self.rank, self.rank + 1))
             return _cut(list(range(first, last)), self.batch_size)
         generator = torch.Generator().manual_seed(self.seed_of(epoch))
-        order = torch.randperm(self.samples, generator=generator).tolist()
+        order = torch.randperm(self.samples, generator=generator, device="cpu").tolist()
         global_batch = self.batch_size * self.world
         if self.samples < global_batch:  # a single partial batch, split as evenly as possible
             first, last = (self.samples * r // self.world for r in (self.rank, self.rank + 1))

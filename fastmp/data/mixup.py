@@ -69,7 +69,7 @@ class Mixup:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
         if generator is None:
             generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+            generator.manual_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
         if generator.device.type != "cpu":
             raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
         self.alpha = alpha
@@ -139,7 +139,7 @@ class Mixup:
             box, lam = self._box(lam, x.shape[2], x.shape[3])
         if not self.per_sample:
             lam, box = lam[0], None if box is None else box[0]
-        index = torch.randperm(x.shape[0], generator=self.generator)
+        index = torch.randperm(x.shape[0], generator=self.generator, device="cpu")
         # CUDA stages pageable memory before the call returns: the source may be freed at once.
         index, lam = (t.to(x.device, non_blocking=True) for t in (index, lam.float()))
         box = None if box is None else box.to(x.device, non_blocking=True)
@@ -179,7 +179,7 @@ class Mixup:
 
     def _uniform(self, n: int) -> Tensor:
         """n numbers in [0, 1)."""
-        return torch.rand(n, dtype=torch.float64, generator=self.generator)
+        return torch.rand(n, dtype=torch.float64, generator=self.generator, device="cpu")
 
     def _draw_cutmix(self) -> bool:
         if self.alpha > 0 and self.cutmix_alpha > 0:
@@ -193,7 +193,7 @@ class Mixup:
         (Marsaglia and Tsang 2000), in logarithms: for alpha = 0.001 a fourth of all pairs of gamma
         variables underflow to 0 in fp64.
         """
-        shape = torch.full((2, n), alpha + 1.0, dtype=torch.float64)
+        shape = torch.full((2, n), alpha + 1.0, dtype=torch.float64, device="cpu")
         gamma = torch._standard_gamma(shape, generator=self.generator)
         uniform = 1.0 - self._uniform(2 * n).reshape(2, n)
         # -log U is at most 37: finite. Below 1e-300 all λ are 0 or 1 anyway

@@ -55,7 +55,8 @@ class Preprocessing:
 
     def images(self, images: list[Any], labels: Tensor | None = None) -> Images:
         """A source of these images, each as ``__call__`` takes it, with labels int64 (N,)."""
-        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.int64, device="cpu")
         return Images(_Opened(images), labels, self.shape, self.ranges)
 
     def write(self, folder: Path) -> None:

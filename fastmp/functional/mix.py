@@ -124,9 +124,11 @@ def _scale_and_shift(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     mean_of, std_of = (
-        torch.full((channels,), default, dtype=torch.float64)
+        torch.full((channels,), default, dtype=torch.float64, device="cpu")
         if values is None
-        else torch.as_tensor(values, dtype=torch.float64)
+        else values.double()
+        if isinstance(values, Tensor)
+        else torch.tensor(values, dtype=torch.float64, device="cpu")
         for values, default in ((mean, 0.0), (std, 1.0))
     )
     for name, values in (("mean", mean_of), ("std", std_of)):

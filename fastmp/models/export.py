@@ -106,7 +106,7 @@ def _about(model: Classifier) -> dict[str, str]:
 
 def _images(model: Classifier, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(number)
-    return torch.rand(number, *model.preprocessing.shape, generator=generator)
+    return torch.rand(number, *model.preprocessing.shape, generator=generator, device="cpu")
 
 
 @torch.no_grad()

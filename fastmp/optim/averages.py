@@ -37,7 +37,7 @@ def decay_table(ema: Ema) -> Tensor:
     try:
         if callable(ema):
             ema = [float(ema(step)) for step in range(getattr(ema, "length", None) or MAX_ENTRIES)]
-        table = torch.as_tensor(ema, dtype=torch.float64).reshape(-1).clone()
+        table = torch.as_tensor(ema, dtype=torch.float64, device="cpu").reshape(-1).clone()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{expected}, got {ema!r}: {error}") from error
     inside = (table >= 0) & (table < 1)

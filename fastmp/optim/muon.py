@@ -163,7 +163,9 @@ class Muon(FusedOptimizer, _TorchMuon):
         known = not isinstance(own, Tensor) and not isinstance(group["lr"], Tensor)
         if known and own > 0 and group["lr"] != own:
             group.setdefault("lr_scale", group["lr"] / own)
-        torch.optim.AdamW([torch.empty(0)], **{k: group[k] for k in _CHECKED_BY_ADAMW})
+        torch.optim.AdamW(
+            [torch.empty(0, device="cpu")], **{k: group[k] for k in _CHECKED_BY_ADAMW}
+        )
         return group
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -205,10 +205,13 @@ class Remainders:
             for p, is_split in zip(params, split, strict=True)
             if is_split
         ]
-        found = torch.zeros(len(params), dtype=torch.int64)
+        found = torch.zeros(len(params), dtype=torch.int64, device="cpu")
         if sums:
-            found[torch.tensor(split)] = torch.stack([s.to(sums[0].device) for s in sums]).cpu()
-        return {"checksum": found, "edited": torch.tensor([p in self._copies for p in params])}
+            found[torch.tensor(split, device="cpu")] = torch.stack(
+                [s.to(sums[0].device) for s in sums]
+            ).cpu()
+        edited = torch.tensor([p in self._copies for p in params], device="cpu")
+        return {"checksum": found, "edited": edited}
 
     def load_state_dict(self, params: Sequence[Tensor], saved: Mapping[str, Tensor]) -> None:
         """Compare the weights with the checksums before they are next used."""

@@ -177,7 +177,8 @@ class SavedOptimizer(ScheduledOptimizer):
         finally:
             handle.remove()
         for name, count in counts.items():
-            self._read(name).copy_(torch.as_tensor(count))
+            own = self._read(name)
+            own.copy_(torch.as_tensor(count, device=own.device))
         self.rounding_seed = int(state_dict.get("rounding_seed", self.rounding_seed))
         self._loaded = LoadedState(self._loaded.number + 1, int(self.applied_steps))
         if "remainders" in state_dict:

@@ -117,7 +117,7 @@ def in_order_of_memory(saved: dict[str, Any], keys: Sequence[str]) -> dict[str, 
     own = {key: value for key, value in saved.items() if key != "stride"}
     for key in keys:
         if isinstance(own.get(key), Tensor):
-            empty = torch.empty_strided(own[key].shape, tuple(stride), dtype=own[key].dtype)
+            empty = own[key].new_empty_strided(own[key].shape, tuple(stride))
             own[key] = empty.copy_(own[key])
     return own
 

@@ -80,7 +80,7 @@ def measure(
             raise ValueError(f"expected logits (N, classes), got {tuple(shares.shape)}")
         classes = shares.shape[1]
         if counts is None:
-            counts = torch.zeros(classes, classes, dtype=torch.int64)
+            counts = torch.zeros(classes, classes, dtype=torch.int64, device="cpu")
         labels = (labels.argmax(1) if labels.dim() > 1 else labels).cpu()
         known = (labels >= 0) & (labels < classes)
         probabilities, predicted = shares.max(1)

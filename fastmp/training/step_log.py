@@ -32,7 +32,7 @@ class Record:
         self._values = torch.stack([value.detach().double() for value in values])
         self._copied: torch.cuda.Event | None = None
         if self._values.is_cuda:
-            host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
+            host = torch.empty(len(values), dtype=torch.float64, device="cpu", pin_memory=True)
             self._values = host.copy_(self._values, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()

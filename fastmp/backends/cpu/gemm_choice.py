@@ -115,7 +115,7 @@ def _gain(dtype: torch.dtype) -> float:
     from fastmp.backends import torch_linear
     from fastmp.backends.cpu.linear import gemm
 
-    x, w = (torch.ones(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
+    x, w = (torch.ones(_SIDE, _SIDE, dtype=dtype, device="cpu") for _ in range(2))
     runs: tuple[Callable[[], Tensor], ...] = (
         lambda: gemm(x, w.t(), (_SIDE, _SIDE)),
         lambda: torch_linear.product(x, w, None),

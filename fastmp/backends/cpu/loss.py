@@ -89,8 +89,9 @@ def _forward(
     logits: Tensor, assumed_grad_output: Tensor | None, spec: LossSpec, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
-    loss = torch.empty(rows if spec.reduction == Reduction.NONE else (), dtype=torch.float32)
-    stats = torch.ones((rows + 1, 2), dtype=torch.float32)
+    shape = (rows,) if spec.reduction == Reduction.NONE else ()
+    loss = torch.empty(shape, dtype=torch.float32, device="cpu")
+    stats = torch.ones((rows + 1, 2), dtype=torch.float32, device="cpu")
     _call(
         "fastmp_loss_forward",
         assumed_grad_output,

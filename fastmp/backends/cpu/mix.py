@@ -30,7 +30,7 @@ def mix(
         input: (N, C, H, W), of a dtype in ``DTYPE_CODES``; the rest as ``ops.mix.mix_reference``.
         dtype: that of the result, in ``DTYPE_CODES`` too.
     """
-    output = torch.empty(input.shape, dtype=dtype)
+    output = torch.empty(input.shape, dtype=dtype, device="cpu")
     if output.numel() == 0:
         return output
     batch, channels, height, width = input.shape

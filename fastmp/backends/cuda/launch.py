@@ -151,7 +151,7 @@ class Kernel:
 
     def host_memory(self, size: int) -> torch.Tensor:
         """Page-locked bytes, from torch's allocator: it does not reuse them before a copy ended."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Upload bytes on the current stream, past torch's allocator: a graph repeats the copy."""

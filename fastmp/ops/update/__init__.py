@@ -132,7 +132,9 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _decide(table: StepTable, options: Options, max_norm: float) -> StepDecision:
+def _decide(
+    table: StepTable, options: Options, max_norm: float, device: torch.device
+) -> StepDecision:
     scale = 1.0 if options.grad_scale is None else float(options.grad_scale)
     usable = math.isfinite(scale) and scale != 0.0
     unscale = 1.0 / scale if usable else 1.0
@@ -140,7 +142,7 @@ def _decide(table: StepTable, options: Options, max_norm: float) -> StepDecision
         return StepDecision(False, math.nan, unscale, -1)
     # hypot over the tensors' norms: the squares of fp64 gradients may not fit
     norms = [float((_wide(grad).double() * unscale).norm()) for grad in table.grads]
-    norm = torch.tensor(norms, dtype=torch.float64).norm()
+    norm = torch.tensor(norms, dtype=torch.float64, device=device).norm()
     clip = float(clip_coefficient(norm, max_norm)) if max_norm >= 0 else 1.0
     nonfinite = (
         row.param_index
@@ -196,7 +198,8 @@ def _reference(table: StepTable, hypers: np.ndarray, record: Tensor, options: Op
     if options.continues:
         decision = StepDecision(bool(record_field(record, "found_inf")), math.nan, 1.0, -1)
     else:
-        decision = _decide(table, options, groups[0][1] if groups else options.max_grad_norm)
+        max_norm = groups[0][1] if groups else options.max_grad_norm
+        decision = _decide(table, options, max_norm, record.device)
     if not decision.skip:
         for row, grad in zip(table.rows, table.grads, strict=True):
             if not options.continues:
