@@ -38,7 +38,8 @@ def pool():
 def compiled(pool, request):
     """``compiled(launch, *arguments)``: its kernels for every architecture.
 
-    Each is checked for spills, local memory, and shared memory that fits.
+    Each is checked for spills, local memory, shared memory that fits, and that it waits for the
+    launch ahead of it before it touches memory, if it may begin before that has ended.
     """
 
     def compiled(launch, *arguments):
@@ -50,6 +51,7 @@ def compiled(pool, request):
             where = f"{kernel.name} for sm_{kernel.arch}"
             assert kernel.stays_in_registers(), f"{where} spills"
             assert kernel.shared <= BLOCK_SHARED[kernel.arch], f"{where}: too much shared memory"
+            assert not (kernel.early and kernel.accesses_before_wait), f"{where} does not wait"
         return kernels
 
     return compiled

@@ -39,7 +39,9 @@ def spilled_registers() -> int:
 class Kernel(NamedTuple):
     """One compiled kernel: its resources, and how often each machine instruction stands in it.
 
-    A loop is what lies between a label and a jump back to it.
+    A loop is what lies between a label and a jump back to it. A launch that is ``early`` may begin
+    before the one ahead of it has ended; ``accesses_before_wait`` counts its loads and stores of
+    global memory before it waits for that.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Kernel(NamedTuple):
     spills: int
     instructions: Counter[str]
     loops: tuple[Counter[str], ...]
+    accesses_before_wait: int
+    early: bool = False
 
     def stays_in_registers(self) -> bool:
         """Neither local arrays nor more spills than this compiler is known for."""
@@ -121,7 +125,7 @@ def compile_for(
         compiled = run(self, *args, **{**kwargs, "warmup": True})
         meta = compiled.metadata
         made = look_at(self.__name__, arch, compiled.asm["cubin"], meta.num_warps, meta.shared)
-        kernels.append(made)
+        kernels.append(made._replace(early=meta.launch_pdl))
         return compiled
 
     JITFunction.run = compile_only
@@ -191,7 +195,9 @@ def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kern
             body = "\n".join(lines[labels[jump[1]] : i + 1])
             loops.append(Counter(re.findall(line, body, re.MULTILINE)))
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    instructions = Counter(re.findall(line, code, re.MULTILINE))
+    in_order = re.findall(line, code, re.MULTILINE)
+    before_wait = in_order[: in_order.index("ACQBULK")] if "ACQBULK" in in_order else in_order
+    instructions = Counter(in_order)
     return Kernel(
         name,
         arch,
@@ -203,4 +209,5 @@ def look_at(name: str, arch: int, cubin: bytes, warps: int, shared: int) -> Kern
         sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL"))),
         instructions,
         tuple(loops),
+        sum(1 for name in before_wait if re.match(r"(LD|ST|ATOM|RED)G?\b|LDGSTS", name)),
     )

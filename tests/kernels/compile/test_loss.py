@@ -115,3 +115,11 @@ def test_one_exponential_a_logit_where_the_row_is_kept(compiled):
 def test_columns(compiled, width, vectors):
     for kernel in compiled(columns, width, torch.bfloat16):
         assert accesses(kernel, 128) == (vectors, vectors)
+
+
+def test_launches_overlap_where_devices_can(compiled):
+    for launch in (forward, ensure_grad):
+        for kernel in compiled(launch, 1000, torch.bfloat16):
+            assert kernel.early == (kernel.arch >= 90)
+            lets_next_begin = kernel.early and kernel.name != "finish_kernel"
+            assert kernel.count("PREEXIT") == lets_next_begin

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
 from fastmp.backends.triton.kernels.loss_row import load_number
 
 
@@ -20,9 +21,11 @@ def divisor_kernel(
     target_b,  # (N), None: one target
     weight,  # (C), None: all 1
     partial,  # (1 or 2 targets, PARTIALS)
-    N, C, ignore_index, PARTIALS: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, C, ignore_index, PARTIALS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """partial[t, i] = Σ w_y of target t, over program i's rows that are not ignored."""
+    allow_next_launch(EARLY)
+    wait_for_previous_launch(EARLY)
     target = target_a
     if target_b is not None:
         target = target_a if tl.program_id(1) == 0 else target_b
@@ -72,17 +75,23 @@ def store_sums(sums, stats, N, sum_a, sum_b, weight_a, weight_b):
 
 
 @triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
 def finish_kernel(
     sums,  # (4, P)
     loss,  # ()
     stats,  # (N + 1, 2)
     N, P, PAIR: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, ASSUMED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The loss from the sums of the programs, and its divisors into the last row of stats.
 
     They are negative where the gradient was written for another divisor, the number of rows.
     """
+    wait_for_previous_launch(EARLY)
     zeros = tl.zeros((BLOCK_P,), tl.float32)
     sum_a, sum_b, weight_a, weight_b = zeros, zeros, zeros, zeros
     for start in tl.range(0, P, BLOCK_P):
@@ -93,15 +102,15 @@ def finish_kernel(
         if PAIR:
             sum_b += tl.load(sums + P + o_p, mask=m_p, other=0.0)
             weight_b += tl.load(sums + 3 * P + o_p, mask=m_p, other=0.0)
-    total_a, total_b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)
-    divisor_a = 1.0
-    divisor_b = 1.0
+    total_a, total_b, divisor_a, divisor_b = tl.reduce(
+        (sum_a, sum_b, weight_a, weight_b), 0, _add_four
+    )
     if MEAN:
-        divisor_a = tl.sum(weight_a, 0)
-        divisor_b = tl.sum(weight_b, 0)
         if not WEIGHTED:
             divisor_a = (N - divisor_a.to(tl.int64)).to(tl.float32)
             divisor_b = (N - divisor_b.to(tl.int64)).to(tl.float32)
+    else:
+        divisor_a, divisor_b = 1.0, 1.0
     total = total_a / divisor_a
     if PAIR:
         total += total_b / divisor_b

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
 from fastmp.backends.triton.kernels.loss_divisor import per_divisor, store_sums, wanted_rows
 from fastmp.backends.triton.kernels.loss_gradient import store_gradient
 from fastmp.backends.triton.kernels.loss_row import (
@@ -105,8 +106,11 @@ def forward_kernel(
     N, C, ignore_index, target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, PEEL: tl.constexpr, ON_CHIP: tl.constexpr,
     WHOLE: tl.constexpr, PREFETCH: tl.constexpr, IN_PLACE: tl.constexpr, PARTIALS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of each row; with grad also the gradient, for this grad_output."""
+    allow_next_launch(EARLY)
+    wait_for_previous_launch(EARLY)
     PAIR: tl.constexpr = target_b is not None
     WEIGHTED: tl.constexpr = weight is not None
     per_a, per_b = per_divisor(partial, N, MEAN, PAIR, PARTIALS)
@@ -163,9 +167,11 @@ def backward_kernel(
     grad,  # (N, C)
     N, C, ignore_index, target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr,
     CHECK: tl.constexpr, ASSUMED: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
-    PEEL: tl.constexpr, ON_CHIP: tl.constexpr, WHOLE: tl.constexpr,
+    PEEL: tl.constexpr, ON_CHIP: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gradient, from stats; with CHECK only if an assumption of the forward was wrong."""
+    allow_next_launch(EARLY)
+    wait_for_previous_launch(EARLY)
     PAIR: tl.constexpr = target_b is not None
     per_a, per_b, wanted = wanted_rows(
         grad_output, stride_grad_output, assumed_grad_output, stride_assumed, stats, N, MEAN,

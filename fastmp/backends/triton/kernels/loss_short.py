@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
 from fastmp.backends.triton.kernels.loss_divisor import per_divisor, store_sums, wanted_rows
 from fastmp.backends.triton.kernels.loss_row import (
     Softmax,
@@ -100,9 +101,11 @@ def forward_short_kernel(
     logits, stride_logits, target_a, target_b, lam, stride_lam, weight, weight_total, grad_output,
     stride_grad_output, partial, loss, sums, stats, grad, N, C: tl.constexpr, ignore_index,
     target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    PARTIALS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``forward_kernel`` with BLOCK_N rows at a time."""
+    allow_next_launch(EARLY)
+    wait_for_previous_launch(EARLY)
     PAIR: tl.constexpr = target_b is not None
     WEIGHTED: tl.constexpr = weight is not None
     per_a, per_b = per_divisor(partial, N, MEAN, PAIR, PARTIALS)
@@ -145,9 +148,11 @@ def backward_short_kernel(
     logits, stride_logits, target_a, target_b, lam, stride_lam, weight, weight_total, grad_output,
     stride_grad_output, assumed_grad_output, stride_assumed, stats, grad, N, C: tl.constexpr,
     ignore_index, target_prob, smooth_prob, MEAN: tl.constexpr, SMOOTH: tl.constexpr,
-    CHECK: tl.constexpr, ASSUMED: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr, ASSUMED: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``backward_kernel`` with BLOCK_N rows at a time."""
+    allow_next_launch(EARLY)
+    wait_for_previous_launch(EARLY)
     per_a, per_b, wanted = wanted_rows(
         grad_output, stride_grad_output, assumed_grad_output, stride_assumed, stats, N, MEAN,
         CHECK, ASSUMED)  # fmt: skip
