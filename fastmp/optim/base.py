@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,8 @@ class FusedOptimizer(AveragedOptimizer):
         """Whether a parameter on this device has a gradient, on any rank that has a part of it."""
         if self._reducer() is not None:
             return device == self._device()
-        return next((p.device == device for p in self._params() if p.grad is not None), False)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return next((p.device == device for p in params if p.grad is not None), False)
 
     # ---- inputs of a step that a scaler sets: torch's protocol ----
 
