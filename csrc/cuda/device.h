@@ -9,6 +9,7 @@ namespace fastmp {
 
 #define FASTMP_DEVICE static __device__ __forceinline__
 #define FASTMP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define FASTMP_ARGUMENT(Type, name) const __grid_constant__ Type name /* read where it lies */
 #define FASTMP_SHARED(Type, name) __shared__ Type name
 
 constexpr int kThreads = FASTMP_BLOCK_SIZE; /* from backends/cuda/nvrtc.py */

@@ -82,7 +82,7 @@ FASTMP_FN constexpr int blocks_for() {
 
 template <class... Cases>
 FASTMP_KERNEL(kThreads, blocks_for<Cases...>())
-update(const fastmp_step_args args) {
+update(FASTMP_ARGUMENT(fastmp_step_args, args)) {
   FASTMP_SHARED(Shared, shared);
   scan_and_decide(args, shared);
   if (!shared.decision.skip) update_chunks<Cases...>(args, shared);

@@ -47,7 +47,8 @@ FASTMP_DEVICE const typename Rule::Coefficients& coefficients_of(const fastmp_st
     if (thread() == 0) {
       shared.group = row.group;
       shared.step = step;
-      const fastmp_hyper hyper = apply_schedule(args.groups[row.group], schedule_row(args.request));
+      const fastmp_hyper hyper =
+          apply_schedule(hyper_of(args, row.group), schedule_row(args.request));
       *coefficients = Rule::prepare(hyper, static_cast<double>(step), shared.decision.grad_factor);
     }
     sync_block();
@@ -67,10 +68,10 @@ struct Tensors {
   int64_t numel;
   typename Case::State::Item* state[3];
 
-  static __device__ __forceinline__ Tensors of(const fastmp_row& row) {
+  static __device__ __forceinline__ Tensors of(const fastmp_row& row, const void* grad) {
     typedef typename Case::State::Item Item;
     return {static_cast<typename Case::Param*>(row.param),
-            static_cast<const typename Case::Grad*>(row.grad),
+            static_cast<const typename Case::Grad*>(grad),
             static_cast<float*>(Case::master == FASTMP_SELF ? row.param : row.master),
             static_cast<int16_t*>(row.master),
             row.scales,
@@ -274,8 +275,9 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const Ro
 }
 
 template <class Case>
-FASTMP_DEVICE void update_row(const fastmp_step_args& args, const fastmp_row& row, int64_t begin,
+FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64_t begin,
                               int64_t end, Shared& shared) {
+  const fastmp_row& row = args.rows[index];
   /* The epilogue raises the count; that of the first pass has raised it for the second. */
   const float count = *row.step + (Case::Rule::number == MuonRule::number ? 0.0f : 1.0f);
   const typename Case::Rule::Coefficients& prepared =
@@ -286,24 +288,28 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, const fastmp_row& ro
   if constexpr (Case::State::kind != FASTMP_STATE_F32) {
     key = random_key(args.request.rounding_seed, count, row.param_index, begin);
   }
-  const Tensors<Case> tensors = Tensors<Case>::of(row);
+  const Tensors<Case> tensors = Tensors<Case>::of(row, gradient_of(args, index));
   constexpr int n = Case::State::block > 0 ? Case::State::block / kGroup : 4;
   const bool aligned = tensors.template are_aligned<n>();
   if constexpr (Case::State::block > 0) {
-    /* A warp goes one way: its threads meet in shuffles. The row and the coefficients are read
-     * again each time, from L1 and shared memory: 24 registers, which would spill. */
+    /* A warp goes one way: its threads meet in shuffles. The row, its gradient's address and the
+     * coefficients are read again each time, from L1 and shared memory: 26 registers, which would
+     * spill. */
     constexpr int64_t warp = kWarp * n;
+    sync_block();
+    if (thread() == 0) shared.grad = tensors.grad;
+    sync_block();
     const RowStep<Case> step = {prepared, rate, key};
     const int64_t whole = aligned ? end / warp * warp : begin;
 #pragma unroll 1
     for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1); i >= whole;
          i -= n * kThreads) {
-      update_at(Tensors<Case>::of(row),
+      update_at(Tensors<Case>::of(row, shared.grad),
                 Guarded<n>{i, static_cast<int>(min_of<int64_t>(end - i, n))}, step);
     }
 #pragma unroll 1
     for (int64_t i = whole - n * (thread() + 1); i >= begin; i -= n * kThreads) {
-      update_at(Tensors<Case>::of(row), Whole<n>{i}, step);
+      update_at(Tensors<Case>::of(row, shared.grad), Whole<n>{i}, step);
     }
   } else {
     const typename Case::Rule::Coefficients coefficients = prepared;
@@ -327,7 +333,7 @@ FASTMP_DEVICE void update_chunks(const fastmp_step_args& args, Shared& shared) {
       partition_begin(args.chunk_count, block() + 1, blocks()),
       [&](int32_t index, int64_t begin, int64_t end) {
         const fastmp_row& row = args.rows[index];
-        ((Cases::matches(row) ? update_row<Cases>(args, row, begin, end, shared) : void()), ...);
+        ((Cases::matches(row) ? update_row<Cases>(args, index, begin, end, shared) : void()), ...);
       });
 }
 

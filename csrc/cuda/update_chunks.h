@@ -16,6 +16,26 @@ FASTMP_DEVICE int32_t partition_begin(int32_t n, int32_t part, int32_t parts) {
   return part * (n / parts) + min_of(part, n % parts);
 }
 
+FASTMP_DEVICE int64_t step_word(const fastmp_step_args& args, int32_t index) {
+  return args.step_words != nullptr ? read_only(args.step_words + index) : args.words[index];
+}
+
+FASTMP_DEVICE const void* gradient_of(const fastmp_step_args& args, int32_t row) {
+  return reinterpret_cast<const void*>(static_cast<uintptr_t>(step_word(args, row)));
+}
+
+FASTMP_DEVICE fastmp_hyper hyper_of(const fastmp_step_args& args, int32_t group) {
+  constexpr int32_t count = sizeof(fastmp_hyper) / sizeof(int64_t);
+  union {
+    int64_t words[count];
+    fastmp_hyper hyper;
+  } found;
+  for (int32_t i = 0; i < count; ++i) {
+    found.words[i] = step_word(args, args.row_count + count * group + i);
+  }
+  return found.hyper;
+}
+
 /* Calls body(row, begin, end) on the chunks [first, last), from the last to the first, once for all
  * chunks of one row. */
 template <class Body>
@@ -42,6 +62,7 @@ struct Shared {
   alignas(8) unsigned char coefficients[48]; /* of this group at this step */
   int32_t group;
   float step;
+  const void* grad; /* of this row */
   bool is_last;
 };
 

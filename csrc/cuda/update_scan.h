@@ -77,14 +77,14 @@ FASTMP_DEVICE ScanResult scan(const void* gradients, int32_t row, int64_t begin,
 
 FASTMP_DEVICE ScanResult scan_row(const fastmp_step_args& args, int32_t index, int64_t begin,
                                   int64_t end, float factor) {
-  const fastmp_row& row = args.rows[index];
-  switch (row.grad_dtype) {
+  const void* grad = gradient_of(args, index);
+  switch (args.rows[index].grad_dtype) {
     case FASTMP_F16:
-      return scan<f16>(row.grad, index, begin, end, factor);
+      return scan<f16>(grad, index, begin, end, factor);
     case FASTMP_BF16:
-      return scan<bf16>(row.grad, index, begin, end, factor);
+      return scan<bf16>(grad, index, begin, end, factor);
     default:
-      return scan<float>(row.grad, index, begin, end, factor);
+      return scan<float>(grad, index, begin, end, factor);
   }
 }
 

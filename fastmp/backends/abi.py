@@ -168,20 +168,25 @@ class Request(Structure):
     )
 
 
+#: Words of a step that fit into the argument of the CUDA kernel.
+STEP_WORDS = 480
+
+
 class StepArgs(Structure):
     """``fastmp_step_args``: the argument of the CUDA kernel."""
 
     _fields_ = (
         ("rows", c_void_p),
-        ("groups", c_void_p),
         ("chunks", c_void_p),
         ("partial_sums", c_void_p),
         ("partial_nonfinite_rows", c_void_p),
+        ("step_words", c_void_p),
         ("row_count", c_int32),
         ("chunk_count", c_int32),
         ("chunks_per_partial", c_int32),
         ("partial_count", c_int32),
         ("request", Request),
+        ("words", c_int64 * STEP_WORDS),
     )
 
 

@@ -15,6 +15,9 @@ from fastmp.optim.held_state import WatchedState
 class RecordedOptimizer(WatchedState):
     """Reads the record (``fastmp_record``) of the last step: device tensors, without a sync."""
 
+    #: Views of a record, with it: to make one takes 2.5 µs.
+    _fields: tuple[Tensor | None, dict[str, Tensor]] = (None, {})
+
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
@@ -29,13 +32,11 @@ class RecordedOptimizer(WatchedState):
         return record
 
     def _read(self, name: str) -> Tensor:
-        record = self.__dict__.get("_record")
-        if record is None:
-            record = self._record_on(self._device())
-        kept = self.__dict__.get("_fields")
-        if kept is None or kept[0] is not record:  # to make a view takes 2.5 µs
-            self._fields = kept = (record, {})
-        fields: dict[str, Tensor] = kept[1]
+        found: Tensor | None = self.__dict__.get("_record")
+        record = self._record_on(self._device()) if found is None else found
+        of, fields = self._fields
+        if of is not record:
+            self._fields = _, fields = record, {}
         if name not in fields:
             fields[name] = record_field(record, name)
         return fields[name]

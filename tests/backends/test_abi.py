@@ -64,7 +64,7 @@ def c_structs():
         fields = []
         for kind, declarators in re.findall(r"(?:const )?(\w+)([^;]+);", body):
             for declarator in declarators.split(","):
-                star, name, count = re.fullmatch(r"(\*?) (\w+)(?:\[(\d)\])?", declarator).groups()
+                star, name, count = re.fullmatch(r"(\*?) (\w+)(?:\[(\d+)\])?", declarator).groups()
                 field = c_int64 if star else TYPES[kind]
                 fields.append((name, field * int(count) if count else field))
         yield struct, fields

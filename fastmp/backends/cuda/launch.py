@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -92,7 +93,6 @@ class Function:
         args: ctypes.Structure,
         *,
         shared: int = 0,
-        cooperative: bool = False,
         early: bool = False,
     ) -> None:
         """Launch on the current stream; ``args`` is copied.
@@ -102,19 +102,17 @@ class Function:
             threads: of a block.
             args: the kernel's argument.
             shared: bytes of shared memory of a block, beside what the kernel declares.
-            cooperative: all blocks run at a time, or the launch fails.
             early: blocks may begin before the kernel ahead of this one in the stream has ended, if
                 that allows it; this one must wait for it (``csrc/cuda/async.h``).
         """
         from cuda.bindings import driver
 
-        call = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
-        last = () if cooperative else (0,)  # cuLaunchKernel has another way to pass arguments
+        call = driver.cuLaunchKernel
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         given = ctypes.addressof(parameters)
         with _on(self.device):
             shape = (blocks, 1, 1, threads, 1, 1, shared, current_stream(self.device))
-            launch = (self._function, *shape, given, *last)
+            launch: tuple[Any, ...] = (self._function, *shape, given, 0)
             if early:
                 call, launch = driver.cuLaunchKernelEx, (_early(shape), self._function, given, 0)
             (status,) = call(*launch)
@@ -122,6 +120,34 @@ class Function:
                 _check(driver.cuCtxSetCurrent(self._context))
                 (status,) = call(*launch)
         _check((status,))
+
+    def prepare(self, blocks: int, threads: int, args: ctypes.Structure) -> Callable[[], None]:
+        """A function that launches on the current stream, with ``args`` as they are then.
+
+        All blocks run at a time, or the launch fails.
+        """
+        from cuda.bindings import driver
+
+        call, index = driver.cuLaunchCooperativeKernel, self.device.index
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        shape = (self._function, blocks, 1, 1, threads, 1, 1, 0)
+        given = ctypes.addressof(parameters)
+        success, unknown = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+        def launch(_held: Any = (args, parameters)) -> None:
+            if torch._C._cuda_getDevice() != index:
+                with torch.cuda.device(index):
+                    return launch()
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            (status,) = call(*shape, stream, given)
+            if status == unknown:  # the first call of a thread
+                _check(driver.cuCtxSetCurrent(self._context))
+                (status,) = call(*shape, stream, given)
+            if status != success:
+                _check((status,))
+            return None
+
+        return launch
 
 
 @cache
@@ -141,9 +167,9 @@ class Kernel:
         #: All of a grid run at once: its barrier waits for them.
         self.max_blocks = at_once * int(properties.multi_processor_count)
 
-    def launch(self, blocks: int, args: StepArgs) -> None:
-        """One cooperative launch on the current stream; ``args`` is copied."""
-        self._function.launch(blocks, BLOCK_SIZE, args, cooperative=True)
+    def prepare(self, blocks: int, args: StepArgs) -> Callable[[], None]:
+        """A function that makes one cooperative launch, with ``args`` as they are then."""
+        return self._function.prepare(blocks, BLOCK_SIZE, args)
 
     def is_capturing(self) -> bool:
         """Whether launches are going into a CUDA graph."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cuda, native_table, registry
-from fastmp.backends.abi import CHUNK, LR, Master, StateKind, StepArgs
+from fastmp.backends.abi import CHUNK, LR, STEP_WORDS, Master, StateKind, StepArgs
 from fastmp.backends.cuda import launch, nvrtc
 from fastmp.backends.native_table import Lrs, NativeTable, Options, TensorRow
 
@@ -45,8 +45,9 @@ def case_of(
 class CudaStepTable(NativeTable):
     """The tensors of a step, with its table in device memory.
 
-    Rows and hyperparameters are one piece of memory, uploaded by one asynchronous copy, and only
-    when a byte of it has changed. The chunks never change.
+    Rows and chunks are uploaded once. Hyperparameters and addresses of gradients, the words of a
+    step, lie in the argument of the launch if they fit; else, or if an lr is in device memory, they
+    are one piece of device memory, uploaded by one asynchronous copy when a byte has changed.
     """
 
     def __init__(self, tensor_rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
@@ -56,18 +57,16 @@ class CudaStepTable(NativeTable):
         kinds = set(zip(*columns, (self.rows["average"] != 0).tolist(), strict=True))
         self.device = tensor_rows[0].param.device
         self.kernel = launch.kernel(tuple(case_of(*kind) for kind in sorted(kinds)), self.device)
-        self._uploaded = b""
-        self._image: Tensor | None = None
         chunks = _chunks(self.rows["numel"])
         per_partial = max(1, -(-len(chunks) // MAX_PARTIALS))
-        self._chunks = torch.empty(max(1, chunks.nbytes), dtype=torch.uint8, device=self.device)
-        if len(chunks):
-            self._chunks.copy_(torch.from_numpy(chunks.view(np.uint8)))
+        fixed = np.concatenate([self.rows.view(np.uint8), chunks.view(np.uint8)])
+        self._fixed = torch.empty(len(fixed), dtype=torch.uint8, device=self.device)
+        self._fixed.copy_(torch.from_numpy(fixed))
         self._sums = torch.empty(MAX_PARTIALS, dtype=torch.float64, device=self.device)
         self._nonfinite_rows = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=self.device)
-        self._blocks = max(1, min(self.kernel.max_blocks, len(chunks)))
         self._args = StepArgs(
-            chunks=self._chunks.data_ptr(),
+            rows=self._fixed.data_ptr(),
+            chunks=self._fixed.data_ptr() + self.rows.nbytes,
             partial_sums=self._sums.data_ptr(),
             partial_nonfinite_rows=self._nonfinite_rows.data_ptr(),
             row_count=len(self.rows),
@@ -75,36 +74,54 @@ class CudaStepTable(NativeTable):
             chunks_per_partial=per_partial,
             partial_count=-(-len(chunks) // per_partial),
         )
+        blocks = max(1, min(self.kernel.max_blocks, len(chunks)))
+        self._launch = self.kernel.prepare(blocks, self._args)
+        self._words = np.ctypeslib.as_array(self._args.words)
+        fits = len(self.rows) <= STEP_WORDS
+        self.addresses = (self._words if fits else np.empty(len(self.rows), np.int64))[
+            : len(self.rows)
+        ]
+        self._uploaded = b""
+        self._image: Tensor | None = None
         # Page-locked memory cannot be allocated during a capture: this is for the next one.
         self._spare: Tensor | None = None
 
     def step(self, hypers: np.ndarray, record: Tensor, options: Options, lrs: Lrs) -> None:
         """Launch a step; arguments as ``ops.update.run``. ``lrs`` are read when the step runs."""
-        request, alive = native_table.request(options, record)
-        image = hypers.tobytes() + self.rows.tobytes()
-        if self._spare is None or self._spare.numel() != len(image):
-            self._spare = self.kernel.host_memory(len(image))
-        if self.kernel.is_capturing():
-            host, self._spare = self._spare, None
-            table = torch.empty(len(image), dtype=torch.uint8, device=self.device)
-            _fill(host, image)
-            self.kernel.copy(host, table)
-            scratch = (self._chunks, self._sums, self._nonfinite_rows)
-            _captured.append((host, table, *scratch, *alive, *self._directions))
-        else:
-            table = self._current(image)
-        if lrs:
-            groups = table[: hypers.nbytes].view(torch.float64).view(hypers.shape)
+        self._args.request, alive = native_table.request(options, record)
+        captured = self.kernel.is_capturing()
+        rows, words = len(self.rows), len(self.rows) + hypers.size
+        if lrs or words > STEP_WORDS:
+            image = self.addresses.tobytes() + hypers.tobytes()
+            table = self._uploaded_anew(image) if captured else self._current(image)
+            groups = table[8 * rows :].view(torch.float64).view(hypers.shape)
             for group, lr in lrs:
                 groups[group, LR].copy_(lr)
-        self._args.groups = table.data_ptr()
-        self._args.rows = table.data_ptr() + hypers.nbytes
-        self._args.request = request
-        self.kernel.launch(self._blocks, self._args)
+            self._args.step_words = table.data_ptr()
+        else:
+            self._words[rows:words] = hypers.view(np.int64).reshape(-1)
+            self._args.step_words = None
+        if captured:
+            scratch = (self._fixed, self._sums, self._nonfinite_rows)
+            _captured.append((*scratch, *alive, *self._directions))
+        self._launch()
         self.free_copies()
 
+    def _uploaded_anew(self, image: bytes) -> Tensor:
+        """Device memory of its own, into which a captured graph uploads the image."""
+        host, self._spare = self._spare, None
+        table = torch.empty(len(image), dtype=torch.uint8, device=self.device)
+        if host is None or host.numel() != len(image):
+            host = self.kernel.host_memory(len(image))
+        _fill(host, image)
+        self.kernel.copy(host, table)
+        _captured.append((host, table))
+        return table
+
     def _current(self, image: bytes) -> Tensor:
-        """The table in device memory, uploaded if it has changed."""
+        """The image in device memory, uploaded if it has changed."""
+        if self._spare is None or self._spare.numel() != len(image):
+            self._spare = self.kernel.host_memory(len(image))
         if self._image is None or self._image.numel() != len(image):
             self._image = torch.empty(len(image), dtype=torch.uint8, device=self.device)
             self._uploaded = b""

@@ -45,9 +45,12 @@ class Kernel:
     def __init__(self, library):
         self._library = library
 
-    def launch(self, blocks, args):
-        Kernel.launches += 1
-        self._library.shim_update(blocks, ctypes.byref(args))
+    def prepare(self, blocks, args):
+        def launch():
+            Kernel.launches += 1
+            self._library.shim_update(blocks, ctypes.byref(args))
+
+        return launch
 
     def is_capturing(self):
         return Kernel.capturing

@@ -13,6 +13,7 @@
 #define __forceinline__ inline
 #define FASTMP_DEVICE static inline
 #define FASTMP_KERNEL(threads, blocks) void
+#define FASTMP_ARGUMENT(Type, name) const Type& name
 #define FASTMP_SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(here.block->shared)
 
 namespace fastmp {

@@ -8,6 +8,7 @@ import torch
 
 import fastmp
 from fastmp.backends import registry
+from fastmp.backends.abi import STEP_WORDS
 from fastmp.backends.cuda import update as backend
 from fastmp.ops.update.rules import RULES
 from tests.optim.optim_cases import adam_w, give_gradients, masters, parameters, same_bits, snapshot
@@ -145,9 +146,28 @@ def test_groups_rules_and_dtypes_in_one_launch(kernel):
     assert kernel.launches == 3
 
 
-def test_the_table_is_uploaded_only_when_it_changed(kernel):
+def many_groups():
+    """Their addresses fit into the argument of the launch, their hyperparameters do not."""
+    params = parameters(shapes=[(3,)] * 52)
+    return params, adam_w([{"params": [p], "lr": 1e-3 * i} for i, p in enumerate(params)])
+
+
+def many_tensors():
+    """Their addresses do not fit into the argument of the launch."""
+    params = parameters(shapes=[(2,)] * (STEP_WORDS + 1))
+    return params, adam_w(params)
+
+
+def test_a_step_of_few_tensors_uploads_nothing(kernel):
     params = parameters()
     optimizer = adam_w(params)
+    steps(optimizer, params, 3)
+    assert kernel.uploads == 0
+
+
+@pytest.mark.parametrize("make", [many_groups, many_tensors])
+def test_more_words_are_uploaded_only_when_they_changed(kernel, make):
+    params, optimizer = make()
     steps(optimizer, params, 1)
     before = kernel.uploads
     for _ in range(3):
@@ -161,9 +181,17 @@ def test_the_table_is_uploaded_only_when_it_changed(kernel):
     assert kernel.uploads == before + 2
 
 
+@pytest.mark.parametrize("make", [many_groups, many_tensors])
+def test_uploaded_words_give_the_same_bits(cpu_engine, monkeypatch, make):
+    params, optimizer = make()
+    ours = steps(optimizer, params)
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    params, optimizer = make()
+    assert same_bits(ours[:-1], steps(optimizer, params)[:-1])
+
+
 def test_a_capture_uploads_into_memory_of_its_own(kernel):
-    params = parameters()
-    optimizer = adam_w(params)
+    params, optimizer = many_tensors()
     steps(optimizer, params, 1)
     optimizer.step()
     before, captured = kernel.uploads, len(backend._captured)
@@ -174,6 +202,19 @@ def test_a_capture_uploads_into_memory_of_its_own(kernel):
     host, device, *_ = backend._captured[captured]
     assert torch.equal(host, device)
     assert device.data_ptr() != optimizer._tables.table.kernel._image.data_ptr()
+
+
+@pytest.mark.parametrize("make", [many_tensors, lambda: (p := parameters(), adam_w(p))])
+def test_the_memory_of_a_captured_step_outlives_its_optimizer(kernel, make):
+    params, optimizer = make()
+    steps(optimizer, params, 1)
+    captured = len(backend._captured)
+    kernel.capturing = True
+    optimizer.step()
+    args = optimizer._tables.table.kernel._args
+    kept = {t.data_ptr() for held in backend._captured[captured:] for t in held if t is not None}
+    words = {args.step_words} - {None}
+    assert {args.rows, args.partial_sums, args.partial_nonfinite_rows, *words} <= kept
 
 
 def test_a_capture_keeps_neither_weights_nor_gradients(kernel):
