@@ -66,31 +66,25 @@ def test_operations_name_no_device(path):
     assert not words, f"{path}: kernels register themselves, see backends/registry.py"
 
 
-#: Functions of torch that make tensors on the default device, and the files that should: commands
-#: and checks of a process of their own, and networks, which are made where the caller says.
-MAKERS = {
-    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand",
-    "randint", "randn", "randperm", "tensor", "zeros",
-}  # fmt: skip
-ON_THE_DEFAULT_DEVICE = {
-    "bench",
-    "cli",
-    "models/builtin.py",
-    "models/classifier.py",
-    "verification.py",
-}
+#: Functions of torch that make tensors of the default dtype, and of whole numbers.
+MAKERS = {"empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randn", "tensor"}
+MAKERS |= {"zeros"}
+WHOLE = {"arange", "as_tensor", "randint", "randperm"}
+#: Commands and checks, in processes of their own, and networks, which are made as the caller says.
+BY_DEFAULT = {"bench", "cli", "verification.py", "models/builtin.py", "models/classifier.py"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_tensors_are_made_on_a_device_that_is_named(path):
-    """A user's torch.set_default_device("cuda") is for the user's tensors."""
+def test_tensors_are_made_on_a_device_and_in_a_dtype_that_are_named(path):
+    """torch.set_default_device("cuda") and set_default_dtype are for the user's tensors."""
     own = path.relative_to(PACKAGE)
-    if own.parts[0] in ON_THE_DEFAULT_DEVICE or str(own) in ON_THE_DEFAULT_DEVICE:
+    if own.parts[0] in BY_DEFAULT or str(own) in BY_DEFAULT:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
-            named = {keyword.arg for keyword in node.keywords} & {"device", None}
-            assert named or ast.unparse(node.func)[6:] not in MAKERS, ast.unparse(node)
+            made, named = ast.unparse(node.func)[6:], {keyword.arg for keyword in node.keywords}
+            assert made not in MAKERS | WHOLE or "device" in named, ast.unparse(node)
+            assert made not in MAKERS or "dtype" in named, ast.unparse(node)
 
 
 def test_importing_the_library_imports_no_package_of_the_trainer():

@@ -63,7 +63,7 @@ def find_offsets() -> dict[str, int] | None:
 
     None unless it is the same in tensors of several kinds.
     """
-    a = torch.zeros(2, device="cpu")
+    a = torch.zeros(2, dtype=torch.float32, device="cpu")
     kinds = [a, torch._neg_view(a), a.to_sparse(), a.to("meta"), torch.nn.Parameter(a.bfloat16())]
     try:
         keys = [torch._C._dispatch_keys(t).raw_repr() for t in kinds]
@@ -74,9 +74,9 @@ def find_offsets() -> dict[str, int] | None:
     metadata = [_words(t._cdata, _METADATA_WORDS) for t in kinds]
     in_metadata = [_where(words, key) for words, key in zip(metadata, keys, strict=True)]
     handle, key_set = set.intersection(*in_object), set.intersection(*in_metadata)
-    place = _gradient_place(torch.zeros(2, device="cpu"))
+    place = _gradient_place(torch.zeros(2, dtype=torch.float32, device="cpu"))
     leaves = [
-        torch.zeros(2, device="cpu"),
+        torch.zeros(2, dtype=torch.float32, device="cpu"),
         a[:1],
         torch.nn.Parameter(a.bfloat16()),
     ]  # autograd knows views

@@ -280,7 +280,7 @@ def from_folder(folder: Path, size: int | None) -> Dataset:
     parts = [
         (
             Files([path for path, _ in pairs]),
-            torch.tensor([label for _, label in pairs], device="cpu"),
+            torch.tensor([y for _, y in pairs], dtype=torch.int64, device="cpu"),
         )
         for pairs in (found.train, found.test)
     ]

@@ -84,7 +84,8 @@ def from_hugging_face(name: str, size: int | None) -> Dataset:
 
 def _labels(rows: Any, column: str) -> Tensor:
     """int64 (N,); -1 where there is none."""
-    return torch.tensor([-1 if label is None else label for label in rows[column]], device="cpu")
+    labels = [-1 if label is None else label for label in rows[column]]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def _splits(found: Any, label: str) -> tuple[Any, Any, list[str]]:

@@ -149,7 +149,8 @@ class Mixup:
         """Mix a batch with ``params``, all tensors: a CUDA graph can capture it."""
         self._check(x, y)
         if params is None:
-            lam = torch.ones(x.shape[0] if self.per_sample else (), device=x.device)
+            shape = (x.shape[0],) if self.per_sample else ()
+            lam = torch.ones(shape, dtype=torch.float32, device=x.device)
             return self.plain(x), MixedTarget(y, y, lam)
         lam, index, box = params
         out = functional.mix(x, lam, index, box=box, mean=self.mean, std=self.std, dtype=self.dtype)

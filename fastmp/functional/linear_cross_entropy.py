@@ -240,7 +240,7 @@ def _assumed_grad_output(input: Tensor, spec: LossSpec) -> Tensor | None:
     """What keeps the logits' gradients of fp16 in its range; None for the other dtypes: 1."""
     if input.dtype != torch.float16:
         return None
-    largest = torch.full((), largest_in_fp16(input), device=input.device)
+    largest = torch.full((), largest_in_fp16(input), dtype=torch.float32, device=input.device)
     if spec.weight is not None:
         largest = largest / spec.weight.float().abs().amax().clamp(min=1e-4)
     if spec.reduction == Reduction.SUM:

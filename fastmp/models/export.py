@@ -106,7 +106,8 @@ def _about(model: Classifier) -> dict[str, str]:
 
 def _images(model: Classifier, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(number)
-    return torch.rand(number, *model.preprocessing.shape, generator=generator, device="cpu")
+    shape = (number, *model.preprocessing.shape)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

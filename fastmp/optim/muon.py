@@ -164,7 +164,8 @@ class Muon(FusedOptimizer, _TorchMuon):
         if known and own > 0 and group["lr"] != own:
             group.setdefault("lr_scale", group["lr"] / own)
         torch.optim.AdamW(
-            [torch.empty(0, device="cpu")], **{k: group[k] for k in _CHECKED_BY_ADAMW}
+            [torch.empty(0, dtype=torch.float32, device="cpu")],
+            **{k: group[k] for k in _CHECKED_BY_ADAMW},
         )
         return group
 

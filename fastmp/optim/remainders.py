@@ -207,10 +207,10 @@ class Remainders:
         ]
         found = torch.zeros(len(params), dtype=torch.int64, device="cpu")
         if sums:
-            found[torch.tensor(split, device="cpu")] = torch.stack(
+            found[torch.tensor(split, dtype=torch.bool, device="cpu")] = torch.stack(
                 [s.to(sums[0].device) for s in sums]
             ).cpu()
-        edited = torch.tensor([p in self._copies for p in params], device="cpu")
+        edited = torch.tensor([p in self._copies for p in params], dtype=torch.bool, device="cpu")
         return {"checksum": found, "edited": edited}
 
     def load_state_dict(self, params: Sequence[Tensor], saved: Mapping[str, Tensor]) -> None:

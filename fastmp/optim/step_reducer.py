@@ -81,7 +81,9 @@ class GroupReducer:
         message = torch.zeros(step.param_count + 2, dtype=torch.float64, device=step.device)
         if step.grads:
             norms = torch.stack(torch._foreach_norm(list(step.grads), 2, torch.float64))
-            message[torch.tensor(step.param_indices, device=step.device)] = norms.square()
+            message[torch.tensor(step.param_indices, dtype=torch.int64, device=step.device)] = (
+                norms.square()
+            )
         if self._replicated:  # the sum over the ranks makes it whole again
             message[self._replicated] /= dist.get_world_size(self._group)
         if step.options.external_found_inf is not None:

@@ -49,7 +49,7 @@ def working_device(name: str) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = rendezvous.own_device(kind)
-        torch.zeros(1, device=device).item()  # which "meta" has not
+        torch.zeros(1, dtype=torch.float32, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected one that works here, got {name!r}: {reason}") from error

@@ -305,7 +305,7 @@ class CudaRecorder:
         empty = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
             empty.capture_begin(capture_error_mode="thread_local")
-            torch.zeros((), device=self.device)
+            torch.zeros((), dtype=torch.float32, device=self.device)
             empty.capture_end()
 
 

@@ -226,10 +226,10 @@ class TrainStep:
             self._wrap_model()
         assert self._parallel is not None
         device = self.settings.device
-        scale = self.settings.scaler.scale(torch.ones((), device=device))
+        scale = self.settings.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
         targets = [y if draw is None else mix_target(y, draw).a for _, y, draw in batches]
         weights = batch_weights(self.settings.criterion, targets, self.settings.world)
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             is_last = i == len(batches) - 1
             # the loss is multiplied by this before its backward

@@ -202,14 +202,15 @@ class _Group:
         for i, number in enumerate(_buffers(instructions)):
             self._buffers[number] = squares[i * size : (i + 1) * size]
         count = len(matrices)
-        self._ones = torch.ones(count, device=self.device)
-        self._scales = torch.tensor([matrix.scale for matrix in matrices], device=self.device)
-        self._inverse_norms = torch.ones(count, device=self.device)
+        self._ones = torch.ones(count, dtype=torch.float32, device=self.device)
+        scales = [matrix.scale for matrix in matrices]
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=self.device)
+        self._inverse_norms = torch.ones_like(self._ones)
         kinds = [("gram", True), ("gram", False), ("square", None), ("apply", True)]
         self._tables = {key: self._table(*key) for key in [*kinds, ("apply", False)]}
         parts = max(-(-int(short.max()) // self._tables[key][1].block_m) for key in kinds[:2])
         self._slots = max(_SLOTS, 1 << (parts - 1).bit_length())
-        self._partials = torch.zeros(count, self._slots, device=self.device)
+        self._partials = torch.zeros(count, self._slots, dtype=torch.float32, device=self.device)
 
     def launches(self) -> Iterator[_Launch]:
         """One for each instruction and way round, one more to normalise the first G."""

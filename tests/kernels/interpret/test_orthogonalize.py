@@ -65,6 +65,18 @@ def test_memory_of_the_last_run_does_not_matter(monkeypatch):
     assert torch.equal(results(apart, [x])[0], first)
 
 
+def test_factors_are_fp32_whatever_the_default_dtype():
+    shapes = [(1, 40, 24)]
+    x = random(*shapes[0]).bfloat16()
+    (expected,) = results(grouped(steps=1, shapes=shapes), [x])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        iteration = grouped(steps=1, shapes=shapes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(results(iteration, [x])[0], expected)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflow
 def test_zeros_stay_and_norms_that_overflow_give_zeros():
     shapes = [(3, 40, 24)]

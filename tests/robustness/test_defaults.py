@@ -1,6 +1,6 @@
-"""A default device of the user's is for tensors of the user's: everything works beside one.
+"""A default device or dtype of the user's is for tensors of the user's.
 
-With "meta" a tensor made there has no values, so that one in the wrong place is an error.
+Tensors on "meta" have no values, so that one in the wrong place is an error.
 """
 
 import copy
@@ -18,7 +18,7 @@ from fastmp.nn import CrossEntropyLoss
 from fastmp.schedule import OneCycle
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _elsewhere():
     torch.set_default_device("meta")
     yield
@@ -29,6 +29,7 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(shape, device="cpu").to(dtype)
 
 
+@pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion", "Muon"])
@@ -59,6 +60,7 @@ def test_optimizers(name, dtype, state_dtype):
     assert param.isfinite().all()
 
 
+@pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("lam", [None, 0.25, "tensor"])
@@ -84,6 +86,7 @@ def test_losses(dtype, reduction, lam):
         )
 
 
+@pytest.mark.usefixtures("_elsewhere")
 def test_mixup():
     images, labels = random(8, 3, 4, 4), torch.arange(8, device="cpu")
     mixed, target = Mixup(0.2, 0.3)(images, labels)
@@ -92,6 +95,7 @@ def test_mixup():
     torch.testing.assert_close(scaled, (images.lerp(images.flip(0), 0.75) - 0.5) / 2)
 
 
+@pytest.mark.usefixtures("_elsewhere")
 def test_a_training_run(tmp_path):
     model = torch.nn.Sequential(
         torch.nn.Linear(12, 80), torch.nn.GELU(), torch.nn.Linear(80, 3)
@@ -111,3 +115,47 @@ def test_a_training_run(tmp_path):
     trainer.fit(data, data, 2)
     trainer.load_state_dict(trainer.state_dict())
     assert optimizer.applied_steps == 6
+
+
+def results_of_everything(state_dtype):
+    """Of an optimizer, the losses and mixup, on the same inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+    params = [torch.nn.Parameter(drawn(80, 70, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = optim.Muon(
+        [{"params": params[:1]}, {"params": params[1:], "rule": "adamw"}],
+        lr=0.01, ema=0.5, state_dtype=state_dtype, max_grad_norm=1.0,
+    )  # fmt: skip
+    for _ in range(2):
+        for param in params:
+            param.grad = drawn(80, 70, dtype=torch.bfloat16)
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    found = [*optimizer.masters(), *optimizer.averages(), optimizer.grad_norm]
+    x, weight = (drawn(*s, dtype=torch.float16).requires_grad_() for s in ((6, 5), (9, 5)))
+    for loss in (
+        linear_cross_entropy(x, weight, torch.arange(6), chunk=2),
+        linear_cross_entropy(x, weight, torch.arange(6), chunk=9),
+        cross_entropy(x @ weight.t(), torch.arange(6), target_b=torch.arange(6), lam=0.3),
+    ):
+        found += [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
+    mixup = Mixup(0.2, prob=0.5, per_sample=True, generator=generator)
+    for _ in range(4):
+        mixed, target = mixup(drawn(8, 3, 4, 4), torch.arange(8))
+        found += [mixed, target.lam]
+    return found
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"])
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_nothing_depends_on_the_default_dtype(default, state_dtype):
+    expected = results_of_everything(state_dtype)
+    torch.set_default_dtype(default)
+    try:
+        found = results_of_everything(state_dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
