@@ -82,37 +82,32 @@ inline void for_each_block(int64_t n, const Body& body) {
   if (i < n) body(i, n - i);
 }
 
-/* n values of a state as fp32: in place where they are kept so, else in buffer. */
-template <class Kind, Quantity quantity>
-__attribute__((noinline)) void read_items(const StateItems<Kind>& state, int64_t n,
-                                          float* __restrict buffer) {
-  const typename Kind::Item* __restrict items = state.items;
-  if constexpr (Kind::block > 0) {
-    /* Widened first: GCC would take the width of its vectors from the bytes. */
-    alignas(64) uint32_t codes[kBlock];
-    for (int64_t i = 0; i < n; ++i) codes[i] = items[i];
-    for_each_block(n, [&](int64_t first, int64_t count) {
-      const uint32_t scale = state.scales[first / Kind::block];
-      for (int64_t i = first; i < first + count; ++i) {
-        buffer[i] = Kind::template load<quantity>(codes[i] << Kind::dropped, scale);
-      }
-    });
-  } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = Kind::template load<quantity>(items[i], 0u);
-  }
+/* n values of an 8-bit state. */
+template <Quantity quantity>
+__attribute__((noinline)) void read_blocks(const StateItems<State8Bit>& state, int64_t n,
+                                           float* __restrict values) {
+  /* Widened first: GCC would take the width of its vectors from the bytes. */
+  alignas(64) uint32_t codes[kBlock];
+  for (int64_t i = 0; i < n; ++i) codes[i] = state.items[i];
+  for_each_block(n, [&](int64_t first, int64_t count) {
+    const uint32_t scale = state.scales[first / State8Bit::block];
+    for (int64_t i = first; i < first + count; ++i) {
+      values[i] = State8Bit::load<quantity>(codes[i] << State8Bit::dropped, scale);
+    }
+  });
 }
 
+/* n values of a state as fp32: in place where they are kept so, else in buffer. */
 template <class Kind, Quantity quantity>
 inline float* read_state(const StateItems<Kind>& state, int64_t n, float* buffer) {
   if constexpr (Kind::kind == FASTMP_STATE_F32) {
     return state.items;
-  } else {
-    if constexpr (Kind::block > 0) {
-      if (n == kBlock && read_codes<quantity>(state.items, state.scales, buffer)) return buffer;
-    }
-    read_items<Kind, quantity>(state, n, buffer);
-    return buffer;
+  } else if constexpr (Kind::block == 0) {
+    widen(state.items, buffer, n);
+  } else if (n < kBlock || !read_codes<quantity>(state.items, state.scales, buffer)) {
+    read_blocks<quantity>(state, n, buffer);
   }
+  return buffer;
 }
 
 template <class Kind, Quantity quantity, int s>

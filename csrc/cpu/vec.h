@@ -39,7 +39,12 @@ static inline Vec load(const float* p) {
 static inline Vec load(const bf16* p) {
   HalfVec half;
   memcpy(&half, p, sizeof half);
+#if defined(__AVX512F__)
+  /* In one instruction: GCC 12 widens the halves apart and joins them, in four. */
+  return (Vec)((UVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
+#else
   return (Vec)(__builtin_convertvector(half, UVec) << 16);
+#endif
 }
 static inline Vec load(const f16* p) {
 #if defined(__AVX512F__)
