@@ -60,8 +60,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     input, weight, bias, grad_output, chunk, needs, *tensors[:4], *options
                 )
                 factor = grad_output.new_ones(())
+            # vmap has no rule for results that are written into memory
+            batched = not torch.compiler.is_compiling() and transformed(grad_output)
+            times = _product if batched else scaled
             results = [
-                scaled(grad, factor, input.dtype) if need else None
+                times(grad, factor, input.dtype) if need else None
                 for grad, need in zip(grads, needs, strict=True)
             ]
         return (*_first_order_only(results, input, weight), *[None] * 9)
@@ -129,6 +132,10 @@ class _TwoSweeps(torch.autograd.Function):
             )
             results = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*_first_order_only(results, input, weight), *[None] * 9)
+
+
+def _product(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (wide * factor).to(dtype)
 
 
 def _first_order_only(

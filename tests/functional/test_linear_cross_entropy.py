@@ -200,6 +200,26 @@ def test_compiled_it_is_one_operation(chunk):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("_sweeps")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("chunk", [32, N])
+def test_many_grad_outputs_at_once(chunk, reduction):
+    x, w, b, a, other, _ = problem()
+    lam = torch.linspace(0, 1, N, dtype=torch.float64)
+    loss = linear_cross_entropy(
+        x, w, a, linear_bias=b, target_b=other, lam=lam, reduction=reduction, chunk=chunk
+    )
+    expected = reference(x, w, b, a, other, lam, reduction="none")
+    if reduction != "none":
+        expected = expected.sum() / (N if reduction == "mean" else 1)
+    grad_output = torch.randn(3, *loss.shape, dtype=loss.dtype)
+    found, exact = (
+        torch.autograd.grad(f, (x, w, b), grad_output, is_grads_batched=True)
+        for f in (loss, expected)
+    )
+    torch.testing.assert_close(found, exact)
+
+
 def test_in_torch_func_and_twice_differentiated():
     x, w, b, a, _, _ = problem()
     grad = torch.func.grad(lambda w: linear_cross_entropy(x, w, a, linear_bias=b))(w)
