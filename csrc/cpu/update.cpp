@@ -80,10 +80,12 @@ void update_chunk(const fastmp_row& row, const UpdateStep& step, int64_t begin, 
     const int64_t n = min_of(kBlock, end - at);
     if (at + kPrefetch + kBlock <= end) prefetch_block<Rule, Kind>(row, at + kPrefetch);
     float* master = read_master(row, at, n, masters);
-    states.read(row, at, n);
-    apply_block<Rule>(master, read_grad(row, at, n, grads), states.values[0], states.values[1],
-                      states.values[2], n, k);
-    states.write(row, at, n, key);
+    const float* grad = read_grad(row, at, n, grads);
+    if (!states.apply(row, at, n, key, master, grad, k)) {
+      states.read(row, at, n);
+      apply_block<Rule>(master, grad, states.values[0], states.values[1], states.values[2], n, k);
+      states.write(row, at, n, key);
+    }
     if (row.average != nullptr) move_averages(row.average + at, master, n, rate);
     write_weight(row, at, n, master);
   }

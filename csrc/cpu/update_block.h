@@ -145,8 +145,6 @@ inline void write_state(const StateItems<Kind>& state, int64_t n, const float* v
   if (n == kBlock) {
     if constexpr (Kind::block > 0) {
       if (write_codes<quantity, s>(values, random, scales, state.items, state.scales)) return;
-    } else if constexpr (quantity != Quantity::kMaximum) {
-      if (write_bf16<s>(values, random, state.items)) return;
     }
   }
   write_items<Kind, quantity, s>(state, n, values, random);
@@ -172,6 +170,19 @@ struct StateBlock {
     read<0>(row, offset, n);
     read<1>(row, offset, n);
     read<2>(row, offset, n);
+  }
+
+  /* Whole blocks of bf16 states: read, updated and written. False where they are not served. */
+  bool apply(const fastmp_row& row, int64_t offset, int64_t n, const RandomKey& key, float* master,
+             const float* grad, const typename Rule::Coefficients& k) {
+    if constexpr (Kind::kind == FASTMP_STATE_BF16 && Rule::states > 0) {
+      if (n < kBlock) return false;
+      bf16* items[3] = {};
+      for (int s = 0; s < Rule::states; ++s) items[s] = StateItems<Kind>(row, s, offset).items;
+      random_words(key, static_cast<uint32_t>(offset / kRandomGroup), random);
+      return apply_bf16<Rule>(master, grad, items, random, k);
+    }
+    return false;
   }
 
   template <int s>
