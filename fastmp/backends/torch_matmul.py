@@ -80,7 +80,9 @@ def largest_in_fp16(operand: Tensor) -> float:
 
 def scaled(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """wide * factor, rounded once to this dtype, in one pass on a GPU; factor: a number."""
-    return torch.mul(wide, factor, out=wide.new_empty(wide.shape, dtype=dtype))
+    out = wide.new_empty(wide.shape, dtype=dtype)
+    torch.ops.fastmp.loss_scale_(out, wide, factor)
+    return out
 
 
 #: Of a weight's gradient in fp32. NVIDIA H200, 2026-11-27, layer and loss both ways in fp16, 2,048
@@ -100,7 +102,8 @@ def weight_gradient_in_parts(out: Tensor, grad: Tensor, input: Tensor, factor: T
     rows = max(1, PART_BYTES // (4 * max(1, features)))
     for begin in range(0, classes, rows):
         part = slice(begin, begin + rows)
-        torch.mul(product(grad[:, part].t(), input, torch.float32), factor, out=out[part])
+        wide = product(grad[:, part].t(), input, torch.float32)
+        torch.ops.fastmp.loss_scale_(out[part], wide, factor)
 
 
 #: Rows between two passes over a sum in fp32 on a GPU. A pass reads and writes 8 C H bytes, the

@@ -207,7 +207,7 @@ def products_reference(
         dw = torch.empty_like(linear_weight, memory_format=torch.contiguous_format)
         weight_gradient_in_parts(dw, grad, input, factor)
     elif needs[1]:
-        dw = matmul(grad.t(), input * factor)
+        dw = matmul(grad.t(), scaled(input, factor, dtype))
     if needs[2]:
         db = scaled(grad.sum(0, dtype=wide), factor, dtype)
     return dx, dw, db
@@ -220,6 +220,17 @@ def _products_fake(
     return tuple(
         input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
     )
+
+
+def scale_reference(out: Tensor, values: Tensor, factor: Tensor) -> None:
+    """``fastmp::loss_scale_``: out = factor · values, rounded once to the dtype of out.
+
+    Args:
+        out: overwritten.
+        values: the shape of out.
+        factor: (), fp32 (fp64 for fp64).
+    """
+    torch.mul(values, factor, out=out)
 
 
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias"
@@ -251,5 +262,10 @@ LINEAR_LOSS = (
         "bool[3] needs) -> (Tensor, Tensor, Tensor)",
         products_reference,
         _products_fake,
+    ),
+    TorchOp(
+        "loss_scale_(Tensor(a!) out, Tensor values, Tensor factor) -> ()",
+        scale_reference,
+        lambda *_: None,
     ),
 )

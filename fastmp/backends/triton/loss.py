@@ -89,6 +89,21 @@ def columns(
         loss_columns.columns(logits, rows, first, target_a, target_b, weight, ignore_index)
 
 
+def scale(out: Tensor, values: Tensor, factor: Tensor) -> None:
+    """``fastmp::loss_scale_``."""
+    from fastmp.backends.triton.kernels import loss_scale
+
+    with torch.cuda.device_of(values):
+        loss_scale.scale(out, values, factor)
+
+
+def _supports_scale(out: Tensor, values: Tensor, factor: Tensor) -> str | None:
+    if not (out.is_contiguous() and values.is_contiguous()) or registry.on_host(factor):
+        return "dense tensors and a factor of the device"
+    return unsupported_dtype(out.dtype, factor.dtype) or _supports(values)
+
+
+registry.register("loss_scale_", "cuda", scale, backend="triton", supports=_supports_scale)
 registry.register(
     "loss_forward",
     "cuda",

@@ -53,6 +53,13 @@ def columns(width, dtype):
     loss_columns.columns(logits, torch.empty(64, 5), 4096, target, target, None, -100)
 
 
+def scale(source, dtype):
+    from fastmp.backends.triton.kernels import loss_scale
+
+    values = torch.empty(64, 1024, dtype=source)
+    loss_scale.scale(values.to(dtype), values, torch.ones(()))
+
+
 def main_kernels(kernels):
     return [kernel for kernel in kernels if kernel.name.startswith("forward")]
 
@@ -123,3 +130,9 @@ def test_launches_overlap_where_devices_can(compiled):
             assert kernel.early == (kernel.arch >= 90)
             lets_next_begin = kernel.early and kernel.name != "finish_kernel"
             assert kernel.count("PREEXIT") == lets_next_begin
+
+
+@pytest.mark.parametrize(("source", "loads"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_scale(compiled, source, loads):
+    for kernel in compiled(scale, source, torch.bfloat16):
+        assert accesses(kernel, 128) == (loads, 2)

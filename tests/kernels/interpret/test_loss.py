@@ -11,7 +11,7 @@ from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.cuda import loss as ring_loss
 from fastmp.backends.triton import loss as backend
 from fastmp.backends.triton.kernels import loss as kernels
-from fastmp.backends.triton.kernels import loss_columns
+from fastmp.backends.triton.kernels import loss_columns, loss_scale
 from fastmp.functional import cross_entropy
 from fastmp.ops.linear_loss_columns import columns_reference
 from fastmp.ops.loss import forward_reference
@@ -135,6 +135,16 @@ def test_columns(columns, pair, weighted):
     loss_columns.columns(z, *arguments)
     torch.testing.assert_close(z, expected, rtol=2e-3, atol=1e-6, equal_nan=True)
     assert (z[3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_scaled_values_are_rounded_once(rows, source, dtype):
+    values, factor = torch.randn(rows, 300, device=DEVICE).to(source), torch.tensor(1 / 3)
+    out = values.new_empty(values.shape, dtype=dtype)
+    loss_scale.scale(out, values, factor.to(DEVICE))
+    assert torch.equal(out, (values.float() * factor.to(DEVICE)).to(dtype))
 
 
 @pytest.mark.parametrize("value", [-1, 1001, 2**40])
