@@ -94,8 +94,8 @@ def gradient_of_rows(
         spec: targets and options.
 
     Returns:
-        (N, 5): row_max, scale and even of ``scale·exp(z - row_max) - even·w``, and the gradients at
-        both targets; Q (N), which bounds them all.
+        (N, 5): row_max, scale and smooth_coef of ``scale·exp(z - row_max) - smooth_coef·w``, and
+        the gradients at both targets; Q (N), which bounds them all.
     """
     row_max, others, z_a, z_b = stats.unbind(1)
     a, b = _targets(spec)
@@ -105,8 +105,8 @@ def gradient_of_rows(
     total = stats.new_full((), classes)
     if spec.weight is not None:
         total = spec.weight.sum(dtype=stats.dtype)
-    valid, w, coef = [], [], []
-    even = torch.zeros_like(row_max)
+    valid, w, target_coef = [], [], []
+    smooth_coef = torch.zeros_like(row_max)
     for y, mix in zip((a, b), mixes, strict=True):
         counts = y != spec.ignore_index
         inside = (y >= 0) & (y < classes)
@@ -115,9 +115,9 @@ def gradient_of_rows(
         share = torch.where(counts, row_grad * mix, 0).masked_fill(counts & ~inside, torch.nan)
         valid.append(counts)
         w.append(own)
-        coef.append(share * (1 - spec.smoothing) * own)
-        even = even + share * spec.smoothing / classes
-    q = coef[0] + coef[1] + even * total
+        target_coef.append(share * (1 - spec.smoothing) * own)
+        smooth_coef = smooth_coef + share * spec.smoothing / classes
+    q = target_coef[0] + target_coef[1] + smooth_coef * total
     b_leads = valid[1] & (~valid[0] | (z_b > z_a))
     e_a, e_b = (z_a - row_max).exp(), (z_b - row_max).exp()
     sum_exp = others + torch.where(b_leads, e_b, e_a)
@@ -125,10 +125,10 @@ def gradient_of_rows(
     same = valid[0] & valid[1] & (a == b)
     grads = []
     for i, leads, e in ((0, ~b_leads, e_a), (1, b_leads, e_b)):
-        at_target = coef[i] + coef[1 - i] * same + even * w[i]
+        at_target = target_coef[i] + target_coef[1 - i] * same + smooth_coef * w[i]
         leading = ((q - at_target) * e - at_target * others) / sum_exp
         grads.append(torch.where(leads | same, leading, e * scale - at_target))
-    return torch.stack((row_max, scale, even, *grads), 1), q
+    return torch.stack((row_max, scale, smooth_coef, *grads), 1), q
 
 
 def columns_reference(
@@ -150,10 +150,10 @@ def columns_reference(
         weight: class weights (C), or None.
         ignore_index: what no target is.
     """
-    row_max, scale, even, *at_targets = rows.unbind(1)
+    row_max, scale, smooth_coef, *at_targets = rows.unbind(1)
     e = (logits.to(rows.dtype) - row_max[:, None]).exp()
     width = logits.shape[1]
-    own = even[:, None]
+    own = smooth_coef[:, None]
     if weight is not None:
         own = own * weight[first : first + width].to(rows.dtype)
     grad = torch.where(scale[:, None] == 0, 0, scale[:, None] * e - own)

@@ -2,7 +2,7 @@
 
 For row n and class c = first + column::
 
-    grad_c = scale_n exp(z_c - row_max_n) - even_n w_c, or what is given where c is a target
+    grad_c = scale_n exp(z_c - row_max_n) - smooth_coef_n w_c, or what is given where c is a target
 
 Bytes, 16-bit logits: 2 read and 2 written. A program takes 2,048 columns of one row, 16 logits a
 thread: two 16-byte loads before the first is used.
@@ -22,7 +22,7 @@ _BLOCK, _WARPS = 2048, 4
 @triton.jit(do_not_specialize=["n", "first"])  # the last part has other sizes: one binary for all
 def _columns_kernel(
     logits,  # (N, n)
-    rows,  # (N, 5): row_max, scale, even, gradients at both targets
+    rows,  # (N, 5): row_max, scale, smooth_coef, gradients at both targets
     target_a,  # (N)
     target_b,  # (N), None: one target
     weight,  # (C), None: all 1
@@ -36,10 +36,10 @@ def _columns_kernel(
     b_z = tl.load(p_z, mask=mask, other=0.0).to(tl.float32)
     row_max = tl.load(rows + 5 * i_n)
     scale = tl.load(rows + 5 * i_n + 1)
-    even = tl.load(rows + 5 * i_n + 2)
+    smooth_coef = tl.load(rows + 5 * i_n + 2)
     if weight is not None:
-        even *= tl.load(weight + first + o_c, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.where(scale == 0.0, 0.0, scale * exp(b_z - row_max) - even)
+        smooth_coef *= tl.load(weight + first + o_c, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.where(scale == 0.0, 0.0, scale * exp(b_z - row_max) - smooth_coef)
     y = tl.load(target_a + i_n)
     column = tl.where(y == ignore_index, -1, y - first)
     grad = tl.where(o_c == column, tl.load(rows + 5 * i_n + 3), grad)
