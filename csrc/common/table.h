@@ -105,22 +105,21 @@ typedef struct {
   int32_t chunk_index; /* within its row */
 } fastmp_chunk;
 
-/* CUDA: the kernel's argument. Scans are reduced to partials, of consecutive chunks each. The words
- * of a step are what changes from one to the next: the address of every row's gradient, then the
- * groups' fastmp_hyper. 480 of them fit into the 4 KB that an argument may have, and need no copy.
- */
+/* CUDA: the head of the kernel's argument. Scans are reduced to partials, of consecutive chunks
+ * each. The words of a step are what changes from one to the next: the address of every row's
+ * gradient, then the groups' fastmp_hyper. They follow the head, and need no copy, if they fit
+ * there. */
 typedef struct {
   const fastmp_row* rows; /* their `grad` is not read */
   const fastmp_chunk* chunks;
   double* partial_sums;            /* sums of squares */
   int32_t* partial_nonfinite_rows; /* the first row with a non-finite gradient */
-  const int64_t* step_words;       /* in device memory; NULL: `words` */
+  const int64_t* step_words;       /* in device memory; NULL: behind the head */
   int32_t row_count;
   int32_t chunk_count;
   int32_t chunks_per_partial;
   int32_t partial_count;
   fastmp_request request;
-  int64_t words[480];
 } fastmp_step_args;
 
 /* CUDA: the argument of the loss kernels. The pointers lead to device memory. */

@@ -80,9 +80,10 @@ FASTMP_FN constexpr int blocks_for() {
   return cases > 1 || narrow || many ? 3 : 4;
 }
 
-template <class... Cases>
+template <int words, class... Cases>
 FASTMP_KERNEL(kThreads, blocks_for<Cases...>())
-update(FASTMP_ARGUMENT(fastmp_step_args, args)) {
+update(FASTMP_ARGUMENT(Argument<words>, argument)) {
+  const fastmp_step_args& args = argument.head;
   FASTMP_SHARED(Shared, shared);
   scan_and_decide(args, shared);
   if (!shared.decision.skip) update_chunks<Cases...>(args, shared);

@@ -16,8 +16,16 @@ FASTMP_DEVICE int32_t partition_begin(int32_t n, int32_t part, int32_t parts) {
   return part * (n / parts) + min_of(part, n % parts);
 }
 
+/* The kernel's argument, with room for so many words of a step. */
+template <int words_>
+struct Argument {
+  fastmp_step_args head;
+  int64_t words[words_];
+};
+
 FASTMP_DEVICE int64_t step_word(const fastmp_step_args& args, int32_t index) {
-  return args.step_words != nullptr ? read_only(args.step_words + index) : args.words[index];
+  if (args.step_words != nullptr) return read_only(args.step_words + index);
+  return reinterpret_cast<const int64_t*>(&args + 1)[index];
 }
 
 FASTMP_DEVICE const void* gradient_of(const fastmp_step_args& args, int32_t row) {

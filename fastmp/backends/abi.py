@@ -168,12 +168,8 @@ class Request(Structure):
     )
 
 
-#: Words of a step that fit into the argument of the CUDA kernel.
-STEP_WORDS = 480
-
-
 class StepArgs(Structure):
-    """``fastmp_step_args``: the argument of the CUDA kernel."""
+    """``fastmp_step_args``: the head of the argument of the CUDA kernel."""
 
     _fields_ = (
         ("rows", c_void_p),
@@ -186,7 +182,6 @@ class StepArgs(Structure):
         ("chunks_per_partial", c_int32),
         ("partial_count", c_int32),
         ("request", Request),
-        ("words", c_int64 * STEP_WORDS),
     )
 
 

@@ -1,5 +1,6 @@
 """NVRTC: compilation, the cache, architectures, the reasons in the report."""
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 
 from fastmp import backends
 from fastmp.backends import cuda, registry
+from fastmp.backends.abi import StepArgs
 
 pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed: no NVRTC")
 
@@ -163,3 +165,25 @@ def test_processes_that_fill_the_cache_at_once(folder, tmp_path, compiled):
     assert not compiled
     assert {kernel for kernel, _ in found} == {image.kernel}
     assert hashlib.sha256(image.code).hexdigest() in {digest for _, digest in found}
+
+
+@pytest.mark.parametrize(
+    ("driver", "compiler", "limit"),
+    [
+        (13000, (13, 0), 32764),
+        (12010, (12, 1), 32764),
+        (12000, (13, 0), 4096),
+        (13000, (12, 0), 4096),
+    ],
+)
+def test_an_argument_is_as_long_as_driver_and_compiler_take(monkeypatch, driver, compiler, limit):
+    from cuda.bindings import driver as bindings
+
+    success = bindings.CUresult.CUDA_SUCCESS
+    monkeypatch.setattr(bindings, "cuDriverGetVersion", lambda: (success, driver))
+    monkeypatch.setattr(nvrtc, "version", lambda: compiler)
+    words = launch.words_in_argument()
+    assert (words > 512) == (limit > 4096)
+    assert ctypes.sizeof(StepArgs) + 8 * words <= limit
+    name = launch.kernel_name((case_of(2, 0, 0, 0),), words)
+    assert nvrtc.compile("cuda/update.cu", name, "sm_90").code[:4] == b"\x7fELF"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmp.backends import cuda, native_table, registry
-from fastmp.backends.abi import CHUNK, LR, STEP_WORDS, Master, StateKind, StepArgs
+from fastmp.backends.abi import CHUNK, LR, Master, StateKind, StepArgs
 from fastmp.backends.cuda import launch, nvrtc
 from fastmp.backends.native_table import Lrs, NativeTable, Options, TensorRow
 
@@ -64,23 +64,21 @@ class CudaStepTable(NativeTable):
         self._fixed.copy_(torch.from_numpy(fixed))
         self._sums = torch.empty(MAX_PARTIALS, dtype=torch.float64, device=self.device)
         self._nonfinite_rows = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=self.device)
-        self._args = StepArgs(
-            rows=self._fixed.data_ptr(),
-            chunks=self._fixed.data_ptr() + self.rows.nbytes,
-            partial_sums=self._sums.data_ptr(),
-            partial_nonfinite_rows=self._nonfinite_rows.data_ptr(),
-            row_count=len(self.rows),
-            chunk_count=len(chunks),
-            chunks_per_partial=per_partial,
-            partial_count=-(-len(chunks) // per_partial),
-        )
+        head, room = ctypes.sizeof(StepArgs) // 8, self.kernel.words
+        argument = np.zeros(head + room, np.int64)
+        self._args, self._words = StepArgs.from_buffer(argument.data), argument[head:]
+        self._args.rows = self._fixed.data_ptr()
+        self._args.chunks = self._fixed.data_ptr() + self.rows.nbytes
+        self._args.partial_sums = self._sums.data_ptr()
+        self._args.partial_nonfinite_rows = self._nonfinite_rows.data_ptr()
+        self._args.row_count, self._args.chunk_count = len(self.rows), len(chunks)
+        self._args.chunks_per_partial = per_partial
+        self._args.partial_count = -(-len(chunks) // per_partial)
         blocks = max(1, min(self.kernel.max_blocks, len(chunks)))
         self._launch = self.kernel.prepare(blocks, self._args)
-        self._words = np.ctypeslib.as_array(self._args.words)
-        fits = len(self.rows) <= STEP_WORDS
-        self.addresses = (self._words if fits else np.empty(len(self.rows), np.int64))[
-            : len(self.rows)
-        ]
+        fits = len(self.rows) <= room
+        own = self._words[: len(self.rows)] if fits else np.empty(len(self.rows), np.int64)
+        self.addresses = own
         self._uploaded = b""
         self._image: Tensor | None = None
         # Page-locked memory cannot be allocated during a capture: this is for the next one.
@@ -91,7 +89,7 @@ class CudaStepTable(NativeTable):
         self._args.request, alive = native_table.request(options, record)
         captured = self.kernel.is_capturing()
         rows, words = len(self.rows), len(self.rows) + hypers.size
-        if lrs or words > STEP_WORDS:
+        if lrs or words > len(self._words):
             image = self.addresses.tobytes() + hypers.tobytes()
             table = self._uploaded_anew(image) if captured else self._current(image)
             groups = table[8 * rows :].view(torch.float64).view(hypers.shape)

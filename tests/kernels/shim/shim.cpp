@@ -116,7 +116,7 @@ typedef All<FASTMP_RULES(FASTMP_CASES) FASTMP_MUON_CASES Case<LionRule, float, f
 
 template <class... Cases>
 static void launch(All<Cases...>, const fastmp_step_args& args) {
-  update<Cases...>(args);
+  update<1, Cases...>(reinterpret_cast<const Argument<1>&>(args));
 }
 
 }  // namespace fastmp

@@ -8,7 +8,6 @@ import torch
 
 import fastmp
 from fastmp.backends import registry
-from fastmp.backends.abi import STEP_WORDS
 from fastmp.backends.cuda import update as backend
 from fastmp.ops.update.rules import RULES
 from tests.optim.optim_cases import adam_w, give_gradients, masters, parameters, same_bits, snapshot
@@ -148,13 +147,13 @@ def test_groups_rules_and_dtypes_in_one_launch(kernel):
 
 def many_groups():
     """Their addresses fit into the argument of the launch, their hyperparameters do not."""
-    params = parameters(shapes=[(3,)] * 52)
+    params = parameters(shapes=[(3,)] * 12)
     return params, adam_w([{"params": [p], "lr": 1e-3 * i} for i, p in enumerate(params)])
 
 
 def many_tensors():
     """Their addresses do not fit into the argument of the launch."""
-    params = parameters(shapes=[(2,)] * (STEP_WORDS + 1))
+    params = parameters(shapes=[(2,)] * 101)
     return params, adam_w(params)
 
 
