@@ -7,7 +7,8 @@
  *                 is a policy beside the rule (state_kinds.h),
  *   quantity(s)   what state s is, which decides how a narrow kind rounds it,
  *   prepare()     the hyperparameters of a group at a step, reduced to a few fp32 numbers, in fp64,
- *   apply()       p, states <- one element's update, branch-free so that it vectorises.
+ *   apply()       p, states <- one element's update, branch-free so that it vectorises; roots and
+ *                 ratios are those of an arithmetic, Ieee or one with the same bits.
  * grad_factor carries the unscaling, the clipping and the sign of maximize, in one multiplication.
  * A new rule is one struct, listed in FASTMP_RULES, and one class in fastmp/optim. */
 #ifndef FASTMP_RULES_H
@@ -19,6 +20,11 @@
 #endif
 
 namespace fastmp {
+
+struct Ieee {
+  FASTMP_FN float root(float x) { return sqrtf(x); }
+  FASTMP_FN float ratio(float a, float b) { return a / b; }
+};
 
 /* Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019), as torch.optim.adam defines them:
  *   p *= 1 - lr wd                    (decoupled)    or    g += wd p
@@ -53,7 +59,9 @@ struct AdamRule {
     return k;
   }
 
-  FASTMP_FN void apply(float& p, float g, float& m, float& v, float& v_max, const Coefficients& k) {
+  template <class Arithmetic>
+  FASTMP_FN void apply(float& p, float g, float& m, float& v, float& v_max, const Coefficients& k,
+                       Arithmetic& arithmetic) {
     g = g * k.grad_factor + k.l2 * p;
     m = m + (g - m) * k.rate1;
     /* The square of a gradient below 1e-19 is subnormal, in (g * rate2) * g within a multiply-add
@@ -61,8 +69,8 @@ struct AdamRule {
     v = multiply_add(g * k.rate2, g, v * k.beta2);
     float second = v;
     if (amsgrad) second = v_max = v_max < v ? v : v_max;
-    const float denominator = sqrtf(second) * k.root_correction + k.eps;
-    p = p * k.decay - k.step_size * (m / denominator);
+    const float denominator = arithmetic.root(second) * k.root_correction + k.eps;
+    p = p * k.decay - k.step_size * arithmetic.ratio(m, denominator);
   }
 };
 
@@ -92,7 +100,9 @@ struct SgdRule {
     return k;
   }
 
-  FASTMP_FN void apply(float& p, float g, float& buffer, float&, float&, const Coefficients& k) {
+  template <class Arithmetic>
+  FASTMP_FN void apply(float& p, float g, float& buffer, float&, float&, const Coefficients& k,
+                       Arithmetic&) {
     g = g * k.grad_factor + k.l2 * p;
     if (momentum) {
       buffer = buffer * k.momentum_keep + g * k.momentum_take;
@@ -126,7 +136,9 @@ struct LionRule {
     return k;
   }
 
-  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k) {
+  template <class Arithmetic>
+  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k,
+                       Arithmetic&) {
     g = g * k.grad_factor;
     const float direction = m * k.beta1 + g * k.rate1;
     const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : 0.0f;
@@ -159,7 +171,9 @@ struct MuonMomentumRule {
     return k;
   }
 
-  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k) {
+  template <class Arithmetic>
+  FASTMP_FN void apply(float& p, float g, float& m, float&, float&, const Coefficients& k,
+                       Arithmetic&) {
     g = g * k.grad_factor;
     m = m + (g - m) * k.rate;
     p = g * k.from_grad + m * k.from_buffer;
@@ -182,7 +196,9 @@ struct MuonRule {
     return k;
   }
 
-  FASTMP_FN void apply(float& p, float g, float&, float&, float&, const Coefficients& k) {
+  template <class Arithmetic>
+  FASTMP_FN void apply(float& p, float g, float&, float&, float&, const Coefficients& k,
+                       Arithmetic&) {
     p = p * k.decay - g * k.lr;
   }
 };

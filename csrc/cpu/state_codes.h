@@ -80,8 +80,9 @@ FASTMP_FN void apply_to(Vec& p, Vec g, Vec* states, const typename Rule::Coeffic
   save(p, master);
   save(g, grad);
   for (int s = 0; s < 3; ++s) save(states[s], values[s]);
+  Ieee arithmetic;
   for (int64_t i = 0; i < kWidth; ++i) {
-    Rule::apply(master[i], grad[i], values[0][i], values[1][i], values[2][i], k);
+    Rule::apply(master[i], grad[i], values[0][i], values[1][i], values[2][i], k, arithmetic);
   }
   p = load(master);
   for (int s = 0; s < 3; ++s) states[s] = load(values[s]);

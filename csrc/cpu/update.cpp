@@ -32,7 +32,8 @@ void apply_block(float* __restrict p, const float* __restrict g, float* __restri
                  float* __restrict s1, float* __restrict s2, int64_t n,
                  const typename Rule::Coefficients& coefficients) {
   const typename Rule::Coefficients k = coefficients; /* a copy: nothing below can alias it */
-  for (int64_t i = 0; i < n; ++i) Rule::apply(p[i], g[i], s0[i], s1[i], s2[i], k);
+  Ieee arithmetic;
+  for (int64_t i = 0; i < n; ++i) Rule::apply(p[i], g[i], s0[i], s1[i], s2[i], k, arithmetic);
 }
 
 /* Arguments of phase 2 that are the same for all rows. */

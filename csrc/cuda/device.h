@@ -41,6 +41,56 @@ FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
   return __shfl_xor_sync(0xffffffffu, value, offset);
 }
 
+/* Whether it is true for a thread of the warp; all of the warp call it. */
+FASTMP_DEVICE bool any_in_warp(bool condition) {
+  return __any_sync(0xffffffffu, condition) != 0;
+}
+
+/* Byte i of the result is the byte of b:a that digit i of the selector names, 0 to 7; with 8 added
+ * to the digit, eight times the sign of that byte. */
+FASTMP_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+/* Ones in the place of each half of a pair of bf16 numbers that has_remainder(). */
+FASTMP_DEVICE uint32_t remainder_mask(uint32_t pair) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t zeros, mask; /* 0 times inf or NaN is NaN, which no comparison holds for */
+  asm("mul.bf16x2 %0, %1, %2;" : "=r"(zeros) : "r"(pair), "r"(0u));
+  asm("set.ne.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(pair), "r"(zeros));
+  return mask;
+#else
+  const uint32_t low = (pair & 0x7fffu) - 1u < 0x7f7fu ? 0x0000ffffu : 0u;
+  const uint32_t high = (pair >> 16 & 0x7fffu) - 1u < 0x7f7fu ? 0xffff0000u : 0u;
+  return low | high;
+#endif
+}
+
+/* The same for each half that is not 0: as fp16, which has the same zeros. */
+FASTMP_DEVICE uint32_t nonzero_mask(uint32_t pair) {
+  uint32_t mask;
+  asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(pair), "r"(0u));
+  return mask;
+}
+
+/* 1 / sqrt(x) and 1 / x of normal numbers, within two units in the last place. */
+FASTMP_DEVICE float approximate_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FASTMP_DEVICE float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FASTMP_DEVICE float magnitude_of(float x) {
+  return fabsf(x);
+}
+
 /* Returns the value before the addition. Acquires and releases: earlier writes of this thread, and
  * after a sync_block of its block, are visible to threads that read the new value. */
 FASTMP_DEVICE uint32_t atomic_add_acq_rel(uint32_t* sum, uint32_t value) {

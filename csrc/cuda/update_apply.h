@@ -1,4 +1,5 @@
-/* Phase 2 of the step: the rule on every element of a row, with its master, states and average. */
+/* Phase 2 of the step, its general path: the rule on elements of a row, with their masters, states
+ * and averages, whatever the values and addresses. */
 #ifndef FASTMP_UPDATE_APPLY_H
 #define FASTMP_UPDATE_APPLY_H
 
@@ -32,29 +33,6 @@ struct Case {
            row.state_kind == State::kind && (row.average != nullptr) == averaged;
   }
 };
-
-/* Prepared by one thread, two powers in fp64, unless the row before had the same group and step, as
- * most have. */
-template <class Rule>
-FASTMP_DEVICE const typename Rule::Coefficients& coefficients_of(const fastmp_step_args& args,
-                                                                 const fastmp_row& row, float step,
-                                                                 Shared& shared) {
-  typedef typename Rule::Coefficients Coefficients;
-  static_assert(sizeof(Coefficients) <= sizeof shared.coefficients, "a rule with more of them");
-  Coefficients* coefficients = reinterpret_cast<Coefficients*>(shared.coefficients);
-  if (row.group != shared.group || step != shared.step) {
-    sync_block();
-    if (thread() == 0) {
-      shared.group = row.group;
-      shared.step = step;
-      const fastmp_hyper hyper =
-          apply_schedule(hyper_of(args, row.group), schedule_row(args.request));
-      *coefficients = Rule::prepare(hyper, static_cast<double>(step), shared.decision.grad_factor);
-    }
-    sync_block();
-  }
-  return *coefficients;
-}
 
 /* The tensors of a row, in the types of its case. */
 template <class Case>
@@ -174,6 +152,13 @@ FASTMP_DEVICE void draw(const RandomKey& key, int64_t first, uint32_t (&random)[
   }
 }
 
+FASTMP_DEVICE uint32_t max_in_group(uint32_t value) {
+  for (int offset = kGroup / 2; offset > 0; offset /= 2) {
+    value = max_of(value, shuffle_in_group(value, offset));
+  }
+  return value;
+}
+
 /* A block with one scale is 4 threads with 8 elements each, which agree on its largest value. */
 template <int s, class Case, class Span, int n>
 FASTMP_DEVICE void write_state(const Tensors<Case>& at, const Span& span, const float (&values)[n],
@@ -191,9 +176,7 @@ FASTMP_DEVICE void write_state(const Tensors<Case>& at, const Span& span, const 
         const uint32_t magnitude = bits_of(values[e]) & 0x7fffffffu;
         if (e < span.count) largest = max_of(largest, magnitude);
       }
-      for (int offset = kGroup / 2; offset > 0; offset /= 2) {
-        largest = max_of(largest, shuffle_in_group(largest, offset));
-      }
+      largest = max_in_group(largest);
       const uint32_t scale = State::template scale_of<quantity>(largest);
       const uint32_t most = State::template most_of<quantity>(scale);
       if (span.count > 0 && span.first % State::block == 0) {
@@ -258,9 +241,10 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const Ro
   read_state<0>(at, span, states[0]);
   read_state<1>(at, span, states[1]);
   read_state<2>(at, span, states[2]);
+  Ieee arithmetic;
   for (int e = 0; e < n; ++e) {
     Case::Rule::apply(masters[e], to_float(grads[e]), states[0][e], states[1][e], states[2][e],
-                      step.coefficients);
+                      step.coefficients, arithmetic);
   }
   if constexpr (Case::averaged) {
     float averages[n];
@@ -272,69 +256,6 @@ FASTMP_DEVICE void update_at(const Tensors<Case>& at, const Span& span, const Ro
   write_state<0>(at, span, states[0], step.key);
   write_state<1>(at, span, states[1], step.key);
   write_state<2>(at, span, states[2], step.key);
-}
-
-template <class Case>
-FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64_t begin,
-                              int64_t end, Shared& shared) {
-  const fastmp_row& row = args.rows[index];
-  /* The epilogue raises the count; that of the first pass has raised it for the second. */
-  const float count = *row.step + (Case::Rule::number == MuonRule::number ? 0.0f : 1.0f);
-  const typename Case::Rule::Coefficients& prepared =
-      coefficients_of<typename Case::Rule>(args, row, count, shared);
-  float rate = 1.0f;
-  if constexpr (Case::averaged) rate = ema_rate(args.request, count);
-  RandomKey key = {};
-  if constexpr (Case::State::kind != FASTMP_STATE_F32) {
-    key = random_key(args.request.rounding_seed, count, row.param_index, begin);
-  }
-  const Tensors<Case> tensors = Tensors<Case>::of(row, gradient_of(args, index));
-  constexpr int n = Case::State::block > 0 ? Case::State::block / kGroup : 4;
-  const bool aligned = tensors.template are_aligned<n>();
-  if constexpr (Case::State::block > 0) {
-    /* A warp goes one way: its threads meet in shuffles. The row, its gradient's address and the
-     * coefficients are read again each time, from L1 and shared memory: 26 registers, which would
-     * spill. */
-    constexpr int64_t warp = kWarp * n;
-    sync_block();
-    if (thread() == 0) shared.grad = tensors.grad;
-    sync_block();
-    const RowStep<Case> step = {prepared, rate, key};
-    const int64_t whole = aligned ? end / warp * warp : begin;
-#pragma unroll 1
-    for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1); i >= whole;
-         i -= n * kThreads) {
-      update_at(Tensors<Case>::of(row, shared.grad),
-                Guarded<n>{i, static_cast<int>(min_of<int64_t>(end - i, n))}, step);
-    }
-#pragma unroll 1
-    for (int64_t i = whole - n * (thread() + 1); i >= begin; i -= n * kThreads) {
-      update_at(Tensors<Case>::of(row, shared.grad), Whole<n>{i}, step);
-    }
-  } else {
-    const typename Case::Rule::Coefficients coefficients = prepared;
-    const RowStep<Case> step = {coefficients, rate, key};
-    const int64_t whole = aligned ? end / 4 * 4 : begin;
-#pragma unroll 1
-    for (int64_t i = whole + thread(); i < end; i += kThreads) {
-      update_at(tensors, Whole<1>{i}, step);
-    }
-#pragma unroll 1
-    for (int64_t i = whole - 4 * (thread() + 1); i >= begin; i -= 4 * kThreads) {
-      update_at(tensors, Whole<4>{i}, step);
-    }
-  }
-}
-
-template <class... Cases>
-FASTMP_DEVICE void update_chunks(const fastmp_step_args& args, Shared& shared) {
-  for_each_range(
-      args, partition_begin(args.chunk_count, block(), blocks()),
-      partition_begin(args.chunk_count, block() + 1, blocks()),
-      [&](int32_t index, int64_t begin, int64_t end) {
-        const fastmp_row& row = args.rows[index];
-        ((Cases::matches(row) ? update_row<Cases>(args, index, begin, end, shared) : void()), ...);
-      });
 }
 
 }  // namespace fastmp

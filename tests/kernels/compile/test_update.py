@@ -35,9 +35,9 @@ def build(*cases):
     eight_bits = any(len(kind) > 4 and kind[4] == 2 for kind in cases)
     for kernel in kernels:
         where = f"sm_{kernel.arch}, {kernel.registers} registers"
-        # 8 bits: up to 4 words of a row's setup, read between its loops. 24 warps with 40 bytes of
-        # them took 0.55 ms on an H200 (105 M, bf16), 16 warps with none 0.60.
-        few = eight_bits and kernel.local == 0 and kernel.stack <= 16
+        # 8 bits: on sm_100 and sm_120 up to 14 words in a packet's 660 instructions. On an H200
+        # (105 M, bf16) 32 warps with 22 of them took 0.538 ms, 24 with 2 0.529, 16 with none 0.552.
+        few = eight_bits and kernel.local == 0 and kernel.stack <= 56
         assert few or kernel.stays_in_registers(), f"{where}: spills"
     return kernels
 

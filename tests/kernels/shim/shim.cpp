@@ -2,6 +2,7 @@
  * The functions of device.h are defined here, and its include guard keeps it out. */
 #define FASTMP_DEVICE_H
 #include <barrier>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <thread>
@@ -53,6 +54,50 @@ FASTMP_DEVICE uint32_t shuffle_in_group(uint32_t value, int offset) {
   return value;
 }
 
+FASTMP_DEVICE bool any_in_warp(bool condition) {
+  Block& block = *here.block;
+  std::barrier<>& warp = block.warp[here.thread / kWarp];
+  block.lanes[here.thread][0] = condition;
+  warp.arrive_and_wait();
+  bool any = false;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    any = any || block.lanes[here.thread / kWarp * kWarp + lane][0] != 0;
+  }
+  warp.arrive_and_wait();
+  return any;
+}
+
+FASTMP_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 15u;
+    const uint32_t byte = (digit & 4u ? b : a) >> (8 * (digit & 3u)) & 255u;
+    result |= (digit & 8u ? (byte & 128u ? 255u : 0u) : byte) << (8 * i);
+  }
+  return result;
+}
+
+/* Wrong in the last place, as on a GPU. */
+FASTMP_DEVICE float approximate_rsqrt(float x) {
+  return std::nextafter(1.0f / std::sqrt(x), 0.0f);
+}
+FASTMP_DEVICE float approximate_reciprocal(float x) {
+  return std::nextafter(1.0f / x, 0.0f);
+}
+FASTMP_DEVICE float magnitude_of(float x) {
+  return std::fabs(x);
+}
+template <class Kept>
+FASTMP_DEVICE uint32_t mask_of(uint32_t pair, const Kept& kept) {
+  return (kept(pair & 0x7fffu) ? 0xffffu : 0u) | (kept(pair >> 16 & 0x7fffu) ? 0xffff0000u : 0u);
+}
+FASTMP_DEVICE uint32_t remainder_mask(uint32_t pair) {
+  return mask_of(pair, [](uint32_t magnitude) { return magnitude != 0u && magnitude < 0x7f80u; });
+}
+FASTMP_DEVICE uint32_t nonzero_mask(uint32_t pair) {
+  return mask_of(pair, [](uint32_t magnitude) { return magnitude != 0u; });
+}
+
 FASTMP_DEVICE uint32_t atomic_add_acq_rel(uint32_t* sum, uint32_t value) {
   return __atomic_fetch_add(sum, value, __ATOMIC_SEQ_CST);
 }
@@ -66,6 +111,18 @@ template <int bytes>
 struct Access {
   struct alignas(bytes) Bits {
     unsigned char byte[bytes];
+  };
+};
+template <>
+struct Access<8> {
+  struct alignas(8) Bits {
+    uint32_t x, y;
+  };
+};
+template <>
+struct Access<16> {
+  struct alignas(16) Bits {
+    uint32_t x, y, z, w;
   };
 };
 template <class T>

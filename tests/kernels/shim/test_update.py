@@ -58,6 +58,37 @@ def test_split_fp16_masters_have_the_same_bits(cpu_engine, monkeypatch, options)
     assert same_bits(ours, run())
 
 
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_8_bit_states_of_any_value_have_the_same_bits(cpu_engine, monkeypatch, dtype, options):
+    """Values in the range of the fast path beside those that it leaves to the general one."""
+
+    def run():
+        (p,) = params = parameters(dtype, [(20001,)])
+        p.data[5::97], p.data[6::97] = 0.0, -0.0
+        p.data[4000:4004] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-40])
+        p.data[4100:4200] *= 1e-38 if dtype == torch.bfloat16 else 1e-5
+        optimizer = adam_w(params, lr=1e-2, state_dtype="8bit", skip_nonfinite=False, **options)
+        for step in range(3):
+            give_gradients(params, seed=step, scale=1e-3)
+            p.grad[1024:2048] = 0.0
+            p.grad[step::7] *= 1e-20
+            p.grad[3000:3100] = -1e-25
+            p.grad[5000:5032] = 1e30
+            p.grad[6000], p.grad[6064] = torch.inf, torch.nan
+            if step == 2:  # beside remainders of other weights
+                p.data[8000:8100], p.data[8100:8110] = 0.0, torch.inf
+            optimizer.step()
+        return [
+            t.nan_to_num(nan=1.5) if t.is_floating_point() else t
+            for t in snapshot(optimizer, params)
+        ]
+
+    ours = run()
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    assert same_bits(ours, run())
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, "8bit"], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
