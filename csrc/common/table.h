@@ -134,6 +134,7 @@ typedef struct {
   const float* weight_total;
   const float* grad_output; /* gradient of the loss; NULL: grad_output_value */
   float* divisor_partials;  /* 2 x 64: of target a, of target b; NULL: the divisors are 1 */
+  int32_t* taken;           /* rows that blocks have taken when they were done with others */
   float* loss;              /* one per row */
   float* total;             /* their sum; not written where nothing adds them up */
   float* stats;             /* rows x 2, as in fastmp_loss_args, then both divisors */

@@ -170,6 +170,11 @@ FASTMP_DEVICE void wait_for_cluster(SharedAddress barrier, uint32_t parity) {
   }
 }
 
+/* The value before the addition; orders no other access. */
+FASTMP_DEVICE int32_t atomic_add(int32_t* sum, int32_t value) {
+  return atomicAdd(sum, value);
+}
+
 /* ---- arithmetic ---- */
 
 /* 2^x, relative error 2^-22; 0 for -inf. */

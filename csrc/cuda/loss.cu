@@ -31,8 +31,8 @@
  * what is done once a row. That is 5,400 with 16 warps. Twelve and ten a logit were 8,400, all
  * that there were at 82% of a copy.
  *
- * Launches: the divisors, these rows, the sum of their losses, each of which begins before the one
- * ahead of it has ended (loss_totals.h), and the check of the backward. Divisors are not assumed,
+ * Launches: the divisors, these rows, the sum of their losses, of which the last two begin before
+ * the one ahead has ended (loss_totals.h), and the check of the backward. Divisors are not assumed,
  * as for short rows: most batches of a language model have targets that are ignored, and a wrong
  * assumption costs 4 bytes a logit once more, to save one launch.
  *
@@ -69,8 +69,8 @@ FASTMP_DEVICE void take_rows(const fastmp_ring_args& args) {
     sync_warp();
   } else {
     Consumer<K> consumer = {args, ring, shared, rank, {0, 0u}, 0};
-#pragma unroll 1
-    for (int32_t turn = first; turn < args.rows; turn += step) consumer.take_row();
+    while (consumer.take_row()) {
+    }
   }
   /* The other block may still write to this one's shared memory. */
   if constexpr (K::cluster > 1) sync_cluster();

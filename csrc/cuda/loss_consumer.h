@@ -204,14 +204,16 @@ struct Consumer {
     if (own) store(value, grad + y);
   }
 
-  __device__ __forceinline__ void take_row() {
+  /* Returns whether there was one. */
+  __device__ __forceinline__ bool take_row() {
     wait(ring.full(at.slot), at.parity);
     const Plan<T>& plan = ring.plans[at.slot];
+    if (plan.row == kNoRow) return false;
     if (plan.targets.are_ignored()) {
       take_ignored_row(plan);
       give_back(at);
       at.advance(ring.slots);
-      return;
+      return true;
     }
     int32_t edge;
     float edge_logit;
@@ -251,6 +253,7 @@ struct Consumer {
     if (edge >= 0) write_element(g, edge_logit, edge, grad);
     write_target(slice, targets.a, g.at_a, edge, grad);
     write_target(slice, targets.b, g.at_b, edge, grad);
+    return true;
   }
 
   /* Loss and gradient 0; the loss is NaN where a divisor is 0, as torch's. */

@@ -189,6 +189,8 @@ FASTMP_DEVICE RowCoefs row_coefs(const fastmp_ring_args& args, const Constants& 
           target_coefs(k.target_coef_b, k.target_coef_a, k.smooth_coef, w.w_b, total)};
 }
 
+constexpr int32_t kNoRow = -1; /* of the plan after the last row */
+
 /* Lies beside the first chunk of its row, and is guarded by the chunk's barriers. */
 template <class T>
 struct alignas(16) Plan {

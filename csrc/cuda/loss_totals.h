@@ -26,12 +26,15 @@ FASTMP_DEVICE float sum_over_threads(float sum, WarpSums<warps>& shared) {
   return sum_over_lanes(sum);
 }
 
-/* divisor_partials[t][i] = Σ w_y of target t, over the rows of block i that are not ignored. */
+/* taken = 0; divisor_partials[t][i] = Σ w_y of target t, over the rows of block i that are not
+ * ignored. */
 template <int32_t parts>
 FASTMP_KERNEL(kThreads, 1)
 loss_divisors(const fastmp_ring_args args) {
   FASTMP_SHARED(WarpSums<kThreads / kWarp>, shared);
   allow_next_launch();
+  if (block() == 0 && thread() == 0) *args.taken = 0;
+  if (args.divisor_partials == nullptr) return;
   float sum_a = 0.0f, sum_b = 0.0f;
   const auto weight_of = [&](int64_t target) {
     const int32_t y = class_of(args, target);
@@ -50,14 +53,14 @@ loss_divisors(const fastmp_ring_args args) {
   }
 }
 
-/* total = Σ loss, by one block: eight losses of a thread at a time, 64 KB of them in two trips to
- * the L2. */
+/* total = Σ loss, by one block: 16 losses of a thread at a time, 64 KB of them in one trip to the
+ * L2. */
 template <int threads>
 FASTMP_KERNEL(threads, 1)
 loss_sum(const fastmp_ring_args args) {
   FASTMP_SHARED(WarpSums<threads / kWarp>, shared);
   wait_for_previous_launch();
-  constexpr int each = 8;
+  constexpr int each = 16;
   float sum = 0.0f;
 #pragma unroll 1
   for (int64_t row = thread(); row < args.rows; row += each * threads) {

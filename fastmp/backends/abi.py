@@ -199,6 +199,7 @@ class RingArgs(Structure):
         ("weight_total", c_void_p),
         ("grad_output", c_void_p),
         ("divisor_partials", c_void_p),
+        ("taken", c_void_p),
         ("loss", c_void_p),
         ("total", c_void_p),
         ("stats", c_void_p),

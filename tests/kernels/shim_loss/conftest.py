@@ -65,7 +65,7 @@ class Function:
 
 @pytest.fixture(autouse=True)
 def kernels(library, monkeypatch):
-    """Launches go to the C++ library; new memory is full of NaN; two multiprocessors."""
+    """Launches go to the C++ library; new memory is full of NaN, or 77; two multiprocessors."""
     monkeypatch.setattr(launch, "function", lambda file, name, *_: Function(library, name))
     monkeypatch.setattr(loss, "_num_sms", lambda device: 2)
     monkeypatch.setattr(loss, "DIVISOR_PARTS", 2)
@@ -75,7 +75,7 @@ def kernels(library, monkeypatch):
 
     def poisoned(*args, **kwargs):
         tensor = new_empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 

@@ -14,6 +14,7 @@ static void run(int32_t slots) {
   std::vector<int64_t> a(kRows), b(kRows);
   std::vector<float> loss(kRows), stats(2 * kRows + 2), partials(2 * kDivisorParts);
   float total;
+  int32_t taken;
   for (size_t i = 0; i < logits.size(); ++i) {
     store(static_cast<float>(i * 37 % 101) / 10.0f, &logits[i]);
   }
@@ -32,6 +33,7 @@ static void run(int32_t slots) {
   args.divisor_partials = partials.data();
   args.loss = loss.data();
   args.total = &total;
+  args.taken = &taken;
   args.stats = stats.data();
   args.grad = grad.data();
   args.ignore_index = -100;

@@ -203,6 +203,10 @@ FASTMP_DEVICE void wait_for_cluster(SharedAddress barrier, uint32_t parity) {
 
 /* ---- memory and arithmetic ---- */
 
+FASTMP_DEVICE int32_t atomic_add(int32_t* sum, int32_t value) {
+  return __atomic_fetch_add(sum, value, __ATOMIC_RELAXED);
+}
+
 template <int bytes>
 struct Access {
   struct alignas(bytes) Bits {
