@@ -104,11 +104,6 @@ class Remainders:
         self._steps, self._raises_by_one = 0, False
         self._others = {p: v for p, v in known.items() if p.dtype in self._dtypes()}
 
-    @property
-    def are_loaded(self) -> bool:
-        """Whether some have not been compared with their weights since they were loaded."""
-        return bool(self._checksums)
-
     def drop_stale(self) -> None:
         """Before a step: set remainders to 0 where weights were changed since the last one.
 

@@ -39,7 +39,7 @@ class TableCache:
         if not table.rebind([group["params"] for group in optimizer.param_groups]):
             return None
         versions = table.reader.version_sum
-        if versions != self._version_sum or self.remainders.are_loaded:
+        if versions != self._version_sum:
             self.remainders.drop_stale()
         self._version_sum = versions + len(table.params)  # every version after this step
         return table
