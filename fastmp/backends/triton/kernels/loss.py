@@ -44,10 +44,11 @@ no faster, and Triton 3.6 then moves the stores of the gradient behind those at 
 Launches: the forward, the loss from the sums of the programs (``loss_divisor.py``), and the check
 of the backward; one more where the rows that are ignored are counted first. They begin before the
 one ahead has ended (``early.py``): in us for forward and backward through autograd, whose launch of
-a 1 stands between them, 14.0 ordinary and 11.4 early for 1,024 x 1,000, 19.1 and 15.6 for 131,072 x
-10, 31.0 and 27.5 for 16,384 x 1,000. A counter in place of the second launch, by which the last
-program of the forward finds out that it is the last, is no faster (1,024 programs add to it), and
-is state. Four or eight warps a row are slower too: to start a warp takes longer than it saves.
+a 1 stands between them, 12.6 ordinary and 10.4 early for 1,024 x 1,000 (8.9 where grad_output is
+given), 17.2 and 14.9 for 131,072 x 10, 29.3 and 26.7 for 16,384 x 1,000. A counter in place of the
+second launch, by which the last program of the forward finds out that it is the last, is no faster
+(1,024 programs add to it), and is state. Two warps a row gain 0.2 us, four lose 0.4: to start a
+warp takes longer than it saves.
 
 A row that starts at an odd address has up to seven logits before the first 16-byte boundary
 (prologue) and after the last (tail): these are small loads of their own, so that the vector body
@@ -75,7 +76,7 @@ from fastmp.backends.triton.tiles import LossTile, loss_tile
 # Each divisor of the mean is the sum of so many partials, each by one program.
 _PARTIALS = 64
 # So many on each multiprocessor for rows that are not on the chip, each of at least so many times a
-# tile's rows. To start 1,024 programs takes 0.6 us longer than to start 132.
+# tile's rows. To start 1,024 programs takes 0.7 us longer than to start 256.
 _PROGRAMS_OF_A_CHECK, _ROWS_OF_A_CHECK = 8, 4
 # Below this many classes the edges of a row cost more than accesses of one logit.
 _SHORTEST_PEELED = 256
@@ -215,7 +216,7 @@ def _forward(
         block = min(triton.next_power_of_2(programs), 4096)
         finish_kernel[(1,)](
             sums, loss, stats, n, programs, PAIR=pair, MEAN=mean, WEIGHTED=weighted,
-            ASSUMED=assumed_divisor, BLOCK_P=block, num_warps=4 if block <= 1024 else 8, **early,
+            ASSUMED=assumed_divisor, BLOCK_P=block, num_warps=8, **early,
         )  # fmt: skip
     return loss, stats
 
