@@ -161,11 +161,11 @@ template <class Case, int s, int n>
 struct FastState<Case, s, n, true, FASTMP_STATE_8BIT> {
   static constexpr Quantity quantity = Case::Rule::quantity(s);
   uint32_t codes[n / 4];
-  uint32_t scale;
+  uint32_t scale, scale_before;
 
   __device__ __forceinline__ void read(const Tensors<Case>& at, int64_t first) {
     read_words<n>(at.state[s] + first, codes);
-    scale = load(scale_at<s>(at, first));
+    scale_before = scale = load(scale_at<s>(at, first));
   }
 
   __device__ __forceinline__ void widen(float (&values)[n]) const {
@@ -195,7 +195,9 @@ struct FastState<Case, s, n, true, FASTMP_STATE_8BIT> {
 
   __device__ __forceinline__ void write(const Tensors<Case>& at, int64_t first) const {
     write_words<n>(codes, at.state[s] + first);
-    if (first % Case::State::block == 0) {
+    /* Few scales change in a step, and bytes are dear: with neither reads nor writes of scales a
+     * step of 0.526 ms took 0.452 (H200, 105 M, bf16 weights). */
+    if (first % Case::State::block == 0 && scale != scale_before) {
       store_bits(static_cast<uint8_t>(scale), scale_at<s>(at, first));
     }
   }
