@@ -18,8 +18,9 @@
  * the fast path 0.529; that with 2 blocks a multiprocessor instead of 3 0.552, with 4 of 64
  * registers, which spill, 0.538; with the next packet prefetched into L2 0.537 to 0.549.
  *
- * A block has one contiguous range of chunks in both phases. It scans it forwards and updates it
- * backwards, so that the gradients scanned last are still in L2. A thread updates 4 elements at a
+ * A block scans one contiguous range of chunks. It updates the same range backwards, so that the
+ * gradients scanned last are still in L2; where rows are long all blocks go through each of them
+ * together, packet by packet, which memory likes better. A thread updates 4 elements at a
  * time: 128 bits of every fp32 stream, 64 of every 16-bit one; 1,024 threads a multiprocessor have
  * 56 KB on their way, twice what an H200's bandwidth times its latency asks for (predicted).
  *

@@ -44,18 +44,23 @@ FASTMP_DEVICE fastmp_hyper hyper_of(const fastmp_step_args& args, int32_t group)
   return found.hyper;
 }
 
-/* Calls body(row, begin, end) on the chunks [first, last), from the last to the first, once for all
- * chunks of one row. */
-template <class Body>
-FASTMP_DEVICE void for_each_range(const fastmp_step_args& args, int32_t first, int32_t last,
-                                  const Body& body) {
-  while (last > first) {
-    const fastmp_chunk chunk = args.chunks[last - 1];
-    const int32_t count = min_of(last - first, chunk.chunk_index + 1);
-    const int64_t end = (chunk.chunk_index + int64_t{1}) * kChunk;
-    body(chunk.row, end - count * kChunk, min_of(end, args.rows[chunk.row].numel));
-    last -= count;
-  }
+/* Elements of one row. */
+struct Range {
+  int32_t row;
+  int64_t begin, end;
+};
+
+FASTMP_DEVICE Range whole_row(const fastmp_step_args& args, int32_t row) {
+  return {row, 0, args.rows[row].numel};
+}
+
+/* The last chunks of [first, last) that are of one row; `last` is then the first of them. */
+FASTMP_DEVICE Range last_range(const fastmp_step_args& args, int32_t first, int32_t& last) {
+  const fastmp_chunk chunk = args.chunks[last - 1];
+  const int32_t count = min_of(last - first, chunk.chunk_index + 1);
+  const int64_t end = (chunk.chunk_index + int64_t{1}) * kChunk;
+  last -= count;
+  return {chunk.row, end - count * kChunk, min_of(end, args.rows[chunk.row].numel)};
 }
 
 struct ScanResult {
@@ -63,11 +68,18 @@ struct ScanResult {
   int32_t first_nonfinite; /* row; kNoRow: every gradient is finite */
 };
 
+/* The part of a block in a range of a row, which it goes through backwards: of each `stride`
+ * packets that with the number `first`. */
+struct Share {
+  int32_t first, stride;
+};
+
 /* The shared memory of a block. */
 struct Shared {
   ScanResult warps[kThreads / kWarp];
   StepDecision decision;
   alignas(8) unsigned char coefficients[48]; /* of this group at this step */
+  Share share;
   int32_t group;
   float step;
   const void* grad; /* of this row */

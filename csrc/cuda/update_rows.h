@@ -45,6 +45,8 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
   }
   const Tensors<Case> tensors = Tensors<Case>::of(row, gradient_of(args, index));
   constexpr int n = Case::State::block > 0 ? Case::State::block / kGroup : 4;
+  constexpr int32_t packet = n * kThreads;
+  const int32_t step_back = packet * shared.share.stride;
   const bool aligned = tensors.template are_aligned<n>();
   if constexpr (Case::State::block > 0) {
     /* A warp goes one way: its threads meet in shuffles. The row, its gradient's address and the
@@ -57,8 +59,8 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
     const RowStep<Case> step = {prepared, rate, key};
     const int64_t whole = aligned ? end / warp * warp : begin;
 #pragma unroll 1
-    for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1); i >= begin;
-         i -= n * kThreads) {
+    for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1) - packet * shared.share.first;
+         i >= begin; i -= step_back) {
       if (i < whole && update_fast<Case, n>(Tensors<Case>::of(row, shared.grad), i, step)) continue;
       const int count = static_cast<int>(min_of<int64_t>(end - i, n));
       update_at(Tensors<Case>::of(row, shared.grad), Guarded<n>{i, count}, step);
@@ -68,25 +70,45 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
     const RowStep<Case> step = {coefficients, rate, key};
     const int64_t whole = aligned ? end / 4 * 4 : begin;
 #pragma unroll 1
-    for (int64_t i = whole + thread(); i < end; i += kThreads) {
+    for (int64_t i = whole + thread() + kThreads * shared.share.first; i < end;
+         i += kThreads * shared.share.stride) {
       update_at(tensors, Whole<1>{i}, step);
     }
 #pragma unroll 1
-    for (int64_t i = whole - 4 * (thread() + 1); i >= begin; i -= 4 * kThreads) {
+    for (int64_t i = whole - 4 * (thread() + 1) - packet * shared.share.first; i >= begin;
+         i -= step_back) {
       update_at(tensors, Whole<4>{i}, step);
     }
   }
 }
 
+/* Whether the blocks go through each row together, packet by packet, instead of through a range of
+ * chunks each: memory likes it where rows are long. On an H200, 105 M parameters in 10 rows: 2%
+ * with fp32 states, 3% with 8-bit ones, -3% with bf16 ones. A row costs each block some µs, which 8
+ * chunks pay for. */
+template <class... Cases>
+FASTMP_DEVICE bool go_together(const fastmp_step_args& args) {
+  const bool bf16_states = ((Cases::State::kind == FASTMP_STATE_BF16) || ...);
+  const int64_t least = int64_t{8} * blocks() * args.row_count;
+  return !bf16_states && args.chunk_count >= least &&
+         args.chunk_count < (int64_t{1} << 32) / kChunk; /* one key of random bits for a row */
+}
+
 template <class... Cases>
 FASTMP_DEVICE void update_chunks(const fastmp_step_args& args, Shared& shared) {
-  for_each_range(
-      args, partition_begin(args.chunk_count, block(), blocks()),
-      partition_begin(args.chunk_count, block() + 1, blocks()),
-      [&](int32_t index, int64_t begin, int64_t end) {
-        const fastmp_row& row = args.rows[index];
-        ((Cases::matches(row) ? update_row<Cases>(args, index, begin, end, shared) : void()), ...);
-      });
+  const bool together = go_together<Cases...>(args);
+  if (thread() == 0) shared.share = together ? Share{block(), blocks()} : Share{0, 1};
+  sync_block();
+  const int32_t first = together ? 0 : partition_begin(args.chunk_count, block(), blocks());
+  int32_t last =
+      together ? args.row_count : partition_begin(args.chunk_count, block() + 1, blocks());
+  while (last > first) {
+    const Range range = together ? whole_row(args, --last) : last_range(args, first, last);
+    const fastmp_row& row = args.rows[range.row];
+    ((Cases::matches(row) ? update_row<Cases>(args, range.row, range.begin, range.end, shared)
+                          : void()),
+     ...);
+  }
 }
 
 }  // namespace fastmp

@@ -95,10 +95,11 @@ FASTMP_DEVICE void scan_partials(const fastmp_step_args& args, float factor, Sha
        ++partial) {
     ScanResult mine = {0.0, kNoRow};
     const int32_t first = partial * args.chunks_per_partial;
-    for_each_range(args, first, min_of(first + args.chunks_per_partial, args.chunk_count),
-                   [&](int32_t row, int64_t begin, int64_t end) {
-                     mine = sum_of(mine, scan_row(args, row, begin, end, factor));
-                   });
+    int32_t end = min_of(first + args.chunks_per_partial, args.chunk_count);
+    while (end > first) {
+      const Range range = last_range(args, first, end);
+      mine = sum_of(mine, scan_row(args, range.row, range.begin, range.end, factor));
+    }
     const ScanResult all = sum_over_block(mine, shared);
     if (thread() == 0) {
       args.partial_sums[partial] = all.sum_of_squares;
