@@ -76,7 +76,7 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
     }
 #pragma unroll 1
     for (int64_t i = whole - 4 * (thread() + 1) - packet * shared.share.first; i >= begin;
-         i -= step_back) {
+         i -= packet * shared.share.stride) {
       update_at(tensors, Whole<4>{i}, step);
     }
   }

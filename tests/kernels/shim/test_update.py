@@ -58,6 +58,21 @@ def test_split_fp16_masters_have_the_same_bits(cpu_engine, monkeypatch, options)
     assert same_bits(ours, run())
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_that_share_a_long_row_do_each_element_once(cpu_engine, monkeypatch, dtype, offset):
+    """40 chunks of one row, of 2 blocks: 8 each are enough."""
+
+    def run():
+        (given,) = parameters(dtype, [(40003 + offset,)])
+        params = [given.detach()[offset:].requires_grad_()]
+        return steps(adam_w(params, lr=0.1), params, 2)[:-1]
+
+    ours = run()
+    monkeypatch.setitem(registry._kernels, ("update", "cpu"), cpu_engine)
+    assert same_bits(ours, run())
+
+
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"eps": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_8_bit_states_of_any_value_have_the_same_bits(cpu_engine, monkeypatch, dtype, options):
