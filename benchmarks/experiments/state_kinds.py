@@ -5,9 +5,9 @@
     ... [--device cuda] [--processes 15]
 
 Fashion-MNIST (from ``$FASTMP_DATA``), the recipe of ``fastmp train`` in bf16: test accuracy after
-the last epoch, within 0.3 points of fp32 moments. ``--text``: a GPT-2 of 10 M parameters on a
-synthetic text, whose next token is one of four that the two tokens before it choose; the final loss
-of each kind lies within the spread of the seeds with fp32 moments.
+the last epoch, no more than 0.3 points below fp32 moments. ``--text``: a GPT-2 of 10 M parameters
+on a synthetic text, whose next token is one of four that the two tokens before it choose; the final
+loss of each kind lies within the spread of the seeds with fp32 moments.
 """
 
 from __future__ import annotations
@@ -147,8 +147,10 @@ def on_images(seeds: int, epochs: int, models: list[str], device: str, run_all: 
     for model in models:
         means = [statistics.mean(r[name] for r in runs if r["model"] == model) for name in KINDS]
         lines.append(f"| {model} | " + " | ".join(f"{mean:.2%}" for mean in means) + " |")
-        within = all(abs(mean - means[0]) <= 0.003 for mean in means)
-        verdicts.append(f"\n{model}: {'within' if within else '**not within**'} 0.3 points.")
+        differences = [100 * (mean - means[0]) for mean in means[1:]]
+        found = ", ".join(f"{d:+.2f}" for d in differences)
+        reached = "reached" if min(differences) >= -0.3 else "**missed**"
+        verdicts.append(f"\n{model}: {found} points (goal: no more than 0.3 below: {reached}).")
     content = {"epochs": epochs, "runs": runs}
     experiments.save("state_kinds", content, [*lines, *verdicts], device)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "headline.svg"
-GPU = "nvidia-h200/15f42a5/gpu.json"
+GPU = "nvidia-h200"
 CPU = "amd-epyc-zen5-2-threads"
 
 
@@ -29,11 +29,11 @@ class Headline(NamedTuple):
 
 
 HEADLINES = (
-    Headline(GPU, "whole step, float16, 105 M",
+    Headline(f"{GPU}/a2c34f2/gpu.json", "whole step, float16, 105 M",
              "Optimizer step, 105 M fp16 weights", "GradScaler + AdamW(fused=True)"),
-    Headline(GPU, "Muon, fp32, ViT-B",
+    Headline(f"{GPU}/15f42a5/gpu.json", "Muon, fp32, ViT-B",
              "Muon's step, ViT-B", "torch.optim.Muon + AdamW(fused)"),
-    Headline(GPU, "loss, bfloat16, 65536 x 4096",
+    Headline(f"{GPU}/a2c34f2/gpu.json", "loss, bfloat16, 65536 x 4096",
              "Mixup + smoothing loss, 65536 x 4096", "torch.compile"),
     Headline(f"{CPU}/optimizer.json", "whole step, bfloat16, 50 x 500,000",
              "Optimizer step, 25 M bf16 weights", "GradScaler + AdamW(fused=True)"),
