@@ -91,7 +91,7 @@ class CudaStepTable(NativeTable):
         rows, words = len(self.rows), len(self.rows) + hypers.size
         if lrs or words > len(self._words):
             image = self.addresses.tobytes() + hypers.tobytes()
-            table = self._uploaded_anew(image) if captured else self._current(image)
+            table = self._uploaded_for_graph(image) if captured else self._current(image)
             groups = table[8 * rows :].view(torch.float64).view(hypers.shape)
             for group, lr in lrs:
                 groups[group, LR].copy_(lr)
@@ -105,7 +105,7 @@ class CudaStepTable(NativeTable):
         self._launch()
         self.free_copies()
 
-    def _uploaded_anew(self, image: bytes) -> Tensor:
+    def _uploaded_for_graph(self, image: bytes) -> Tensor:
         """Device memory of its own, into which a captured graph uploads the image."""
         host, self._spare = self._spare, None
         table = torch.empty(len(image), dtype=torch.uint8, device=self.device)

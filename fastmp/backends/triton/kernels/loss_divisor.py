@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
-from fastmp.backends.triton.kernels.loss_row import load_number
+from fastmp.backends.triton.kernels.loss_target import load_number
 
 
 @triton.jit

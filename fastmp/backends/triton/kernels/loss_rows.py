@@ -10,18 +10,10 @@ from fastmp.backends.triton.kernels.loss_divisor import per_divisor, store_sums,
 from fastmp.backends.triton.kernels.loss_gradient import store_gradient
 from fastmp.backends.triton.kernels.loss_row import (
     Softmax,
-    Target,
     add_rest,
     block_weights,
-    coefficients,
-    counted,
-    larger_first,
     load_block,
-    load_index,
-    load_number,
-    load_target,
     locate,
-    pair_losses,
     peeled,
     softmax_of_block,
     sums_of_row,
@@ -29,6 +21,16 @@ from fastmp.backends.triton.kernels.loss_row import (
     update_vectors,
     vector_of,
     widen,
+)
+from fastmp.backends.triton.kernels.loss_target import (
+    Target,
+    coefficients,
+    counted,
+    larger_first,
+    load_index,
+    load_number,
+    load_target,
+    pair_losses,
 )
 from fastmp.backends.triton.kernels.numerics import exp
 

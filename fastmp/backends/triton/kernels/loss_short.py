@@ -13,12 +13,11 @@ import triton.language as tl
 
 from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
 from fastmp.backends.triton.kernels.loss_divisor import per_divisor, store_sums, wanted_rows
-from fastmp.backends.triton.kernels.loss_row import (
-    Softmax,
+from fastmp.backends.triton.kernels.loss_row import Softmax, finite
+from fastmp.backends.triton.kernels.loss_target import (
     Target,
     coefficients,
     counted,
-    finite,
     larger_first,
     load_index,
     load_number,
