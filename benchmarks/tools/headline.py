@@ -61,10 +61,13 @@ def svg() -> str:
     y, shown = 44, ""
     lines = [_text(20, 26, "Times faster than the best that PyTorch has for the same work", 600)]
     for headline in HEADLINES:
-        ratio, facts = row_of(headline)
+        ratio, _ = row_of(headline)
         device = device_of(headline)
         if device != shown:
-            when = f"{device}, {facts['date'].split()[0]}, at {facts['commit']}"
+            facts = [row_of(other)[1] for other in HEADLINES if device_of(other) == device]
+            days = dict.fromkeys(fact["date"].split()[0] for fact in facts)
+            commits = dict.fromkeys(fact["commit"] for fact in facts)
+            when = f"{device}, {', '.join(days)}, at {' and '.join(commits)}"
             lines.append(_text(20, y + 22, when, 400, "#6b6b6b"))
             y, shown = y + 34, device
         length = ratio * SCALE
