@@ -8,94 +8,14 @@
  *
  *     abi RUNS SEED
  */
-#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../../../csrc/fastmp.h"
-
-static const int64_t kHuge = INT64_C(1) << 62;
-static const int64_t kWidth[4] = {4, 2, 2, 1}; /* bytes of an fp32, fp16, bf16, uint8 */
-
-/* The choices of one input, and the buffers made for it. */
-struct Input {
-  const uint8_t* data;
-  size_t left;
-  void* blocks[64];
-  int64_t sizes[64];
-  int count;
-
-  Input(const uint8_t* bytes, size_t size) : data(bytes), left(size), count(0) {}
-  ~Input() {
-    for (int i = 0; i < count; ++i) free(blocks[i]);
-  }
-
-  uint8_t byte() {
-    if (left == 0) return 0;
-    --left;
-    return *data++;
-  }
-  bool one_in(int n) { return byte() % n == n - 1; }
-  int64_t below(int64_t n) { return byte() % n; }
-  int64_t extent(int64_t most) {
-    if (one_in(40)) return one_in(2) ? -1 - below(100) : kHuge;
-    return below(most + 1);
-  }
-  int32_t code(int32_t known) {
-    return one_in(24) ? byte() - 128 : static_cast<int32_t>(below(known));
-  }
-  float number() {
-    static const float special[4] = {1.0f / 0.0f, -1.0f / 0.0f, 0.0f / 0.0f, 3e38f};
-    return one_in(12) ? special[below(4)] : static_cast<float>(byte() - 128) / 32.0f;
-  }
-
-  /* Memory for `values` of `width` bytes; sometimes null, one byte off, or another field's. */
-  void* buffer(int64_t values, int64_t width) {
-    if (one_in(40)) return nullptr;
-    const bool allocatable = values >= 0 && values < 1 << 20;
-    const int64_t bytes = allocatable ? values * width : 0;
-    for (int i = 0; i < count && one_in(30); ++i) {
-      if (sizes[i] >= bytes) return blocks[i];
-    }
-    const int64_t off = one_in(40) ? 1 : 0;
-    char* made = static_cast<char*>(malloc(static_cast<size_t>(bytes + off)));
-    for (int64_t i = 0; i < bytes; ++i) made[off + i] = static_cast<char>(byte());
-    blocks[count] = made;
-    sizes[count++] = off == 0 ? bytes : 0; /* whole ones are shared */
-    return made + off;
-  }
-  float* floats(int64_t values) {
-    float* made = static_cast<float*>(buffer(values, 4));
-    if (made != nullptr && reinterpret_cast<uintptr_t>(made) % 4 == 0) {
-      for (int64_t i = 0; i < values && values < 1 << 20; ++i) made[i] = number();
-    }
-    return made;
-  }
-  int64_t* indices(int64_t values, int64_t known) {
-    int64_t* made = static_cast<int64_t*>(buffer(values, 8));
-    if (made != nullptr && reinterpret_cast<uintptr_t>(made) % 8 == 0) {
-      for (int64_t i = 0; i < values && values < 1 << 20; ++i) {
-        made[i] = one_in(60) || known < 1 ? byte() - 100 : below(known);
-      }
-    }
-    return made;
-  }
-};
-
-static int64_t bytes_of(int32_t dtype) {
-  return dtype >= 0 && dtype < 4 ? kWidth[dtype] : 4;
-}
-
-static int64_t product(int64_t a, int64_t b) {
-  int64_t result;
-  return __builtin_mul_overflow(a, b, &result) ? kHuge : result;
-}
-
-static int64_t size_field(Input& in, size_t size) {
-  return in.one_in(60) ? in.below(64) : static_cast<int64_t>(size);
-}
+#include "input.h"
+#include "tensors.h"
 
 static int32_t fuzz_update(Input& in) {
   const int64_t groups = in.extent(3), rows = in.extent(4);
@@ -290,113 +210,6 @@ static int32_t fuzz_activation(Input& in) {
   args.out = in.buffer(numel, bytes_of(args.dtype));
   if (in.one_in(2)) args.grad_bias = in.buffer(args.columns, bytes_of(args.dtype));
   return in.one_in(2) ? fastmp_activation(&args) : fastmp_activation_backward(&args);
-}
-
-/* Stand-ins for torch's getters, on metadata of our own. A dtype or keys of 0 are a failed call. */
-struct Metadata {
-  int64_t keys, dtype, device, dim, sizes[4], strides[4], autograd;
-};
-static const Metadata& metadata_of(const void* handle) {
-  return **static_cast<const Metadata* const*>(handle);
-}
-static int32_t get_data_ptr(const void* handle, const void** value) {
-  *value = handle;
-  return metadata_of(handle).keys == 0;
-}
-static int32_t get_dtype(const void* handle, int32_t* value) {
-  *value = static_cast<int32_t>(metadata_of(handle).dtype);
-  return metadata_of(handle).dtype == 0;
-}
-static int32_t get_device_index(const void* handle, int32_t* value) {
-  *value = static_cast<int32_t>(metadata_of(handle).device);
-  return 0;
-}
-static int32_t get_dim(const void* handle, int64_t* value) {
-  *value = metadata_of(handle).dim;
-  return 0;
-}
-static int32_t get_sizes(const void* handle, const int64_t** value) {
-  *value = metadata_of(handle).sizes;
-  return 0;
-}
-static int32_t get_strides(const void* handle, const int64_t** value) {
-  *value = metadata_of(handle).strides;
-  return 0;
-}
-
-static int64_t get_version(const void* handle) {
-  return metadata_of(handle).keys;
-}
-static void raise_version(const void*) {}
-
-struct List {
-  int64_t length, *objects;
-};
-static intptr_t list_size(const void* list) {
-  return static_cast<const List*>(list)->length;
-}
-static void* list_item(const void* list, intptr_t index) {
-  return reinterpret_cast<void*>(static_cast<const List*>(list)->objects[index]);
-}
-
-static int64_t number_of(const void* address) {
-  return static_cast<int64_t>(reinterpret_cast<intptr_t>(address));
-}
-
-/* Six tensors in two lists; an even one may have an odd one as its gradient. */
-static int32_t fuzz_tensors(Input& in) {
-  Metadata metadata[6], none;
-  const Metadata* objects[6][2];
-  int64_t ids[6], autograd[6][2];
-  for (int i = 0; i < 6; ++i) {
-    int64_t* words = &metadata[i].keys;
-    for (size_t w = 0; w < sizeof(Metadata) / 8; ++w) words[w] = in.below(20);
-    metadata[i].dim = in.below(5);
-    metadata[i].autograd = in.one_in(4) ? 0 : number_of(autograd[i]);
-    autograd[i][1] = number_of(in.one_in(3) ? &none : &metadata[i | 1]);
-    objects[i][1] = &metadata[i];
-    ids[i] = number_of(&objects[i]);
-  }
-  const List lists[2] = {{in.below(4), ids}, {in.below(4), ids + 3}};
-  const int64_t list_ids[2] = {number_of(&lists[0]), number_of(&lists[1])};
-  fastmp_tensors_args args;
-  memset(&args, 0, sizeof(args));
-  args.size = size_field(in, sizeof(args));
-  args.lists = in.one_in(40) ? nullptr : list_ids;
-  args.list_count = in.one_in(40) ? -1 : in.below(3);
-  args.handle_offset = 8;
-  args.autograd_offset = offsetof(Metadata, autograd);
-  args.grad_offset = 8;
-  args.no_grad = number_of(&none);
-  const void* functions[10] = {reinterpret_cast<const void*>(get_data_ptr),
-                               reinterpret_cast<const void*>(get_dtype),
-                               reinterpret_cast<const void*>(get_device_index),
-                               reinterpret_cast<const void*>(get_dim),
-                               reinterpret_cast<const void*>(get_sizes),
-                               reinterpret_cast<const void*>(get_strides),
-                               reinterpret_cast<const void*>(list_size),
-                               reinterpret_cast<const void*>(list_item),
-                               reinterpret_cast<const void*>(get_version),
-                               reinterpret_cast<const void*>(raise_version)};
-  const void** fields[10] = {&args.get_data_ptr, &args.get_dtype, &args.get_device_index,
-                             &args.get_dim,      &args.get_sizes, &args.get_strides,
-                             &args.list_size,    &args.list_item, &args.get_version,
-                             &args.raise_version};
-  for (int i = 0; i < 10; ++i) *fields[i] = in.one_in(60) ? nullptr : functions[i];
-  args.words = in.one_in(40) ? -1 : in.below(120);
-  args.layout = static_cast<int64_t*>(in.buffer(args.words < 0 ? 0 : args.words, 8));
-  args.with_grad = in.one_in(40) ? -1 : in.below(6);
-  args.address_stride = in.one_in(40) ? 0 : 1 + in.below(3);
-  const int64_t count = args.with_grad < 0 ? 0 : args.with_grad;
-  args.addresses = static_cast<int64_t*>(in.buffer(count * args.address_stride, 8));
-  args.handles = static_cast<int64_t*>(in.buffer(count, 8));
-  args.write = in.below(2);
-  const int32_t status = fastmp_tensors(&args);
-  const bool separate = args.layout != args.addresses && args.layout != args.handles;
-  if (status != FASTMP_OK || args.same == 0 || args.write == 0 || !separate) return status;
-  args.write = 0; /* what was just written is the same */
-  if (fastmp_tensors(&args) != FASTMP_OK || args.same == 0) abort();
-  return fastmp_raise_versions(&args);
 }
 
 static int64_t statuses[4];
