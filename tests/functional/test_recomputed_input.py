@@ -1,150 +1,35 @@
-"""What the graph keeps of linear layers: no z where nothing needs it, and no act(z) beside z."""
+"""What the graph keeps of linear layers: no act(z) beside z."""
 
 import functools
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from fastmp.functional import linear
 from fastmp.functional.linear import linear_before
 from fastmp.functional.linear_autograd import activate_after
 from fastmp.ops.linear import ACTIVATIONS, activate
-from tests.functional.linear_cases import SMOOTH, product, torch_linear
-from tests.functional.test_saved_tensors import Created
+from tests.functional.linear_cases import torch_linear
+from tests.functional.recomputed_cases import (
+    K,
+    M,
+    N,
+    assert_torchs,
+    check_close,
+    forms,
+    gradients,
+    kept_bytes,
+    modules,
+    operands,
+    sequence,
+    smooth,
+    torchs,
+)
 
 pytestmark = pytest.mark.usefixtures("every_size", "recomputing")
-
-M, K, N = 6, 8, 16
-
-
-def operands(dtype=torch.float32, rows=(M,)):
-    """x, W1, b1, W2 and b2 with gradients."""
-    shapes = (*rows, K), (N, K), (N,), (K, N), (K,)
-    return [(torch.randn(s) / 2).to(dtype).requires_grad_() for s in shapes]
-
-
-def sequence(x, w1, b1, w2, b2, activation):
-    """As in an nn.Sequential of fastmp."""
-    return linear(linear(x, w1, b1, activation), w2, b2)
-
-
-def modules(x, w1, b1, w2, b2, activation):
-    """As converted modules in a forward of their own."""
-    return linear(activate_after(linear_before(x, w1, b1, activation), activation), w2, b2)
-
-
-def functions(x, w1, b1, w2, b2, activation):
-    """With torch's own activation."""
-    return linear(activate(linear_before(x, w1, b1, activation), activation), w2, b2)
-
-
-def torchs(x, w1, b1, w2, b2, activation):
-    return F.linear(torch_linear(x, w1, b1, activation), w2, b2)
-
-
-def gradients(y, tensors, **options):
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    return torch.autograd.grad(y.square().sum(), wanted, **options)
-
-
-def assert_torchs(form, tensors, activation="gelu", **tolerance):
-    """Values and gradients."""
-    ours, theirs = (fn(*tensors, activation) for fn in (form, torchs))
-    check_close(ours, theirs, **tolerance)
-    check_close(gradients(ours, tensors), gradients(theirs, tensors), **tolerance)
-
-
-def check_close(ours, theirs, **tolerance):
-    """Sums of 16 products in another order."""
-    torch.testing.assert_close(ours, theirs, **{"rtol": 1e-5, "atol": 2e-5, **tolerance})
-
-
-forms = pytest.mark.parametrize("form", [sequence, modules, functions])
-smooth = pytest.mark.parametrize("activation", SMOOTH)
-
-
-def kept_bytes(fn, *tensors):
-    """What the graph of fn(*tensors) holds, beside the tensors and the result."""
-    created = Created(*(t for t in tensors if isinstance(t, torch.Tensor)))
-    with created:
-        y = fn(*tensors)
-    return created.held() - y.untyped_storage().nbytes()
-
-
-# ---- z is not written where nothing needs it ----
-
-
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_without_gradients_the_output_is_all_that_is_made(context, own):
-    x, w, b = (t.requires_grad_(context is not torch.enable_grad) for t in operands()[:3])
-    created = Created(x, w, b)
-    with product(own), context(), created:
-        y = linear(x, w, b, "gelu")
-    assert created.held() == y.untyped_storage().nbytes() == M * N * 4
-
-
-@pytest.fixture
-def saves():
-    """Whether z was asked for, at each call of the operation."""
-    found, op = [], torch.ops.fastmp.linear
-
-    def recorded(*arguments):
-        found.append(arguments[-1])
-        return op(*arguments)
-
-    recorded.default = op.default  # looked up at the first call under a dispatch mode
-    with mock.patch.object(torch.ops.fastmp, "linear", recorded):
-        yield found
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@forms
-@smooth
-def test_the_first_forward_of_a_checkpoint(activation, form, reentrant, saves):
-    tensors = operands()
-    checkpoint(form, *tensors, activation, use_reentrant=reentrant).square().sum().backward()
-    assert saves == [False, False, True, True]
-    expected = gradients(torchs(*tensors, activation), tensors)
-    check_close([t.grad for t in tensors], list(expected))
-
-
-def test_a_checkpoint_in_a_checkpoint(saves):
-    tensors = operands()
-
-    def inner(*given):
-        return checkpoint(sequence, *given, "gelu", use_reentrant=False)
-
-    y = checkpoint(inner, *tensors, use_reentrant=False)
-    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
-    assert saves == [False] * 2 + [True] * 2
-
-
-def test_a_checkpoint_that_keeps_results_of_the_operation(saves):
-    """Its second forward gets what the first one made."""
-    tensors = operands()
-
-    def policy(context, op, *_args, **_options):
-        kept = str(op) == "fastmp.linear.default"
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    y = checkpoint(
-        sequence, *tensors, "gelu", use_reentrant=False,
-        context_fn=lambda: create_selective_checkpoint_contexts(policy),
-    )  # fmt: skip
-    check_close(gradients(y, tensors), gradients(torchs(*tensors, "gelu"), tensors))
-    assert saves == [True] * 4
-
-
-# ---- act(z) is not kept beside z ----
 
 
 @forms
