@@ -219,8 +219,8 @@ inline BlockScales scales_of_blocks(const float* values) {
   return scales;
 }
 
-/* The codes of a block without their signs, in words of 16 bits: those of its first 16 elements in
- * the lower half of each lane of 128 bits. One may be above the largest by one. */
+/* The codes of a block without their signs, 16 bits each: those of its first 16 elements are the
+ * lower half of each lane of 128 bits. One may be above the largest by one. */
 template <Quantity quantity, int s>
 inline __m512i code_words(const float* values, const uint32_t* words, const BlockScales& scales,
                           int b) {

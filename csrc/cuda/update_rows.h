@@ -46,7 +46,6 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
   const Tensors<Case> tensors = Tensors<Case>::of(row, gradient_of(args, index));
   constexpr int n = Case::State::block > 0 ? Case::State::block / kGroup : 4;
   constexpr int32_t packet = n * kThreads;
-  const int32_t step_back = packet * shared.share.stride;
   const bool aligned = tensors.template are_aligned<n>();
   if constexpr (Case::State::block > 0) {
     /* A warp goes one way: its threads meet in shuffles. The row, its gradient's address and the
@@ -60,7 +59,7 @@ FASTMP_DEVICE void update_row(const fastmp_step_args& args, int32_t index, int64
     const int64_t whole = aligned ? end / warp * warp : begin;
 #pragma unroll 1
     for (int64_t i = ceil_div(end, warp) * warp - n * (thread() + 1) - packet * shared.share.first;
-         i >= begin; i -= step_back) {
+         i >= begin; i -= packet * shared.share.stride) {
       if (i < whole && update_fast<Case, n>(Tensors<Case>::of(row, shared.grad), i, step)) continue;
       const int count = static_cast<int>(min_of<int64_t>(end - i, n));
       update_at(Tensors<Case>::of(row, shared.grad), Guarded<n>{i, count}, step);

@@ -14,6 +14,9 @@ from fastmp.backends.abi import StepArgs
 from fastmp.backends.cuda import nvrtc
 from fastmp.backends.cuda.nvrtc import BLOCK_SIZE
 
+#: Words of a step in the argument of a launch, 8 KB.
+MOST_WORDS = 1024
+
 
 def _check(result: tuple[Any, ...]) -> Any:
     from cuda.bindings import driver
@@ -116,10 +119,8 @@ class Function:
             if early:
                 call, launch = driver.cuLaunchKernelEx, (_early(shape), self._function, given, 0)
             (status,) = call(*launch)
-            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # the first call of a thread
-                _check(driver.cuCtxSetCurrent(self._context))
-                (status,) = call(*launch)
-        _check((status,))
+            if status != driver.CUresult.CUDA_SUCCESS:
+                self._launch_again(status, call, launch)
 
     def prepare(self, blocks: int, threads: int, args: ctypes.Structure) -> Callable[[], None]:
         """A function that launches on the current stream, with ``args`` as they are then.
@@ -132,7 +133,7 @@ class Function:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         shape = (self._function, blocks, 1, 1, threads, 1, 1, 0)
         given = ctypes.addressof(parameters)
-        success, unknown = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+        success = driver.CUresult.CUDA_SUCCESS
 
         def launch(_held: Any = (args, parameters)) -> None:
             if torch._C._cuda_getDevice() != index:
@@ -140,14 +141,20 @@ class Function:
                     return launch()
             stream = torch._C._cuda_getCurrentRawStream(index)
             (status,) = call(*shape, stream, given)
-            if status == unknown:  # the first call of a thread
-                _check(driver.cuCtxSetCurrent(self._context))
-                (status,) = call(*shape, stream, given)
             if status != success:
-                _check((status,))
+                self._launch_again(status, call, (*shape, stream, given))
             return None
 
         return launch
+
+    def _launch_again(self, status: Any, call: Callable[..., Any], launch: tuple[Any, ...]) -> None:
+        """In torch's context, which the first call of a thread lacks; other errors are raised."""
+        from cuda.bindings import driver
+
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            _check(driver.cuCtxSetCurrent(self._context))
+            (status,) = call(*launch)
+        _check((status,))
 
 
 @cache
@@ -200,10 +207,10 @@ def words_in_argument() -> int:
     from cuda.bindings import driver
 
     allowed = _check(driver.cuDriverGetVersion()) >= 12010 and nvrtc.version() >= (12, 1)
-    return 1024 if allowed else 480
+    return MOST_WORDS if allowed else 480
 
 
-def kernel_name(cases: tuple[str, ...], words: int = 1024) -> str:
+def kernel_name(cases: tuple[str, ...], words: int = MOST_WORDS) -> str:
     """The C++ name of the kernel for these cases, with room for so many words of a step."""
     return f"fastmp::update<{', '.join((str(words), *cases))}>"
 

@@ -222,8 +222,7 @@ def run(
     tensors = {
         "logits": logits, "target_a": target_a, "target_b": target_b, "lam": lam, "weight": weight,
         "weight_total": weight_total, "grad_output": grad_output, "divisor_partials": partials,
-        "taken": taken,
-        "loss": row_losses, "total": loss, "stats": stats, "grad": grad,
+        "taken": taken, "loss": row_losses, "total": loss, "stats": stats, "grad": grad,
     }  # fmt: skip
     args = RingArgs(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
