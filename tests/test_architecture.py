@@ -66,6 +66,12 @@ def test_operations_name_no_device(path):
     assert not words, f"{path}: kernels register themselves, see backends/registry.py"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").rglob("*.py")), ids=lambda p: p.name)
+def test_backends_call_no_operation(path):
+    """An operation chooses a backend: the call would go up, and back down."""
+    assert "torch.ops.fastmp." not in path.read_text().replace("``torch.ops.fastmp.", "")
+
+
 #: Functions of torch that make tensors of the default dtype, and of whole numbers.
 MAKERS = {"empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randn", "tensor"}
 MAKERS |= {"zeros"}

@@ -78,34 +78,6 @@ def largest_in_fp16(operand: Tensor) -> float:
     return 2.0**14 if operand.is_cuda else 1.0
 
 
-def scaled(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """wide * factor, rounded once to this dtype, in one pass on a GPU; factor: a number."""
-    out = wide.new_empty(wide.shape, dtype=dtype)
-    torch.ops.fastmp.loss_scale_(out, wide, factor)
-    return out
-
-
-#: Of a weight's gradient in fp32. NVIDIA H200, 2026-11-27, layer and loss both ways in fp16, 2,048
-#: rows, H 4096, C 128256: 11.2, 10.6, 10.2, 10.0, 10.0 ms in parts of 16, 32, 64, 128, 256 MB.
-PART_BYTES = 128 << 20
-
-
-def weight_gradient_in_parts(out: Tensor, grad: Tensor, input: Tensor, factor: Tensor) -> None:
-    """out = factor · (gradᵀ @ input) for 16 bits, of products in fp32, rounded once on a GPU.
-
-    Args:
-        out: (C, H).
-        grad, input: (N, C) and (N, H), the dtype of out.
-        factor: (), fp32.
-    """
-    classes, features = out.shape
-    rows = max(1, PART_BYTES // (4 * max(1, features)))
-    for begin in range(0, classes, rows):
-        part = slice(begin, begin + rows)
-        wide = product(grad[:, part].t(), input, torch.float32)
-        torch.ops.fastmp.loss_scale_(out[part], wide, factor)
-
-
 #: Rows between two passes over a sum in fp32 on a GPU. A pass reads and writes 8 C H bytes, the
 #: three products of n rows are 6 n C H operations. NVIDIA H200, 2026-11-27, 8,192 rows in bf16,
 #: H 4096, C 128256, over the products alone: 12% for n = 1,024, 7% for 2,048, 2% for 4,096.

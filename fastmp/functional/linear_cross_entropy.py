@@ -14,11 +14,11 @@ from fastmp.backends.torch_matmul import (
     computes_logits_twice,
     largest_in_fp16,
     rows_at_once,
-    scaled,
 )
 from fastmp.functional.cross_entropy import FirstOrderOnly, cross_entropy, loss_spec, unpack
 from fastmp.functional.linear import autocast_operands, check_operands
 from fastmp.ops.checks import transformed, wide_dtype
+from fastmp.ops.linear_loss import scaled
 from fastmp.ops.loss import MixedTarget
 
 

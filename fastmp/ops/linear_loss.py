@@ -38,13 +38,7 @@ from torch import Tensor
 
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.registry import TorchOp
-from fastmp.backends.torch_matmul import (
-    add_product,
-    matmul,
-    product,
-    scaled,
-    weight_gradient_in_parts,
-)
+from fastmp.backends.torch_matmul import add_product, matmul, product
 from fastmp.ops.checks import check_values, wide_dtype
 
 # ---- chunks of rows ----
@@ -222,8 +216,11 @@ def _products_fake(
     )
 
 
+# ---- products, times a factor of the device ----
+
+
 def scale_reference(out: Tensor, values: Tensor, factor: Tensor) -> None:
-    """``fastmp::loss_scale_``: out = factor · values, rounded once to the dtype of out.
+    """``fastmp::linear_loss_scale_``: out = factor · values, rounded once to the dtype of out.
 
     Args:
         out: overwritten.
@@ -231,6 +228,34 @@ def scale_reference(out: Tensor, values: Tensor, factor: Tensor) -> None:
         factor: (), fp32 (fp64 for fp64).
     """
     torch.mul(values, factor, out=out)
+
+
+def scaled(wide: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide * factor, rounded once to this dtype, in one pass on a GPU; factor: a number."""
+    out = wide.new_empty(wide.shape, dtype=dtype)
+    torch.ops.fastmp.linear_loss_scale_(out, wide, factor)
+    return out
+
+
+#: Of a weight's gradient in fp32. NVIDIA H200, 2026-11-27, layer and loss both ways in fp16, 2,048
+#: rows, H 4096, C 128256: 11.2, 10.6, 10.2, 10.0, 10.0 ms in parts of 16, 32, 64, 128, 256 MB.
+PART_BYTES = 128 << 20
+
+
+def weight_gradient_in_parts(out: Tensor, grad: Tensor, input: Tensor, factor: Tensor) -> None:
+    """out = factor · (gradᵀ @ input) for 16 bits, of products in fp32, rounded once on a GPU.
+
+    Args:
+        out: (C, H).
+        grad, input: (N, C) and (N, H), the dtype of out.
+        factor: (), fp32.
+    """
+    classes, features = out.shape
+    rows = max(1, PART_BYTES // (4 * max(1, features)))
+    for begin in range(0, classes, rows):
+        part = slice(begin, begin + rows)
+        wide = product(grad[:, part].t(), input, torch.float32)
+        torch.ops.fastmp.linear_loss_scale_(out[part], wide, factor)
 
 
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias"
@@ -264,7 +289,7 @@ LINEAR_LOSS = (
         _products_fake,
     ),
     TorchOp(
-        "loss_scale_(Tensor(a!) out, Tensor values, Tensor factor) -> ()",
+        "linear_loss_scale_(Tensor(a!) out, Tensor values, Tensor factor) -> ()",
         scale_reference,
         lambda *_: None,
     ),

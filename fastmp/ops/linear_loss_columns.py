@@ -18,14 +18,9 @@ from torch import Tensor
 
 from fastmp.backends.abi import LossSpec, Reduction
 from fastmp.backends.registry import TorchOp
-from fastmp.backends.torch_matmul import (
-    add_product,
-    largest_in_fp16,
-    scaled,
-    weight_gradient_in_parts,
-)
+from fastmp.backends.torch_matmul import add_product, largest_in_fp16
 from fastmp.ops.checks import check_values, wide_dtype
-from fastmp.ops.linear_loss import SPEC_SCHEMA, rows_of
+from fastmp.ops.linear_loss import SPEC_SCHEMA, rows_of, scaled, weight_gradient_in_parts
 
 _VECTOR = 8  # 16-bit logits in 16 bytes
 

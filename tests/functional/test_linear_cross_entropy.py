@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastmp.backends import torch_matmul
 from fastmp.functional import cross_entropy, linear_cross_entropy
 from fastmp.nn import LinearCrossEntropyLoss
+from fastmp.ops import linear_loss
 from fastmp.ops.loss import MixedTarget
 from tests.functional.linear_loss_cases import C, H, N, problem
 
@@ -257,7 +257,7 @@ def test_the_weights_gradient_in_parts(monkeypatch):
     x, w, b, a, _, _ = problem(torch.float16)
     whole, parts = [], []
     for grads, rows in ((whole, C), (parts, 5)):
-        monkeypatch.setattr(torch_matmul, "PART_BYTES", 4 * H * rows)
+        monkeypatch.setattr(linear_loss, "PART_BYTES", 4 * H * rows)
         loss = linear_cross_entropy(x, w, a, linear_bias=b)
         grads += torch.autograd.grad(loss, (x, w, b), torch.tensor(512.0))
     for one, other in zip(parts, whole, strict=True):

@@ -28,7 +28,7 @@ def test_the_operations_of_all_rows_are_good_citizens():
     _, grad = operations.linear_loss_all_rows(x, w, b, None, *spec)
     arguments = (grad, x, w, torch.tensor(8.0), [True, True, True])
     torch.library.opcheck(operations.linear_loss_products, arguments)
-    torch.library.opcheck(operations.loss_scale_, (x.bfloat16(), x, torch.tensor(1 / 3)))
+    torch.library.opcheck(operations.linear_loss_scale_, (x.bfloat16(), x, torch.tensor(1 / 3)))
 
 
 def test_the_operations_of_two_sweeps_are_good_citizens():

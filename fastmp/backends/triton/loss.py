@@ -90,7 +90,7 @@ def columns(
 
 
 def scale(out: Tensor, values: Tensor, factor: Tensor) -> None:
-    """``fastmp::loss_scale_``."""
+    """``fastmp::linear_loss_scale_``."""
     from fastmp.backends.triton.kernels import loss_scale
 
     with torch.cuda.device_of(values):
@@ -103,7 +103,7 @@ def _supports_scale(out: Tensor, values: Tensor, factor: Tensor) -> str | None:
     return unsupported_dtype(out.dtype, factor.dtype) or _supports(values)
 
 
-registry.register("loss_scale_", "cuda", scale, backend="triton", supports=_supports_scale)
+registry.register("linear_loss_scale_", "cuda", scale, backend="triton", supports=_supports_scale)
 registry.register(
     "loss_forward",
     "cuda",

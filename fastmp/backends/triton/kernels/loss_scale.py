@@ -28,6 +28,6 @@ def _scale_kernel(
 
 
 def scale(out: Tensor, values: Tensor, factor: Tensor) -> None:
-    """``fastmp::loss_scale_`` of dense tensors that are not empty."""
+    """``fastmp::linear_loss_scale_`` of dense tensors that are not empty."""
     n = values.numel()
     _scale_kernel[(triton.cdiv(n, _BLOCK),)](out, values, factor, n, BLOCK=_BLOCK, num_warps=_WARPS)
