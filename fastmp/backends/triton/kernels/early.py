@@ -4,8 +4,8 @@ Programmatic dependent launch, compute capability 9.0 and newer: the programs of
 on their multiprocessors when the launch ahead ends, and wait there. An ordinary one is started only
 then, once its memory is written back.
 
-Every program of an early launch waits before it touches memory, and so does whatever lies behind
-it in the stream: all that ran before has ended, launches before the one ahead included.
+Every program of an early launch waits before it touches memory, but for tables that the host wrote
+before the first one. So all that ran before has ended, launches before the one ahead included.
 """
 
 from __future__ import annotations

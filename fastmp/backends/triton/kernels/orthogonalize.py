@@ -32,6 +32,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmp.backends.triton.kernels.early import allow_next_launch, wait_for_previous_launch
+
 
 @triton.jit
 def _offset(p_tile, FIELD: tl.constexpr):
@@ -118,10 +120,7 @@ def _product_kernel(
     SLOTS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A_COLUMNS: a is (K, M) in memory. B_ROWS: b is (N, K). d counts where gamma is not 0.
-
-    EARLY: the launch begins while the one before it ends (programmatic dependent launch).
-    """
+    """A_COLUMNS: a is (K, M) in memory. B_ROWS: b is (N, K). d counts where gamma is not 0."""
     p_tile = tiles + tl.program_id(0) * FIELDS
     p_a = a + _offset(p_tile, 0)
     p_b = b + _offset(p_tile, 1)
@@ -129,8 +128,7 @@ def _product_kernel(
     M, N, K = _size(p_tile, 6), _size(p_tile, 7), _size(p_tile, 8)
     start_m, start_n = _size(p_tile, 9), _size(p_tile, 10)
     i_matrix = tl.load(p_tile + 11)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous_launch(EARLY)
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
@@ -150,8 +148,7 @@ def _product_kernel(
         b_acc = tl.dot(b_a, b_b, b_acc)
         p_a += step_a
         p_b += step_b
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    allow_next_launch(EARLY)
 
     p_out = out + _offset(p_tile, 2)
     o_here = start_m.to(tl.int64) * stride_out + start_n
@@ -185,9 +182,8 @@ def _normalize_kernel(
     """G <- G / max(||X||, eps)², and 1 / max(||X||, eps), by every program of a matrix."""
     p_block = blocks + tl.program_id(0) * 3
     i_matrix = tl.load(p_block + 2)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous_launch(EARLY)
+    allow_next_launch(EARLY)
     squares = tl.sum(tl.load(partials + i_matrix * SLOTS + tl.arange(0, SLOTS)), axis=0)
     factor = 1.0 / tl.maximum(tl.sqrt(squares), eps)
     tl.store(inverse_norms + i_matrix, factor)
