@@ -171,6 +171,24 @@ struct All {};
 /* The last one, which ends the list, matches nothing. */
 typedef All<FASTMP_RULES(FASTMP_CASES) FASTMP_MUON_CASES Case<LionRule, float, float, 99>> Every;
 
+/* A kernel of cases without bf16 states, whose blocks may go through a row together. */
+#define FASTMP_SHARED_KINDS(Rule, Param, master)                                      \
+  Case<Rule, Param, Param, master>, Case<Rule, Param, Param, master, StateF32, true>, \
+      Case<Rule, Param, Param, master, State8Bit>,                                    \
+      Case<Rule, Param, Param, master, State8Bit, true>
+#define FASTMP_SHARED_CASES(Rule)                                                             \
+  FASTMP_SHARED_KINDS(Rule, float, FASTMP_SELF), FASTMP_SHARED_KINDS(Rule, f16, FASTMP_FULL), \
+      FASTMP_SHARED_KINDS(Rule, bf16, FASTMP_SPLIT)
+typedef All<FASTMP_SHARED_CASES(AdamRule<false>), FASTMP_SHARED_CASES(LionRule)> Sharing;
+
+template <class... Cases>
+static bool serves(All<Cases...>, const fastmp_step_args& args) {
+  for (int32_t i = 0; i < args.row_count; ++i) {
+    if (!(Cases::matches(args.rows[i]) || ...)) return false;
+  }
+  return true;
+}
+
 template <class... Cases>
 static void launch(All<Cases...>, const fastmp_step_args& args) {
   update<1, Cases...>(reinterpret_cast<const Argument<1>&>(args));
@@ -188,7 +206,11 @@ struct Grid {
           fastmp::here = {t, b, static_cast<int32_t>(blocks.size()), 1, &blocks[b]};
           for (;;) {
             gate.arrive_and_wait();
-            fastmp::launch(fastmp::Every(), *args);
+            if (fastmp::serves(fastmp::Sharing(), *args)) {
+              fastmp::launch(fastmp::Sharing(), *args);
+            } else {
+              fastmp::launch(fastmp::Every(), *args);
+            }
             gate.arrive_and_wait();
           }
         }).detach();

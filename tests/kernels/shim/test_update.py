@@ -73,23 +73,35 @@ def test_blocks_that_share_a_long_row_do_each_element_once(cpu_engine, monkeypat
     assert same_bits(ours, run())
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(adam_w, {}), (adam_w, {"ema": 0.9}), (adam_w, {"eps": 0.0}), (fastmp.optim.Lion, {})],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_8_bit_states_of_any_value_have_the_same_bits(cpu_engine, monkeypatch, dtype, options):
+def test_8_bit_states_of_any_value_have_the_same_bits(
+    cpu_engine, monkeypatch, dtype, make, options
+):
     """Values in the range of the fast path beside those that it leaves to the general one."""
+    small = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    small[:200] *= 1e-36  # ratios whose residual is subnormal
+    small[200:400] *= 1e-16  # roots
+    small[400:] = 3e-22  # its square is 0: a warp of nothing else
 
     def run():
         (p,) = params = parameters(dtype, [(20001,)])
         p.data[5::97], p.data[6::97] = 0.0, -0.0
         p.data[4000:4004] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-40])
         p.data[4100:4200] *= 1e-38 if dtype == torch.bfloat16 else 1e-5
-        optimizer = adam_w(params, lr=1e-2, state_dtype="8bit", skip_nonfinite=False, **options)
+        p.data[7008:8008] = 0.0
+        optimizer = make(params, lr=1e-2, state_dtype="8bit", skip_nonfinite=False, **options)
         for step in range(3):
             give_gradients(params, seed=step, scale=1e-3)
             p.grad[1024:2048] = 0.0
             p.grad[step::7] *= 1e-20
             p.grad[3000:3100] = -1e-25
             p.grad[5000:5032] = 1e30
+            p.grad[7008:8008] = small
             p.grad[6000], p.grad[6064] = torch.inf, torch.nan
             if step == 2:  # beside remainders of other weights
                 p.data[8000:8100], p.data[8100:8110] = 0.0, torch.inf
