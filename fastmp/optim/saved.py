@@ -120,7 +120,7 @@ class SavedOptimizer(ScheduledOptimizer):
         for i, param in enumerate(params):
             if saved["state"].get(i) is self.state.get(param, {}):  # no hook has replaced it
                 own = remainders.saved_state(param, self.state[param])
-                saved["state"][i] = state_kinds.with_stride(own)
+                saved["state"][i] = state_kinds.to_save(own)
         if any(state.master_key(p, self._split) in state.SPLIT_KEYS.values() for p in params):
             saved["remainders"] = remainders.state_dict(params)
         if self._kind != torch.float32:

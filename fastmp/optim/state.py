@@ -258,7 +258,7 @@ def to_own_state(
     if "step" not in loaded and loaded.get("momentum_buffer") is not None:
         loaded["step"] = 1.0  # torch's SGD counts no steps, but a buffer means there was one
     state.clear()
-    loaded = state_kinds.in_order_of_memory(loaded, keys)
+    loaded = state_kinds.from_saved(loaded, keys)
     for key, value in loaded.items():
         if value is None:  # torch's SGD before its first step
             continue

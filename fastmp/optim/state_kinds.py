@@ -25,6 +25,7 @@ KINDS: dict[Any, torch.dtype] = {
     "8bit": torch.uint8,
 }
 MIN_8BIT_NUMEL = 4096
+_SAVED_CODES = "_8bit"
 _QUANTITIES = {"exp_avg_sq": Quantity.SQUARE, "max_exp_avg_sq": Quantity.MAXIMUM}
 
 
@@ -61,9 +62,12 @@ def allocate_scales(own: dict[str, Any], param: Tensor, count: int) -> None:
 
 
 def widen(own: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The state of a parameter with moments in fp32, or fp64, and without scales; exact."""
-    wide = {key: value for key, value in own.items() if key not in ("scales", "stride")}
-    own = in_order_of_memory(dict(own), keys)
+    """The state of a parameter, or a saved one, with moments in fp32, or fp64, and without scales.
+
+    Exact.
+    """
+    own = from_saved(own, keys)
+    wide = {key: value for key, value in own.items() if key != "scales"}
     for i, key in enumerate(keys):
         value = own.get(key)
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.uint8):
@@ -101,21 +105,22 @@ def _fits(value: Tensor, param: Tensor, dtype: torch.dtype) -> bool:
     return value.dtype == dtype and value.device == param.device and same_order
 
 
-def with_stride(own: dict[str, Any]) -> dict[str, Any]:
-    """A state to save: blocks of 8-bit moments follow the memory, whose order files do not keep."""
+def to_save(own: dict[str, Any]) -> dict[str, Any]:
+    """A state for files. Codes get names that no other optimizer takes for those of moments, and
+    their stride: blocks follow the memory, whose order files do not keep."""
     codes = _codes(own)
-    if not codes or own[codes[0]].is_contiguous():
+    if not codes:
         return own
-    return {**own, "stride": tuple(own[codes[0]].stride())}
+    saved = {key + _SAVED_CODES if key in codes else key: value for key, value in own.items()}
+    stride = {} if own[codes[0]].is_contiguous() else {"stride": tuple(own[codes[0]].stride())}
+    return {**saved, **stride}
 
 
-def in_order_of_memory(saved: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The inverse of ``with_stride``."""
-    stride = saved.get("stride")
-    if stride is None:
-        return saved
-    own = {key: value for key, value in saved.items() if key != "stride"}
-    for key in keys:
+def from_saved(saved: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The inverse of ``to_save``; of another state, a copy."""
+    own = {key.removesuffix(_SAVED_CODES): value for key, value in saved.items()}
+    stride = own.pop("stride", None)
+    for key in keys if stride is not None else ():
         if isinstance(own.get(key), Tensor):
             empty = own[key].new_empty_strided(own[key].shape, tuple(stride))
             own[key] = empty.copy_(own[key])

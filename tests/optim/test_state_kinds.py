@@ -262,6 +262,16 @@ def test_state_goes_to_torch_and_comes_back(kind):
     steps(narrow, again, 1)
 
 
+def test_torchs_optimizer_does_not_take_codes_for_moments():
+    params, optimizer = made()
+    steps(optimizer, params)
+    torchs = torch.optim.AdamW([p.detach().clone().requires_grad_() for p in params])
+    torchs.load_state_dict(optimizer.state_dict())
+    give_gradients(torchs.param_groups[0]["params"], seed=0)
+    with pytest.raises(KeyError, match="exp_avg"):
+        torchs.step()
+
+
 def test_a_state_is_exactly_its_bytes():
     params, optimizer = made(torch.bfloat16, "8bit")
     steps(optimizer, params, 1)
