@@ -232,11 +232,11 @@ class TrainStep:
         total = torch.zeros((), dtype=torch.float32, device=device)
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             is_last = i == len(batches) - 1
-            # the loss is multiplied by this before its backward
             loss_scale = weighted(scale, weight).to(scale.dtype)
             with nullcontext() if is_last else data_parallel.unsynchronised(self._parallel):
                 loss = self._loss(self._parallel, batch, loss_scale)
-                (loss * loss_scale).backward()
+                # as (loss * loss_scale).backward(), without the three kernels of the product
+                loss.backward(loss_scale.to(loss.dtype).view_as(loss))
             if not is_last:
                 self._accumulator.stash()
             total += weighted(loss.detach(), weight).float()
@@ -253,6 +253,11 @@ class TrainStep:
         if isinstance(criterion, CrossEntropyLoss):  # its forward then writes the gradient too
             known["grad_scale"] = loss_scale
         loss: Tensor = criterion(model(inputs), target, **known)
+        if loss.numel() != 1:
+            raise ValueError(
+                f"criterion: expected one loss for the batch, got shape {tuple(loss.shape)}; "
+                'reduction="mean" gives it'
+            )
         return loss
 
     def _update(self, loss: Tensor, scale: Tensor) -> StepOutput:

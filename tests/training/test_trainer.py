@@ -322,6 +322,10 @@ def test_bad_arguments():
         Trainer(model, torch.optim.Adam(model.parameters()), CrossEntropyLoss())
     with pytest.raises(TypeError, match=r"which fastmp.nn.CrossEntropyLoss takes, got MSELoss"):
         trainer_for(model, criterion=torch.nn.MSELoss(), mixup=Mixup())
+    with pytest.raises(
+        ValueError, match=r"criterion: expected one loss for the batch, got shape \(8,\)"
+    ):
+        trainer_for(model, criterion=CrossEntropyLoss(reduction="none")).fit(batches(1), None, 1)
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
         trainer_for(model, accumulate=0)
     with pytest.raises(ValueError, match="train_loader gave no batches"):
