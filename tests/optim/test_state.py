@@ -328,6 +328,24 @@ def test_parameters_on_two_devices_are_refused():
         optimizer.step()
 
 
+def test_parameters_on_the_same_memory_are_refused():
+    memory = torch.ones(100)
+    parts = [memory[:40], memory[40:40], memory[40:80].view(4, 10), memory[80:]]
+    apart = [part.requires_grad_() for part in parts]
+    give_gradients(apart, seed=0)
+    adam_w(apart).step()
+    head, embedding = torch.nn.Linear(10, 4, bias=False), torch.nn.Embedding(4, 10)
+    head.weight.data = embedding.weight.data  # tied in memory, and still two parameters
+    for shared in ([head.weight, embedding.weight], [apart[3], apart[2], memory[70:75]]):
+        params = [p.detach().requires_grad_() for p in shared]
+        before = [p.detach().clone() for p in params]
+        optimizer = adam_w(params)
+        give_gradients(params, seed=0)
+        with pytest.raises(ValueError, match=r"parameters (0 and 1|1 and 2) share memory"):
+            optimizer.step()
+        assert same_bits(before, params)
+
+
 def test_a_gradient_that_no_longer_fits_is_refused():
     p = torch.ones(4, 3, requires_grad=True)
     optimizer = adam_w([p])

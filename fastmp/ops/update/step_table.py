@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from operator import is_
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmp.backends import registry
 from fastmp.backends.layouts import TensorReader, layouts
-from fastmp.backends.native_table import Lrs, Options, TensorRow
+from fastmp.backends.native_table import Lrs, Options, TensorRow, is_dense
 
 
 class _Kernel(Protocol):
@@ -60,7 +60,8 @@ class StepTable:
                 gradient are the ones of the rows, and these are their gradients.
 
         Raises:
-            ValueError: parameters on several devices, or a gradient of another shape or device.
+            ValueError: parameters on several devices or on the same memory, or a gradient of
+                another shape or device.
             RuntimeError: a sparse gradient.
         """
         _check(rows, grads)
@@ -142,4 +143,18 @@ def _check(rows: Sequence[TensorRow], grads: Sequence[Tensor]) -> None:
                 f"the gradient of parameter {row.param_index} does not fit it: expected shape "
                 f"{tuple(row.param.shape)} on {row.param.device}, got {tuple(grad.shape)} "
                 f"on {grad.device}; call zero_grad() after changing a parameter"
+            )
+    _check_memory(rows)
+
+
+def _check_memory(rows: Sequence[TensorRow]) -> None:
+    """One launch would write memory that two parameters share from two threads at once."""
+    filled = [(row.param, row.param_index) for row in rows if row.param.numel()]
+    spans = sorted((p.data_ptr(), p.nbytes, index, p) for p, index in filled)
+    for (start, size, index, param), (following, _, other, sharing) in pairwise(spans):
+        if start and following < start + size and is_dense(param) and is_dense(sharing):
+            raise ValueError(
+                f"parameters {index} and {other} share memory, and each would overwrite what the "
+                "other has become; make them one parameter (head.weight = embedding.weight, not "
+                ".data), or clone one"
             )
