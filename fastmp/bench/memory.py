@@ -68,7 +68,9 @@ def _memory(name: str, kind: str, optimizer: FusedOptimizer, model: nn.Module) -
     (group,) = optimizer.param_groups
     params, states = group["params"], optimizer.state
     keys = optimizer._state_keys(group)
-    state.allocate(states, params, keys, optimizer._kind, average=True, split=optimizer._split)
+    state.allocate(states, params, keys, optimizer._kind, split=optimizer._split)
+    for param in params:
+        states[param]["average"] = state.master_of(param, states[param])
 
     def of(*names: str) -> int:
         return sum(own[n].nbytes for own in states.values() for n in names if n in own)

@@ -80,39 +80,50 @@ class AveragedOptimizer(SavedOptimizer):
     def averages(self) -> list[Tensor]:
         """The averages, fp32 (fp64 of fp64), copies in the order of ``masters``.
 
-        That of a parameter that was in no step yet is its value; a parameter without a gradient in
-        a step keeps its average in it.
+        That of a parameter that was in no applied step yet is its value; a parameter without a
+        gradient in a step keeps its average in it.
 
         Raises:
             ValueError: this optimizer keeps none.
         """
         self._require_average()
-        masters = self.masters()
-        for i, param in enumerate(self._params()):
-            average = self._own_state.get(param, {}).get("average")
+        averages = self.masters()
+        for i, param in self._stepped().items():
+            average = self._own_state[param].get("average")
             if average is not None:
-                masters[i] = average.clone()
-        return masters
+                averages[i] = average.clone()
+        return averages
 
     @torch.no_grad()
     def load_averages(self, values: Sequence[Tensor]) -> None:
         """Continue from these averages, in the order and shapes of ``averages``.
 
         Raises:
-            ValueError: this optimizer keeps none, another number of values, or one of another
-                shape. Nothing has changed then.
+            ValueError: this optimizer keeps none, another number of values, one of another shape,
+                or one that is not the weight of a parameter that was in no applied step yet: the
+                first one would replace it. Nothing has changed then.
         """
         self._require_average()
         params = self._params()
         state.check_shapes(values, params)
-        for group in self.param_groups:
-            keys = self._state_keys(group)
-            params_of = group["params"]
-            state.allocate(
-                self._own_state, params_of, keys, self._kind, split=self._split, average=True
-            )
-        for param, value in zip(params, values, strict=True):
-            self._own_state[param]["average"].copy_(value)
+        stepped, own = self._stepped(), self._own_state
+        for i, (param, value) in enumerate(zip(params, values, strict=True)):
+            if i not in stepped and not bool((value.to(param) == param).all()):
+                raise ValueError(
+                    f"parameter {i} was in no step yet, and its first one sets the average to the "
+                    "weight, as in AveragedModel: load the optimizer's state before its averages"
+                )
+        for i, param in stepped.items():
+            if "average" not in own[param]:
+                own[param]["average"] = torch.empty_like(state.master_of(param, own[param]))
+            own[param]["average"].copy_(values[i])
+
+    def _stepped(self) -> dict[int, Tensor]:
+        """The parameters that were in an applied step, by their places."""
+        own = self._own_state
+        pairs = [(i, p) for i, p in enumerate(self._params()) if "step" in own.get(p, {})]
+        counts = torch.stack([own[p]["step"] for _, p in pairs]).tolist() if pairs else []
+        return {i: p for (i, p), count in zip(pairs, counts, strict=True) if count > 0}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

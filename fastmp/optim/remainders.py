@@ -58,7 +58,6 @@ class Remainders:
         self._indices: dict[Tensor, int] = {}
         self._versions: list[int] = []  # when they were last read
         self._steps = 0  # since then, each of which raised every version by 1
-        self._raises_by_one = False
         self._others: dict[Tensor, int] = {}  # versions of parameters that are not in the table
         self._copies: dict[Tensor, Tensor] = {}  # of weights that were changed from outside once
         self._checksums: dict[Tensor, Tensor] = {}  # loaded, not yet compared
@@ -101,7 +100,7 @@ class Remainders:
         self._params, self._remainders = params, remainders
         self._indices = {p: i for i, p in enumerate(params)}
         self._versions = [known.pop(p, p._version) for p in params]
-        self._steps, self._raises_by_one = 0, False
+        self._steps = 0
         self._others = {p: v for p, v in known.items() if p.dtype in self._dtypes()}
 
     def drop_stale(self) -> None:
@@ -130,13 +129,12 @@ class Remainders:
                 self._copies[param] = torch.empty_like(param)
         self._read_versions()
 
-    def record(self) -> None:
-        """After a step: these weights belong to the remainders."""
+    def record(self, raised_by_one: bool) -> None:
+        """After a step, which raised every version by one if that is known: these weights belong
+        to the remainders."""
         self._steps += 1
-        if not self._raises_by_one:  # of the reference's steps it is not known
-            expected = [version + self._steps for version in self._versions]
+        if not raised_by_one:
             self._read_versions()
-            self._raises_by_one = self._versions == expected
         if self._copies:
             self._copy(self._params)
 

@@ -59,9 +59,8 @@ def allocate(
     kind: torch.dtype,
     *,
     split: bool = False,
-    average: bool = False,
 ) -> None:
-    """Allocate missing state; with ``average``, averages that begin at the weights."""
+    """Allocate missing state."""
     for param in params:
         master = master_key(param, split)
         own, moments = states[param], state_kinds.dtype_for(param, kind)
@@ -71,8 +70,6 @@ def allocate(
                 own[key] = _new(key, param.detach(), dtype)
         if moments == torch.uint8 and keys and len(own.get("scales", ())) < len(keys):
             state_kinds.allocate_scales(own, param, len(keys))
-        if average and own.get("average") is None:
-            own["average"] = master_of(param, own).clone()
 
 
 def _new(key: str, param: Tensor, dtype: torch.dtype) -> Tensor:

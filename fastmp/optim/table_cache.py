@@ -80,21 +80,23 @@ class TableCache:
 
 def _rows(optimizer: FusedOptimizer, rules: list[float]) -> list[TensorRow]:
     """The rows of a new table; allocates state that a parameter lacks."""
-    all_states = optimizer._own_state
-    state.adopt_masters(all_states, optimizer._params(), optimizer._tables.remainders)
-    split = optimizer._tables.remainders.split_fp16
+    all_states, remainders = optimizer._own_state, optimizer._tables.remainders
+    state.adopt_masters(all_states, optimizer._params(), remainders)
     rows: list[TensorRow] = []
     param_index = 0
     for i, group in enumerate(optimizer.param_groups):
         keys = optimizer._state_keys(group)
         params = [p for p in group["params"] if p.grad is not None]
         averaged = optimizer._ema is not None
-        state.allocate(all_states, params, keys, optimizer._kind, split=split, average=averaged)
+        state.allocate(all_states, params, keys, optimizer._kind, split=remainders.split_fp16)
         for param in group["params"]:
             if param.grad is not None:
                 own = all_states[param]
+                if averaged and own.get("average") is None:
+                    valid = remainders.valid_state(param, own)
+                    own["average"] = state.master_of(param, valid).clone()
                 state.normalize(own, param, keys, optimizer._kind)
-                master = own.get(state.master_key(param, split) or "")
+                master = own.get(state.master_key(param, remainders.split_fp16) or "")
                 states = tuple(own[key] for key in keys)
                 rule = int(rules[i])
                 average = own["average"] if averaged else None

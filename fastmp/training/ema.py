@@ -80,7 +80,11 @@ class EMA:
     @torch.no_grad()
     def restart(self) -> None:
         """Set the averages to the weights: a loaded run that had no average begins one."""
-        self._load({name: weight.detach().float() for name, weight in self._weights.items()})
+        for name, average in self._own.items():
+            average.copy_(self._weights[name])
+        if self._optimizer is not None:  # averages that are new begin at the masters
+            self._optimizer.ema = None
+            self._optimizer.ema = self.decay
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -141,6 +141,58 @@ def test_averages_of_an_optimizer_without_are_refused():
         optimizer.load_averages([torch.ones(3)])
 
 
+def test_before_its_first_step_an_average_is_the_weight():
+    """Which that step copies: values that it would replace are refused."""
+    params = parameters(torch.bfloat16)
+    optimizer = adam_w(params, lr=0.1, ema=0.9)
+    frozen, *others = params
+    give_gradients(params)
+    others[0].grad.fill_(torch.inf)
+    optimizer.step()
+    with torch.no_grad():
+        frozen.mul_(0.5)
+    torch.testing.assert_close(optimizer.averages()[0], frozen.detach().float(), rtol=0, atol=0)
+    frozen.grad = None
+    steps(optimizer, others, 2)
+    averages = optimizer.averages()
+    again = adam_w(params, lr=0.1, ema=0.9)
+    with pytest.raises(ValueError, match="parameter 1 was in no step yet"):
+        again.load_averages(averages)
+    assert not again.state
+    again.load_averages(again.averages())
+    saved = optimizer.state_dict()
+    del saved["state"][0]
+    again.load_state_dict(saved)
+    again.load_averages(averages)
+    assert frozen not in again.state
+    assert same_bits(again.averages(), averages)
+
+
+def test_an_average_begins_at_a_weight_that_was_edited():
+    """Not at what its old remainder makes of it."""
+    params = parameters(torch.bfloat16)
+    optimizer = adam_w(params)
+    steps(optimizer, params, 2)
+    with torch.no_grad():
+        for p in params:
+            p.mul_(0.5)
+    start = [p.detach().float() for p in params]
+    optimizer.ema = 0.9
+    steps(optimizer, params, 1, first=2)
+    pairs = zip(start, optimizer.masters(), strict=True)
+    torch.testing.assert_close(optimizer.averages(), [0.9 * old + 0.1 * new for old, new in pairs])
+
+
+def test_an_average_begins_again_at_the_masters():
+    params = parameters(torch.bfloat16)
+    optimizer = adam_w(params, ema=0.9)
+    average = EMA(nn.ParameterList(params), 0.9, optimizer)
+    steps(optimizer, params, 3)
+    average.restart()
+    assert same_bits(optimizer.averages(), optimizer.masters())
+    assert not torch.equal(optimizer.masters()[0], params[0].float())
+
+
 def test_the_trainers_average_is_the_optimizers():
     """And what the optimizer has not, a batch norm's statistics, is averaged beside it."""
     torch.manual_seed(0)
@@ -160,6 +212,7 @@ def test_the_trainers_average_is_the_optimizers():
         assert torch.equal(model[0].weight, found["0.weight"])
         assert torch.equal(model[1].running_mean, found["1.running_mean"])
     other = adam_w(model.parameters())
+    other.load_state_dict(optimizer.state_dict())
     again = EMA(model, 0.9, other)
     again.load_state_dict(found)
     torch.testing.assert_close(other.averages(), optimizer.averages(), rtol=0, atol=0)
