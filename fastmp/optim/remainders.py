@@ -154,21 +154,35 @@ class Remainders:
             if param in self._copies:
                 self._copies[param].copy_(param.detach())
 
+    def adopt_cast(self, param: Tensor) -> None:
+        """As ``adopt``, of a parameter that was cast."""
+        self._checksums.pop(param, None)
+        if param in self._indices:
+            self._versions[self._indices[param]] = param._version - self._steps
+        else:
+            self._others[param] = param._version
+        if self._copies.pop(param, None) is not None and param.dtype in self._dtypes():
+            self._copies[param] = param.detach().clone()
+
     # ---- saving and loading ----
 
     def _dtypes(self) -> tuple[torch.dtype, ...]:
         return (torch.bfloat16, torch.float16) if self.split_fp16 else (torch.bfloat16,)
 
-    def completes(self, param: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a loaded remainder of ``dtype`` belongs to a weight that may be of another.
+    def before_cast(self, param: Tensor, remainder: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """A remainder of weights of ``dtype``, which ``param`` had before it was cast.
 
-        True without a look between fp16 and bf16: one underflows where the other does not, so the
-        sum would differ.
+        As ``current``; None: it belongs to other weights. Between fp16 and bf16 a checksum tells
+        nothing: one underflows where the other does not.
         """
         expected = self._checksums.pop(param, None)
-        if expected is None or (param.dtype.itemsize == 2 and param.dtype != dtype):
-            return True
-        return bool(checksum(param.detach().to(dtype)) == expected)
+        weight = param.detach().to(dtype)
+        if expected is not None and (param.dtype.itemsize > 2 or param.dtype == dtype):
+            return remainder if bool(checksum(weight) == expected) else None
+        if not self._is_changed(param):
+            return remainder
+        copy = self._copies.get(param)
+        return None if copy is None else torch.where(copy == weight, remainder, 0)
 
     def valid_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """``state`` with the master or remainder that the next step starts from."""
@@ -203,8 +217,14 @@ class Remainders:
             found[torch.tensor(split, dtype=torch.bool, device="cpu")] = torch.stack(
                 [s.to(sums[0].device) for s in sums]
             ).cpu()
-        edited = torch.tensor([p in self._copies for p in params], dtype=torch.bool, device="cpu")
-        return {"checksum": found, "edited": edited}
+        edited = [
+            p in self._copies or (is_split and self._is_changed(p))
+            for p, is_split in zip(params, split, strict=True)
+        ]
+        return {
+            "checksum": found,
+            "edited": torch.tensor(edited, dtype=torch.bool, device="cpu"),
+        }
 
     def load_state_dict(self, params: Sequence[Tensor], saved: Mapping[str, Tensor]) -> None:
         """Compare the weights with the checksums before they are next used."""

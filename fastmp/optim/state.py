@@ -127,8 +127,7 @@ def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainde
     They come with a state that was saved under that dtype, or from a model that was cast after
     training. Model and optimizer may be loaded in either order, so this runs at the first use of
     the state. A master counts, element by element, where it rounds to the weight that is there.
-    Remainders beside fp32 or fp64 weights count if ``remainders`` finds the weights to be those
-    that they were saved with.
+    Remainders count where ``remainders`` finds the weights to be those that they belong to.
     """
     for param in params:
         state = states.get(param, {})
@@ -137,12 +136,15 @@ def adopt_masters(states: States, params: Iterable[Tensor], remainders: Remainde
             if key == own or key not in state:
                 continue
             saved = state.pop(key).to(param.device)
-            if saved.dtype == torch.int16 and not remainders.completes(param, dtype):
+            if saved.dtype == torch.int16:
+                saved = remainders.before_cast(param, saved, dtype)
+            if saved is None:
                 continue
             value = _value_under(param, dtype, saved, state)
             if own is not None and own not in state:
                 state[own] = _new(own, param.detach(), _dtype_of(own, param.dtype))
             set_master(param, state, value)
+            remainders.adopt_cast(param)
 
 
 def _value_under(

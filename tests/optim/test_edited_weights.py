@@ -140,6 +140,40 @@ def test_a_skipped_step_leaves_an_edit_as_it_is(dtype, route):
     assert same_bits(before[1], optimizer.masters())
 
 
+@pytest.mark.parametrize("split", [torch.bfloat16, torch.float16])
+def test_an_edit_before_a_cast_holds(split):
+    params = parameters(split)
+    optimizer = adam_w(params, master="split")
+    for _ in range(2):
+        give_gradients(params)
+        optimizer.step()
+    with torch.no_grad():
+        for p in params:
+            p.mul_(0.5)
+    edited = [p.detach().float() for p in params]
+    for p in params:
+        p.grad, p.data = None, p.data.float()
+    assert same_bits(optimizer.masters(), edited)
+    assert same_bits([p.detach() for p in params], edited)
+
+
+def test_a_cast_is_no_edit():
+    """Of bf16 weights to fp16, whose remainders have the bits that the cast leaves."""
+    params = parameters(torch.bfloat16, [(1000,)])
+    optimizer = adam_w(params, master="split")
+    for _ in range(3):
+        give_gradients(params)
+        optimizer.step()
+    before = optimizer.masters()
+    for p in params:
+        p.grad, p.data = None, p.data.half()
+    torch.testing.assert_close(optimizer.masters(), before, rtol=2**-26, atol=2**-41)
+    give_gradients(params, scale=0.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    torch.testing.assert_close(optimizer.masters(), before, rtol=2**-26, atol=2**-41)
+
+
 def test_the_reference_takes_edits_as_the_kernel_does():
     """Weights with gaps have no kernel."""
 
