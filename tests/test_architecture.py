@@ -73,8 +73,9 @@ def test_backends_call_no_operation(path):
 
 
 #: Functions of torch that make tensors of the default dtype, and of whole numbers.
-RANDOM = {"rand", "randn"}
-MAKERS = RANDOM | {"empty", "empty_strided", "eye", "full", "linspace", "ones", "tensor", "zeros"}
+MAKERS = {
+    "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"
+}  # fmt: skip
 WHOLE = {"arange", "as_tensor", "randint", "randperm"}
 #: Commands and checks, in processes of their own, and networks, which are made as the caller says.
 BY_DEFAULT = {"bench", "cli", "verification.py", "models/builtin.py", "models/classifier.py"}

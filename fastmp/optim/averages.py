@@ -121,9 +121,9 @@ class AveragedOptimizer(SavedOptimizer):
     def _stepped(self) -> dict[int, Tensor]:
         """The parameters that were in an applied step, by their places."""
         own = self._own_state
-        pairs = [(i, p) for i, p in enumerate(self._params()) if "step" in own.get(p, {})]
-        counts = torch.stack([own[p]["step"] for _, p in pairs]).tolist() if pairs else []
-        return {i: p for (i, p), count in zip(pairs, counts, strict=True) if count > 0}
+        return {
+            i: p for i, p in enumerate(self._params()) if float(own.get(p, {}).get("step", 0)) > 0
+        }
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

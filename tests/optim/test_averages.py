@@ -154,6 +154,7 @@ def test_before_its_first_step_an_average_is_the_weight():
     torch.testing.assert_close(optimizer.averages()[0], frozen.detach().float(), rtol=0, atol=0)
     frozen.grad = None
     steps(optimizer, others, 2)
+    optimizer.state[others[1]]["step"] = 2  # as torch's older files have it
     averages = optimizer.averages()
     again = adam_w(params, lr=0.1, ema=0.9)
     with pytest.raises(ValueError, match="parameter 1 was in no step yet"):
