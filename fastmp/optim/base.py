@@ -231,17 +231,14 @@ class FusedOptimizer(AveragedOptimizer):
         record = self._record_on(table.params[0].device if table.params else self._device())
         update.run(table, np.array(hypers, np.float64), record, options, lrs)
 
-    def _runs_kernels(self, table: StepTable) -> bool:
-        """Whether autograd sees none of a step's writes; the reference's depend on the step."""
-        return table.kernel is not None
-
     def _record_step(self, table: StepTable, reduced: ReducedStep | None) -> None:
         if reduced is not None:  # the kernel has seen the gradients of this rank only
             self.grad_norm.copy_(reduced.grad_norm)
             first = reduced.first_nonfinite
             self.first_nonfinite.copy_(torch.where(first < 0, self.first_nonfinite, first))
         table.raise_versions()
-        self._tables.remainders.record(self._runs_kernels(table))
+        # the reference writes as autograd sees it, and only in a step that is not skipped
+        self._tables.remainders.record(raised_by_one=table.kernel is not None)
 
     def has_gradients_on(self, device: torch.device) -> bool:
         """Whether a parameter on this device has a gradient, on any rank that has a part of it."""

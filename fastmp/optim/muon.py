@@ -239,10 +239,6 @@ class Muon(FusedOptimizer, _TorchMuon):
         applied = [h._replace(rule=_APPLY) if h.rule == _MOMENTUM else h for h in hypers]
         super()._run(second, applied, options._replace(continues=True))
 
-    def _runs_kernels(self, table: StepTable) -> bool:
-        passes = [table, *([] if self._second is None else [self._second])]
-        return all(one.kernel is not None for one in passes)
-
     # ---- states of torch's ----
 
     def torch_states(self) -> tuple[dict[str, Any], dict[str, Any]]:

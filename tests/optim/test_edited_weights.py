@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmp
-from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits
+from tests.optim.optim_cases import SHAPES, adam_w, give_gradients, parameters, same_bits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIMIZERS = {
@@ -140,38 +140,107 @@ def test_a_skipped_step_leaves_an_edit_as_it_is(dtype, route):
     assert same_bits(before[1], optimizer.masters())
 
 
-@pytest.mark.parametrize("split", [torch.bfloat16, torch.float16])
-def test_an_edit_before_a_cast_holds(split):
-    params = parameters(split)
+# ---- casts ----
+
+
+def stepped(dtype, steps=2, shapes=SHAPES):
+    params = parameters(dtype, shapes)
     optimizer = adam_w(params, master="split")
-    for _ in range(2):
-        give_gradients(params)
-        optimizer.step()
+    for seed in range(steps):
+        step(optimizer, params, seed)
+    return params, optimizer
+
+
+def step(optimizer, params, seed=0):
+    give_gradients(params, seed=seed)
+    optimizer.step()
+
+
+def cast(params, dtype):
+    for p in params:
+        p.grad, p.data = None, p.data.to(dtype)
+
+
+def in_fp16(values):
+    """Masters that fp16 weights with remainders can be; see docs/state.md."""
+    return {"expected": values, "rtol": 2**-26, "atol": 2**-41}
+
+
+def edit(params):
     with torch.no_grad():
         for p in params:
             p.mul_(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_before_a_cast_holds(dtype):
+    params, optimizer = stepped(dtype)
+    edit(params)
     edited = [p.detach().float() for p in params]
-    for p in params:
-        p.grad, p.data = None, p.data.float()
+    cast(params, torch.float32)
     assert same_bits(optimizer.masters(), edited)
     assert same_bits([p.detach() for p in params], edited)
 
 
+def test_a_mask_before_a_cast_leaves_the_other_weights_their_remainders():
+    params, optimizer = stepped(torch.bfloat16)
+    for seed in range(2):
+        for p in params:
+            in_place(p, torch.where(p > 0, p.detach(), 0.0))
+        masters = optimizer.masters()
+        expected = [torch.where(p > 0, m, 0.0) for p, m in zip(params, masters, strict=True)]
+        if not seed:  # the first edit drops all remainders
+            step(optimizer, params)
+    assert not same_bits(expected, [p.detach().float() for p in params])
+    cast(params, torch.float32)
+    assert same_bits([m + 0.0 for m in optimizer.masters()], expected)
+
+
 def test_a_cast_is_no_edit():
     """Of bf16 weights to fp16, whose remainders have the bits that the cast leaves."""
-    params = parameters(torch.bfloat16, [(1000,)])
-    optimizer = adam_w(params, master="split")
-    for _ in range(3):
-        give_gradients(params)
-        optimizer.step()
+    params, optimizer = stepped(torch.bfloat16)
     before = optimizer.masters()
-    for p in params:
-        p.grad, p.data = None, p.data.half()
-    torch.testing.assert_close(optimizer.masters(), before, rtol=2**-26, atol=2**-41)
-    give_gradients(params, scale=0.0)
+    cast(params, torch.float16)
+    torch.testing.assert_close(optimizer.masters(), **in_fp16(before))
     optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.step()
-    torch.testing.assert_close(optimizer.masters(), before, rtol=2**-26, atol=2**-41)
+    step(optimizer, params)
+    torch.testing.assert_close(optimizer.masters(), **in_fp16(before))
+
+
+def test_a_cast_of_weights_whose_masters_were_loaded_is_no_edit():
+    params, optimizer = stepped(torch.bfloat16, steps=0)
+    fine = [p.detach().float() * 1.001 for p in params]
+    optimizer.load_masters(fine)
+    cast(params, torch.float16)
+    torch.testing.assert_close(optimizer.masters(), **in_fp16(fine))
+
+
+def test_a_checksum_of_weights_before_a_cast_is_forgotten():
+    """It came with a state that had no remainders, and fp16 weights had masters meanwhile."""
+    params = parameters(torch.bfloat16)
+    optimizer = adam_w(params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    cast(params, torch.float16)
+    step(optimizer, params)
+    before = optimizer.masters()
+    cast(params, torch.bfloat16)
+    assert same_bits(optimizer.masters(), before)
+    assert same_bits(optimizer.masters(), before)
+
+
+def test_an_edit_after_two_casts_is_seen():
+    params, optimizer = stepped(torch.float16)
+    edit(params)
+    step(optimizer, params)
+    for dtype in (torch.float32, torch.float16):
+        cast(params, dtype)
+        step(optimizer, params)
+    edit(params)
+    assert same_bits(optimizer.masters(), [p.detach().float() for p in params])
+    step(optimizer, params)
+
+
+# ---- the reference ----
 
 
 def test_the_reference_takes_edits_as_the_kernel_does():

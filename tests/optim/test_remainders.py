@@ -95,7 +95,9 @@ def test_masters_and_saved_state_are_those_of_the_weights_between_steps():
     expected = params[3].detach().float()
     assert torch.equal(optimizer.masters()[3], expected)
     other = adam_w(copies(params))
-    other.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    assert saved["remainders"]["edited"].tolist() == [i == 3 for i in range(len(params))]
+    other.load_state_dict(saved)
     assert torch.equal(other.masters()[3], expected)
     assert same_bits(other.masters(), optimizer.masters())
 
