@@ -40,6 +40,13 @@ def give_gradients(*models, scale=1.0, seed=0):
             p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
+def steps(optimizer, params, count=4, first=0):
+    """As many steps, each with gradients of its own; ``first``: the number of the first one."""
+    for seed in range(first, first + count):
+        give_gradients(params, seed=seed)
+        optimizer.step()
+
+
 def masters(optimizer, params):
     """The fp32 value behind every parameter."""
     found = []

@@ -7,19 +7,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastmp
 from fastmp.training.ema import EMA
-from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot
+from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot, steps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def decay(step):
     return min(0.9, (1 + step) / (10 + step))
-
-
-def steps(optimizer, params, count=5, first=0):
-    for step in range(first, first + count):
-        give_gradients(params, seed=step)
-        optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmp
-from tests.optim.optim_cases import SHAPES, adam_w, give_gradients, parameters, same_bits
+from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, steps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIMIZERS = {
@@ -143,17 +143,11 @@ def test_a_skipped_step_leaves_an_edit_as_it_is(dtype, route):
 # ---- casts ----
 
 
-def stepped(dtype, steps=2, shapes=SHAPES):
-    params = parameters(dtype, shapes)
+def stepped(dtype, count=2):
+    params = parameters(dtype)
     optimizer = adam_w(params, master="split")
-    for seed in range(steps):
-        step(optimizer, params, seed)
+    steps(optimizer, params, count)
     return params, optimizer
-
-
-def step(optimizer, params, seed=0):
-    give_gradients(params, seed=seed)
-    optimizer.step()
 
 
 def cast(params, dtype):
@@ -190,7 +184,7 @@ def test_a_mask_before_a_cast_leaves_the_other_weights_their_remainders():
         masters = optimizer.masters()
         expected = [torch.where(p > 0, m, 0.0) for p, m in zip(params, masters, strict=True)]
         if not seed:  # the first edit drops all remainders
-            step(optimizer, params)
+            steps(optimizer, params, 1)
     assert not same_bits(expected, [p.detach().float() for p in params])
     cast(params, torch.float32)
     assert same_bits([m + 0.0 for m in optimizer.masters()], expected)
@@ -203,12 +197,12 @@ def test_a_cast_is_no_edit():
     cast(params, torch.float16)
     torch.testing.assert_close(optimizer.masters(), **in_fp16(before))
     optimizer.param_groups[0]["lr"] = 0.0
-    step(optimizer, params)
+    steps(optimizer, params, 1)
     torch.testing.assert_close(optimizer.masters(), **in_fp16(before))
 
 
 def test_a_cast_of_weights_whose_masters_were_loaded_is_no_edit():
-    params, optimizer = stepped(torch.bfloat16, steps=0)
+    params, optimizer = stepped(torch.bfloat16, count=0)
     fine = [p.detach().float() * 1.001 for p in params]
     optimizer.load_masters(fine)
     cast(params, torch.float16)
@@ -221,7 +215,7 @@ def test_a_checksum_of_weights_before_a_cast_is_forgotten():
     optimizer = adam_w(params)
     optimizer.load_state_dict(optimizer.state_dict())
     cast(params, torch.float16)
-    step(optimizer, params)
+    steps(optimizer, params, 1)
     before = optimizer.masters()
     cast(params, torch.bfloat16)
     assert same_bits(optimizer.masters(), before)
@@ -231,13 +225,13 @@ def test_a_checksum_of_weights_before_a_cast_is_forgotten():
 def test_an_edit_after_two_casts_is_seen():
     params, optimizer = stepped(torch.float16)
     edit(params)
-    step(optimizer, params)
+    steps(optimizer, params, 1)
     for dtype in (torch.float32, torch.float16):
         cast(params, dtype)
-        step(optimizer, params)
+        steps(optimizer, params, 1)
     edit(params)
     assert same_bits(optimizer.masters(), [p.detach().float() for p in params])
-    step(optimizer, params)
+    steps(optimizer, params, 1)
 
 
 # ---- the reference ----

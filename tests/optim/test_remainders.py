@@ -8,7 +8,7 @@ import torch
 
 import fastmp
 from fastmp.optim.remainders import checksum
-from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot
+from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot, steps
 from tests.optim.test_edited_weights import (
     OPTIMIZERS,
     assert_masters,
@@ -22,17 +22,11 @@ from tests.optim.test_edited_weights import (
 routes = pytest.mark.parametrize("route", [in_place, load])
 
 
-def trained(steps=3, **options):
+def trained(count=3, **options):
     params = parameters(torch.bfloat16)
     optimizer = adam_w(params, **options)
-    train(optimizer, params, 0, steps)
+    steps(optimizer, params, count)
     return optimizer, params
-
-
-def train(optimizer, params, first, last):
-    for step in range(first, last):
-        give_gradients(params, seed=step)
-        optimizer.step()
 
 
 def copies(params):
@@ -107,16 +101,16 @@ def test_a_state_moved_to_a_parameter_that_replaces_its_own(name):
     """As code does that prunes or grows a model: state and group get the new parameter."""
     (old,) = parameters(torch.bfloat16, [(97, 3)])
     optimizer = getattr(fastmp.optim, name)([old], lr=1e-2, **OPTIMIZERS[name])
-    train(optimizer, [old], 0, 3)
+    steps(optimizer, [old], 3)
     (new,) = parameters(torch.bfloat16, [(97, 3)], seed=5)
     optimizer.state[new] = optimizer.state.pop(old)
     optimizer.param_groups[0]["params"][0] = new
     assert same_bits(optimizer.masters(), widened([new]))
     optimizer.param_groups[0]["lr"] = 0.0
-    train(optimizer, [new], 3, 4)
+    steps(optimizer, [new], 1, first=3)
     assert same_bits(optimizer.masters(), widened([new]))
     optimizer.param_groups[0]["lr"] = 1e-2
-    train(optimizer, [new], 4, 5)
+    steps(optimizer, [new], 1, first=4)
     assert not same_bits(optimizer.masters(), widened([new]))
 
 
@@ -175,18 +169,18 @@ def resumed(optimizer, params, how):
 def test_a_loaded_run_goes_on_to_the_bit(how, masked):
     """Whatever is loaded first, DDP's broadcast between, and a mask applied every step."""
 
-    def steps(optimizer, params, first, last):
+    def run(optimizer, params, first, last):
         for step in range(first, last):
-            train(optimizer, params, step, step + 1)
+            steps(optimizer, params, 1, first=step)
             for p in params if masked else ():
                 in_place(p, p.detach() * (torch.arange(p.numel()).view(p.shape) % 2))
 
     optimizer, params = trained(0)
-    steps(optimizer, params, 0, 4)
+    run(optimizer, params, 0, 4)
     again, own = resumed(optimizer, params, how)
     assert same_bits(again.masters(), optimizer.masters())
-    steps(optimizer, params, 4, 8)
-    steps(again, own, 4, 8)
+    run(optimizer, params, 4, 8)
+    run(again, own, 4, 8)
     assert same_bits(snapshot(optimizer, params), snapshot(again, own))
 
 

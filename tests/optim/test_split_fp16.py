@@ -8,16 +8,10 @@ import torch
 import fastmp
 from fastmp.backends import registry
 from fastmp.ops.update import join_master, split_master
-from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot
+from tests.optim.optim_cases import adam_w, parameters, same_bits, snapshot, steps
 
 FP16 = torch.float16
 WEIGHTS = torch.arange(-(2**15), 2**15).to(torch.int16).view(FP16)
-
-
-def steps(optimizer, params, count=4, first=0):
-    for step in range(first, first + count):
-        give_gradients(params, seed=step)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("rest", [0, 1, -1, 4095, -4096, 8191, -8192, -16384, 32767, -32768, None])

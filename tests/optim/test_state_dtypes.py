@@ -8,7 +8,7 @@ import torch
 
 import fastmp
 from fastmp.ops.update import split_master
-from tests.optim.optim_cases import give_gradients, parameters, same_bits
+from tests.optim.optim_cases import give_gradients, parameters, same_bits, steps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 PAIRS = list(itertools.permutations(DTYPES, 2))
@@ -23,16 +23,10 @@ OPTIMIZERS = {
 }
 
 
-def train(optimizer, params, steps=4):
-    for seed in range(steps):
-        give_gradients(params, seed=seed)
-        optimizer.step()
-
-
 def trained(dtype, name="AdamW"):
     params = parameters(dtype, SHAPES)
     optimizer = getattr(fastmp.optim, name)(params, **OPTIMIZERS[name])
-    train(optimizer, params)
+    steps(optimizer, params)
     return optimizer, params
 
 
@@ -82,13 +76,13 @@ def test_a_loaded_state_is_the_value_it_stands_for(old, new, order, name):
     moments = moments_of(before, weights)
     params = parameters(new, SHAPES, seed=5)
     optimizer = getattr(fastmp.optim, name)(params, **OPTIMIZERS[name])
-    train(optimizer, params, 1)  # a state of its own, which must go
-    steps = [
+    steps(optimizer, params, 1)  # a state of its own, which must go
+    loads = [
         lambda: [p.data.copy_(w) for p, w in zip(params, weights, strict=True)],
         lambda: optimizer.load_state_dict(copy.deepcopy(before.state_dict())),
     ]
-    for step in steps if order == "model first" else reversed(steps):
-        step()
+    for load in loads if order == "model first" else reversed(loads):
+        load()
     check(optimizer, params, exact, moments)
 
 
@@ -160,7 +154,7 @@ def test_torchs_optimizer_in_between_leaves_no_stale_master(old, dtype):
     theirs = loaded_into(weights, dtype)
     torchs = torch.optim.AdamW(theirs, **OPTIMIZERS["AdamW"])
     torchs.load_state_dict(copy.deepcopy(before.state_dict()))
-    train(torchs, theirs, 2)
+    steps(torchs, theirs, 2)
     params = loaded_into(theirs, torch.float32)
     optimizer = fastmp.optim.AdamW(params, **OPTIMIZERS["AdamW"])
     optimizer.load_state_dict(torchs.state_dict())

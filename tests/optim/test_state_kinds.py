@@ -10,7 +10,7 @@ from fastmp import checkpoint
 from fastmp.backends import registry
 from fastmp.ops.update import state_kinds
 from fastmp.ops.update.state_kinds import Quantity
-from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot
+from tests.optim.optim_cases import adam_w, give_gradients, parameters, same_bits, snapshot, steps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 65), (5000,), (3, 5), (16385,), (2, 33, 8, 9)]
@@ -29,12 +29,6 @@ def made(dtype=torch.float32, kind="8bit", name="AdamW", **options):
     params[4].data = params[4].data.to(memory_format=torch.channels_last)
     optimizer = getattr(fastmp.optim, name)(params, lr=0.01, state_dtype=kind, **options)
     return params, optimizer
-
-
-def steps(optimizer, params, count=4, first=0):
-    for step in range(first, first + count):
-        give_gradients(params, seed=step)
-        optimizer.step()
 
 
 # ---- kernels, reference, random bits ----
